@@ -1,0 +1,1 @@
+"""Data: prompts, video files, encoded latents sets and the input pipeline."""

@@ -1,0 +1,1 @@
+"""The diffusion maths as pure functions; networks come in as callables."""

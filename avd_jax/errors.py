@@ -1,0 +1,33 @@
+"""The one error class for what a user can do wrong, and its one-line report."""
+
+import difflib
+import functools
+import os
+import sys
+from collections.abc import Callable, Iterable
+
+
+class UserError(Exception):
+    """Bad input of any kind. The message is one line that names the file, key or field and says what to do."""
+
+
+def closest(name: str, candidates: Iterable[str]) -> str:
+    """Return ` (did you mean 'x'?)` for the candidate most like `name`, or an empty string when none is close."""
+    matches = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.6)
+    return f" (did you mean {matches[0]!r}?)" if matches else ""
+
+
+def report_user_errors(main: Callable) -> Callable:
+    """Wrap a script's `main(argv)`: a UserError becomes `error: <message>` on stderr and exit status 1, no traceback."""
+
+    @functools.wraps(main)
+    def wrapped(*args, **kwargs):
+        try:
+            return main(*args, **kwargs)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            # Orbax and grain keep threads that would hold up a normal exit after a failure.
+            sys.stdout.flush()
+            os._exit(1)
+
+    return wrapped

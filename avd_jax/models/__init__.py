@@ -1,0 +1,1 @@
+"""Networks: config dataclass -> blocks -> model. They know nothing of training, data or file formats."""

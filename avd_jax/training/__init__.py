@@ -1,0 +1,1 @@
+"""Training: configuration, state, steps, checkpoints and the host loop."""
