@@ -1,0 +1,1 @@
+"""Conversion between PyTorch's checkpoints and ours, in both directions."""

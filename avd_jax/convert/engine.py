@@ -1,0 +1,188 @@
+"""One engine that reads a table of rules in both directions: PyTorch keys -> Flax leaves, and back.
+
+A rule pairs a PyTorch key with the path of a Flax leaf and states the re-layout as an einops pattern, so that no
+transpose is ever guessed from a shape and the way back is the same pattern with its sides exchanged. Conversion is
+strict: every key of the file is matched by exactly one rule, every leaf of the model is filled, every shape agrees.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import jax
+import numpy as np
+from einops import rearrange
+
+from avd_jax.errors import UserError, closest
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One line of a conversion table.
+
+    Attributes:
+      source: PyTorch key; `{}` stands for a layer number.
+      target: path of the Flax leaf, joined by dots. With `{}` it names the same layer's leaf; without, while the
+        source has one, the layers are stacked along a new leading axis. None: the key is known and not needed.
+      layout: einops pattern from the PyTorch array to the Flax array (of one layer); `...` for unchanged.
+      sizes: axis lengths that the pattern's parentheses need, in either direction.
+    """
+
+    source: str
+    target: str | None
+    layout: str = "... -> ..."
+    sizes: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def stacked(self) -> bool:
+        """Whether the layers of the source are stacked into one leaf."""
+        return self.target is not None and "{}" in self.source and "{}" not in self.target
+
+    def match(self, key: str) -> str | None:
+        """Return the layer number in `key` ('' for a rule without one), or None where the key is not this rule's."""
+        found = re.fullmatch(re.escape(self.source).replace(r"\{\}", r"(\d+)"), key)
+        if found is None:
+            return None
+        return found.group(1) if found.groups() else ""
+
+    def to_flax(self, array):
+        """Re-lay one PyTorch array (NumPy) as the Flax leaf, or as one layer of it."""
+        return self._rearrange(array, self.layout)
+
+    def to_torch(self, array):
+        """Re-lay one Flax leaf, or one layer of it, as the PyTorch array."""
+        source, target = self.layout.split("->")
+        return self._rearrange(array, f"{target.strip()} -> {source.strip()}")
+
+    def _rearrange(self, array, pattern: str):
+        return array if self.layout == "... -> ..." else rearrange(array, pattern, **self.sizes)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One source tensor of a leaf: its key, its rule, and which layer of a stacked leaf it is (None: the whole leaf)."""
+
+    key: str
+    rule: Rule
+    layer: int | None
+
+
+def resolve(
+    rules: Sequence[Rule],
+    sources: Mapping[str, tuple[int, ...]],
+    targets: Mapping[str, jax.ShapeDtypeStruct],
+    *,
+    name: str,
+) -> dict[str, list[Piece]]:
+    """Match every source key to a rule and every Flax leaf to its sources, checking all shapes.
+
+    Args:
+      rules: the conversion table.
+      sources: PyTorch key -> shape, of one file set.
+      targets: dotted Flax path -> abstract leaf, of one model.
+      name: what the messages call the source, usually its path.
+
+    Returns:
+      Flax path -> the pieces that fill it, in layer order.
+
+    Raises:
+      UserError: naming the keys that are unknown, missing or misshapen.
+    """
+    pieces: dict[str, list[Piece]] = {}
+    unknown = []
+    for key in sources:
+        matches = [(rule, layer) for rule in rules if (layer := rule.match(key)) is not None]
+        if not matches:
+            unknown.append(key)
+            continue
+        if len(matches) > 1:
+            raise AssertionError(f"{key} is matched by {len(matches)} rules: {[rule.source for rule, _ in matches]}")
+        rule, layer = matches[0]
+        if rule.target is None:
+            continue
+        path = rule.target if rule.stacked else rule.target.replace("{}", layer)
+        pieces.setdefault(path, []).append(Piece(key, rule, int(layer) if rule.stacked else None))
+    for found in pieces.values():
+        found.sort(key=lambda piece: piece.layer or 0)
+
+    expected = dict(source_shapes(rules, targets))
+    missing = [key for key in expected if key not in sources]
+    extra = unknown + [p.key for path in pieces for p in pieces[path] if p.key not in expected]
+    if missing or extra:
+        raise UserError(_key_mismatch(name, missing, extra, expected, sources))
+    misshapen = [
+        f"{key} has shape {tuple(sources[key])}, expected {shape}"
+        for key, shape in expected.items()
+        if tuple(sources[key]) != shape
+    ]
+    if misshapen:
+        raise UserError(f"{name}: wrong shapes: {_first(misshapen)}. The config beside it describes another model.")
+    return pieces
+
+
+def source_shapes(
+    rules: Sequence[Rule], targets: Mapping[str, jax.ShapeDtypeStruct]
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield every PyTorch key that a model needs, with its shape (sources and targets as in `resolve`)."""
+    for path, leaf in targets.items():
+        for rule, layer in rules_of(rules, path):
+            count = leaf.shape[0] if rule.stacked else 1
+            shape = leaf.shape[1:] if rule.stacked else leaf.shape
+            source = jax.eval_shape(rule.to_torch, jax.ShapeDtypeStruct(shape, leaf.dtype)).shape
+            for i in range(count):
+                yield rule.source.replace("{}", str(i) if rule.stacked else layer), tuple(source)
+
+
+def rules_of(rules: Sequence[Rule], path: str) -> list[tuple[Rule, str]]:
+    """Return the one rule that fills the Flax leaf `path`, with its layer number ('' where there is none)."""
+    found = []
+    for rule in rules:
+        if rule.target is None:
+            continue
+        match = re.fullmatch(re.escape(rule.target).replace(r"\{\}", r"(\d+)"), path)
+        if match:
+            found.append((rule, match.group(1) if match.groups() else ""))
+    if len(found) != 1:
+        raise AssertionError(f"leaf {path} is filled by {len(found)} rules: {[rule.source for rule, _ in found]}")
+    return found
+
+
+def leaves_from_torch(
+    pieces: Mapping[str, Iterable[Piece]],
+    targets: Mapping[str, jax.ShapeDtypeStruct],
+    read: Callable[[str], np.ndarray],
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield (path, array) leaf by leaf, in the target's dtype; no more than one leaf is held at a time."""
+    for path, found in pieces.items():
+        leaf = targets[path]
+        stacked = np.empty(leaf.shape, leaf.dtype)
+        for piece in found:
+            stacked[... if piece.layer is None else piece.layer] = piece.rule.to_flax(read(piece.key))
+        yield path, stacked
+
+
+def tensors_to_torch(
+    rules: Sequence[Rule], leaves: Iterable[tuple[str, np.ndarray]]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield (PyTorch key, contiguous array) tensor by tensor from (path, array) leaves."""
+    for path, array in leaves:
+        for rule, layer in rules_of(rules, path):
+            if rule.stacked:
+                for i in range(array.shape[0]):
+                    yield rule.source.replace("{}", str(i)), np.ascontiguousarray(rule.to_torch(array[i]))
+            else:
+                yield rule.source.replace("{}", layer), np.ascontiguousarray(rule.to_torch(array))
+
+
+def _key_mismatch(name, missing, extra, expected, sources) -> str:
+    parts = []
+    if missing:
+        parts.append("missing: " + _first([key + closest(key, extra or sources) for key in missing]))
+    if extra:
+        parts.append("not known: " + _first([key + closest(key, missing or expected) for key in extra]))
+    return f"{name}: the keys do not fit the model; {'; '.join(parts)}."
+
+
+def _first(items: list[str], count: int = 4) -> str:
+    more = f" and {len(items) - count} more" if len(items) > count else ""
+    return ", ".join(items[:count]) + more
