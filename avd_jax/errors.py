@@ -18,7 +18,7 @@ def closest(name: str, candidates: Iterable[str]) -> str:
 
 
 def report_user_errors(main: Callable) -> Callable:
-    """Wrap a script's `main(argv)`: a UserError becomes `error: <message>` on stderr and exit status 1, no traceback."""
+    """Wrap a script's `main(argv)`: a UserError becomes `error: <message>` on stderr and exit status 1."""
 
     @functools.wraps(main)
     def wrapped(*args, **kwargs):

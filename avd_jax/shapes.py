@@ -4,12 +4,16 @@ Channels are last everywhere. Video is in [-1, 1]; latents are normalised with W
 deviation; timesteps are float, 0..1000.
 """
 
+import jax
+import numpy as np
 from beartype import beartype
-from jaxtyping import Array, Bool, Float, Int, jaxtyped
+from jaxtyping import Bool, Float, Int, Real, jaxtyped
+
+Array = jax.Array | np.ndarray  # a NumPy array is as good wherever a JAX array is
 
 Latents = Float[Array, "batch frames height width channels"]
 Video = Float[Array, "batch video_frames video_height video_width 3"]
-Timesteps = Float[Array, " batch"]
+Timesteps = Real[Array, " batch"]
 Sigmas = Float[Array, " batch"]
 PromptEmbeds = Float[Array, "batch text_length text_dim"]
 Tokens = Float[Array, "batch tokens dim"]

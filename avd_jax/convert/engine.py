@@ -60,7 +60,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Piece:
-    """One source tensor of a leaf: its key, its rule, and which layer of a stacked leaf it is (None: the whole leaf)."""
+    """One source tensor of a leaf: its key, its rule, its layer in a stacked leaf (None: the whole leaf)."""
 
     key: str
     rule: Rule

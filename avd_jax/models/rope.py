@@ -1,0 +1,51 @@
+"""Three-axis rotary position embedding of Wan2.1 (wan/modules/model.py), with half-split pairs.
+
+Wan rotates interleaved pairs (2i, 2i+1). Here the pair is (i, i + K/2), which needs no relayout on TPU; converting a
+checkpoint permutes the q and k projections and their norms to match, so attention scores are the same.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from jaxtyping import Float
+
+from avd_jax.shapes import Array, Heads, typechecked
+
+THETA = 10_000.0
+
+Rotation = tuple[Float[Array, "tokens half_head_dim"], Float[Array, "tokens half_head_dim"]]
+
+
+def axis_pairs(head_dim: int) -> tuple[int, int, int]:
+    """Return how many of the K/2 rotated pairs encode the frame, the row and the column."""
+    spatial = head_dim // 6
+    return head_dim // 2 - 2 * spatial, spatial, spatial
+
+
+def rotation(frames: int, height: int, width: int, head_dim: int) -> Rotation:
+    """Return (cos, sin), each float32 [frames*height*width, head_dim/2], of a token grid in patches."""
+    tables = []
+    for axis, (length, pairs) in enumerate(zip((frames, height, width), axis_pairs(head_dim), strict=True)):
+        # float64 on the host: float32 loses digits of the angle at large positions.
+        angles = np.outer(np.arange(length), THETA ** (-np.arange(pairs) / pairs))
+        shape = [1, 1, 1, pairs]
+        shape[axis] = length
+        tables.append(angles.reshape(shape))
+
+    def grid(function):
+        # Only the per-axis tables are constants of the program; the grid is broadcast on the device.
+        parts = [
+            jnp.broadcast_to(jnp.asarray(function(table), jnp.float32), (frames, height, width, table.shape[-1]))
+            for table in tables
+        ]
+        return rearrange(jnp.concatenate(parts, axis=-1), "f h w p -> (f h w) p")
+
+    return grid(np.cos), grid(np.sin)
+
+
+@typechecked
+def rotate(x: Heads, cos: Float[Array, "tokens half"], sin: Float[Array, "tokens half"]) -> Heads:
+    """Rotate the pairs (i, i + K/2) of queries or keys [B H N K] by the angles of their tokens, in float32."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)  # bf16 angles would blur neighbouring positions
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x.dtype)

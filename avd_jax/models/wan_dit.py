@@ -1,0 +1,305 @@
+"""The Wan2.1 text-to-video diffusion transformer (wan/modules/model.py, arXiv 2503.20314).
+
+Attribute names are Wan's own, so that the conversion tables stay short. The blocks' parameters are stacked along a
+leading layer axis and applied with `lax.scan`: one block is compiled, not 30.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+from jaxtyping import Float
+
+from avd_jax.errors import UserError
+from avd_jax.models import rope
+from avd_jax.models.attention import OUTPUT_NAME, attention
+from avd_jax.shapes import Array, Heads, Latents, PromptEmbeds, Timesteps, Tokens, typechecked
+
+REMAT_POLICIES = {
+    "none": None,  # keep every activation
+    "block": jax.checkpoint_policies.nothing_saveable,  # keep each block's input only
+    "save_attention": jax.checkpoint_policies.save_only_these_names(OUTPUT_NAME),  # attention's forward runs once
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class WanDiTConfig:
+    """Sizes of a WanDiT; the defaults are Wan2.1-T2V-1.3B."""
+
+    dim: int = 1536
+    ffn_dim: int = 8960
+    num_heads: int = 12
+    num_layers: int = 30
+    in_dim: int = 16
+    out_dim: int = 16
+    freq_dim: int = 256
+    text_dim: int = 4096
+    text_len: int = 512
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    eps: float = 1e-6
+
+    def __post_init__(self):
+        if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
+            raise UserError(
+                f"dim={self.dim} must be num_heads={self.num_heads} times an even number; change one of them"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        """Width K of one attention head."""
+        return self.dim // self.num_heads
+
+
+WAN_1_3B = WanDiTConfig()
+WAN_14B = WanDiTConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)
+
+
+class ProjectToHeads(nnx.Module):
+    """Linear map from tokens [B N D] to heads [B H N K]: kernel [D H K], bias [H K]."""
+
+    def __init__(self, config: WanDiTConfig, *, rngs: nnx.Rngs, dtype, param_dtype):
+        shape = (config.dim, config.num_heads, config.head_dim)
+        init = nnx.initializers.lecun_normal(in_axis=0, out_axis=(1, 2))
+        self.kernel = nnx.Param(init(rngs.params(), shape, param_dtype))
+        self.bias = nnx.Param(jnp.zeros(shape[1:], param_dtype))
+        self.dtype = dtype
+
+    def __call__(self, x: Tokens) -> Heads:
+        """Project, heads before tokens."""
+        heads = jnp.einsum("bnd,dhk->bhnk", x.astype(self.dtype), self.kernel[...].astype(self.dtype))
+        return heads + self.bias[...].astype(self.dtype)[:, None, :]
+
+
+class ProjectFromHeads(nnx.Module):
+    """Linear map from heads [B H N K] back to tokens [B N D]: kernel [H K D], bias [D]."""
+
+    def __init__(self, config: WanDiTConfig, *, rngs: nnx.Rngs, dtype, param_dtype):
+        shape = (config.num_heads, config.head_dim, config.dim)
+        init = nnx.initializers.lecun_normal(in_axis=(0, 1), out_axis=2)
+        self.kernel = nnx.Param(init(rngs.params(), shape, param_dtype))
+        self.bias = nnx.Param(jnp.zeros(shape[2:], param_dtype))
+        self.dtype = dtype
+
+    def __call__(self, x: Heads) -> Tokens:
+        """Project, summing over heads."""
+        tokens = jnp.einsum("bhnk,hkd->bnd", x.astype(self.dtype), self.kernel[...].astype(self.dtype))
+        return tokens + self.bias[...].astype(self.dtype)
+
+
+class HeadsRMSNorm(nnx.Module):
+    """RMS norm over all heads' channels together, as Wan normalises queries and keys: scale [H K]."""
+
+    def __init__(self, config: WanDiTConfig, *, param_dtype):
+        self.scale = nnx.Param(jnp.ones((config.num_heads, config.head_dim), param_dtype))
+        self.eps = config.eps
+
+    def __call__(self, x: Heads) -> Heads:
+        """Normalise in float32 (a mean of squares over 1536 bf16 values loses its digits)."""
+        x32 = x.astype(jnp.float32)
+        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=(1, 3), keepdims=True) + self.eps)
+        return (x32 * inverse * self.scale[...].astype(jnp.float32)[:, None, :]).astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Multi-head attention with normalised queries and keys; keys and values come from `context`."""
+
+    def __init__(self, config: WanDiTConfig, *, rngs: nnx.Rngs, dtype, param_dtype):
+        make = functools.partial(ProjectToHeads, config, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+        self.q, self.k, self.v = make(), make(), make()
+        self.o = ProjectFromHeads(config, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+        self.norm_q = HeadsRMSNorm(config, param_dtype=param_dtype)
+        self.norm_k = HeadsRMSNorm(config, param_dtype=param_dtype)
+
+    def __call__(self, x: Tokens, context: Tokens, rotation: rope.Rotation | None = None) -> Tokens:
+        """Attend from `x` [B N D] to `context` [B M D]; `rotation` (self-attention only) carries the positions."""
+        query, key, value = self.norm_q(self.q(x)), self.norm_k(self.k(context)), self.v(context)
+        if rotation is not None:
+            query, key = rope.rotate(query, *rotation), rope.rotate(key, *rotation)
+        return self.o(attention(query, key, value))
+
+
+def modulated_norm(x: Tokens, *, shift: Array, scale: Array, eps: float) -> Tokens:
+    """Layer norm without weights, then `(1 + scale) * x + shift` per example; float32 in, `x.dtype` out."""
+    x32 = x.astype(jnp.float32)
+    mean = jnp.mean(x32, axis=-1, keepdims=True)
+    variance = jnp.mean(jnp.square(x32 - mean), axis=-1, keepdims=True)
+    normed = (x32 - mean) * jax.lax.rsqrt(variance + eps)
+    return (normed * (1 + scale[:, None]) + shift[:, None]).astype(x.dtype)
+
+
+class Block(nnx.Module):
+    """Self-attention, cross-attention to the text, feed-forward; the first and last modulated by the timestep."""
+
+    def __init__(self, config: WanDiTConfig, *, rngs: nnx.Rngs, dtype, param_dtype):
+        linear = functools.partial(nnx.Linear, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+        self.self_attn = Attention(config, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+        self.norm3 = nnx.LayerNorm(
+            config.dim,
+            epsilon=config.eps,
+            rngs=rngs,
+            dtype=jnp.float32,
+            param_dtype=param_dtype,
+            use_fast_variance=False,
+        )
+        self.cross_attn = Attention(config, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+        self.ffn_0 = linear(config.dim, config.ffn_dim)
+        self.ffn_2 = linear(config.ffn_dim, config.dim)
+        self.modulation = nnx.Param(jax.random.normal(rngs.params(), (6, config.dim), param_dtype) * config.dim**-0.5)
+        self.eps = config.eps
+
+    def __call__(
+        self,
+        x: Tokens,
+        timestep_modulation: Float[Array, "batch 6 dim"],
+        context: Tokens,
+        rotation: rope.Rotation,
+    ) -> Tokens:
+        """Return the block's output; gates and shifts are float32, since they multiply the whole residual stream."""
+        modulation = self.modulation[...].astype(jnp.float32) + timestep_modulation
+        shift_attn, scale_attn, gate_attn, shift_ffn, scale_ffn, gate_ffn = jnp.moveaxis(modulation, 1, 0)
+        normed = modulated_norm(x, shift=shift_attn, scale=scale_attn, eps=self.eps)
+        x = x + (self.self_attn(normed, normed, rotation) * gate_attn[:, None]).astype(x.dtype)
+        x = x + self.cross_attn(self.norm3(x).astype(x.dtype), context)
+        normed = modulated_norm(x, shift=shift_ffn, scale=scale_ffn, eps=self.eps)
+        hidden = jax.nn.gelu(self.ffn_0(normed), approximate=True)
+        return x + (self.ffn_2(hidden) * gate_ffn[:, None]).astype(x.dtype)
+
+
+class Head(nnx.Module):
+    """Modulated norm and the projection of each token to its patch of velocities."""
+
+    def __init__(self, config: WanDiTConfig, *, rngs: nnx.Rngs, dtype, param_dtype):
+        patch = config.patch_size[0] * config.patch_size[1] * config.patch_size[2]
+        self.head = nnx.Linear(config.dim, patch * config.out_dim, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+        self.modulation = nnx.Param(jax.random.normal(rngs.params(), (2, config.dim), param_dtype) * config.dim**-0.5)
+        self.eps = config.eps
+
+    def __call__(self, x: Tokens, timestep_embedding: Float[Array, "batch dim"]) -> Tokens:
+        """Return [B N patch*out_dim]."""
+        modulation = self.modulation[...].astype(jnp.float32) + timestep_embedding[:, None]
+        return self.head(modulated_norm(x, shift=modulation[:, 0], scale=modulation[:, 1], eps=self.eps))
+
+
+def timestep_features(timesteps: Timesteps, dim: int) -> Float[Array, "batch dim"]:
+    """Return the sinusoidal features [cos | sin] of timesteps 0..1000, float32 [B dim]."""
+    frequencies = jnp.exp(-jnp.log(10_000.0) * jnp.arange(dim // 2, dtype=jnp.float32) / (dim // 2))
+    angles = timesteps.astype(jnp.float32)[:, None] * frequencies
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+class WanDiT(nnx.Module):
+    """The transformer: `velocity = dit(latents, timesteps, prompt_embeds)`.
+
+    Args:
+      config: sizes.
+      rngs: initial random weights; `nnx.eval_shape` builds the abstract model.
+      dtype: compute dtype of matrix products and of the residual stream.
+      param_dtype: dtype of the stored parameters.
+      remat: what the backward pass keeps of each block, a key of REMAT_POLICIES.
+    """
+
+    def __init__(
+        self,
+        config: WanDiTConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype=jnp.float32,
+        param_dtype=jnp.float32,
+        remat: str = "none",
+    ):
+        if remat not in REMAT_POLICIES:
+            raise UserError(f"remat={remat!r} is not one of {', '.join(REMAT_POLICIES)}")
+        linear = functools.partial(nnx.Linear, rngs=rngs, param_dtype=param_dtype)
+        patch_t, patch_h, patch_w = config.patch_size
+        self.config, self.dtype, self.remat = config, dtype, remat
+        self.patch_embedding = linear(config.in_dim * patch_t * patch_h * patch_w, config.dim, dtype=dtype)
+        self.text_embedding_0 = linear(config.text_dim, config.dim, dtype=dtype)
+        self.text_embedding_2 = linear(config.dim, config.dim, dtype=dtype)
+        # The timestep's path is float32 throughout: it is one vector an example and scales every block.
+        self.time_embedding_0 = linear(config.freq_dim, config.dim, dtype=jnp.float32)
+        self.time_embedding_2 = linear(config.dim, config.dim, dtype=jnp.float32)
+        self.time_projection_1 = linear(config.dim, 6 * config.dim, dtype=jnp.float32)
+
+        @nnx.split_rngs(splits=config.num_layers)
+        @nnx.vmap(in_axes=0, out_axes=0, transform_metadata={nnx.PARTITION_NAME: None})
+        def make_blocks(rngs):
+            return Block(config, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+
+        self.blocks = make_blocks(rngs)
+        self.head = Head(config, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+
+    @typechecked
+    def __call__(self, latents: Latents, timesteps: Timesteps, prompt_embeds: PromptEmbeds) -> Latents:
+        """Predict the velocity `noise - x0` of noisy latents.
+
+        Args:
+          latents: noisy latents [B F H W in_dim]; H and W divisible by the patch.
+          timesteps: 1000 * sigma of each example, [B].
+          prompt_embeds: umT5 embeddings [B L text_dim], L <= text_len; zero behind the last token, and padded with
+            zeros to text_len here, since Wan attends to the padding too.
+
+        Returns:
+          velocity [B F H W out_dim], float32.
+
+        Raises:
+          UserError: a size that the patch does not divide, or a text longer than text_len.
+        """
+        config = self.config
+        tokens, grid = self._patchify(latents)
+        embedding = self.time_embedding_0(timestep_features(timesteps, config.freq_dim))
+        embedding = self.time_embedding_2(jax.nn.silu(embedding))
+        modulation = rearrange(self.time_projection_1(jax.nn.silu(embedding)), "b (six d) -> b six d", six=6)
+        context = self._embed_text(prompt_embeds)
+        rotation = rope.rotation(*grid, config.head_dim)
+
+        graphdef, stacked = nnx.split(self.blocks)
+
+        def apply_block(x, block_state):
+            return nnx.merge(graphdef, block_state)(x, modulation, context, rotation), None
+
+        policy = REMAT_POLICIES[self.remat]
+        if policy is not None:
+            apply_block = jax.checkpoint(apply_block, policy=policy, prevent_cse=False)
+        tokens, _ = jax.lax.scan(apply_block, tokens, stacked)
+        patches = self.head(tokens, embedding)
+        frames, height, width = grid
+        patch_t, patch_h, patch_w = config.patch_size
+        velocity = rearrange(
+            patches,
+            "b (f h w) (p q r c) -> b (f p) (h q) (w r) c",
+            f=frames,
+            h=height,
+            w=width,
+            p=patch_t,
+            q=patch_h,
+            r=patch_w,
+        )
+        return velocity.astype(jnp.float32)  # samplers and losses subtract velocities of nearly equal size
+
+    def _patchify(self, latents: Latents) -> tuple[Tokens, tuple[int, int, int]]:
+        sizes = latents.shape[1:4]
+        for name, size, patch in zip(("frames", "height", "width"), sizes, self.config.patch_size, strict=True):
+            if size % patch:
+                raise UserError(f"latent {name} is {size}, which the patch size {patch} does not divide")
+        grid = tuple(size // patch for size, patch in zip(sizes, self.config.patch_size, strict=True))
+        patch_t, patch_h, patch_w = self.config.patch_size
+        patches = rearrange(
+            latents,
+            "b (f p) (h q) (w r) c -> b (f h w) (p q r c)",
+            p=patch_t,
+            q=patch_h,
+            r=patch_w,
+        )
+        return self.patch_embedding(patches).astype(self.dtype), grid
+
+    def _embed_text(self, prompt_embeds: PromptEmbeds) -> Tokens:
+        missing = self.config.text_len - prompt_embeds.shape[1]
+        if missing < 0:
+            raise UserError(
+                f"prompt_embeds have {prompt_embeds.shape[1]} tokens, the model takes {self.config.text_len}"
+            )
+        padded = jnp.pad(prompt_embeds, ((0, 0), (0, missing), (0, 0)))
+        return self.text_embedding_2(jax.nn.gelu(self.text_embedding_0(padded), approximate=True))
