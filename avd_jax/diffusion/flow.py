@@ -1,0 +1,97 @@
+"""Rectified flow as Wan2.1 uses it: the noise schedule, and the way between x0, noise, velocity and xt.
+
+    xt = (1 - sigma) x0 + sigma noise,    velocity = noise - x0,    x0 = xt - sigma velocity
+    sigma(u) = s u / (1 + (s - 1) u)      with the timestep shift s
+
+One convention holds everywhere: **a timestep is what the network is given, and sigma = timestep / 1000**. The shift
+acts once, where timesteps are made (drawn in `sample_timesteps`, or laid out by a solver), and never again after that.
+
+So the authors' student timesteps 1000, 900, 757, 522 have sigmas 1, 0.9, 0.757, 0.522. They are not uniform times that
+still await a shift: their public code finds a timestep's sigma by looking up the nearest entry of a table that holds
+both 1000 sigma and sigma, which is a division by 1000 whatever shift the table was made with. Nor are they one shift's
+image of 1000, 750, 500, 250: those three ratios would need a shift of 3.00, 3.12 and 3.28 (a shift of 3 gives 900, 750,
+500). Configs list them as they are.
+
+Arithmetic is at least float32: bf16 has 8 bits, and x0 is a small difference of large terms where sigma is near 1.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from jaxtyping import Array, Key
+
+from avd_jax.shapes import Latents, Sigmas, Timesteps, typechecked
+
+NUM_TRAIN_TIMESTEPS = 1000
+
+
+def at_least_float32(x: Array) -> Array:
+    """Return `x` in float32, or as it is where it is wider already."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def shifted_sigma(u, shift: float):
+    """Return the noise level at uniform time `u` in [0, 1] (0: data, 1: noise); any array or float, element by element.
+
+    PAPER.md, Notation. A shift above 1 spends more of the time at high noise; 1 leaves `u` as it is.
+    """
+    return shift * u / (1 + (shift - 1) * u)
+
+
+def train_sigmas(num: int, shift: float) -> np.ndarray:
+    """Return the `num` noise levels of the training schedule, from 1 to the shifted 1/num: NumPy float64, [num]."""
+    return shifted_sigma(np.arange(num, 0, -1) / num, shift)
+
+
+def sigma_of_timestep(timesteps):
+    """Return the noise level of network timesteps in 0..1000: a division, since they are shifted already."""
+    return timesteps / NUM_TRAIN_TIMESTEPS
+
+
+@typechecked
+def sample_timesteps(
+    key: Key[Array, ""], batch: int, *, shift: float | int, minimum: float | int = 20.0, maximum: float | int = 980.0
+) -> Timesteps:
+    """Draw random network timesteps: uniform, then shifted, then clamped.
+
+    Args:
+      key: random key.
+      batch: how many.
+      shift: timestep shift, 5.0 in the paper.
+      minimum, maximum: bounds in 0..1000; the mass beyond them lands on them, as the paper clamps and does not redraw.
+
+    Returns:
+      [B] float32.
+    """
+    u = jax.random.uniform(key, (batch,), jnp.float32)
+    return jnp.clip(NUM_TRAIN_TIMESTEPS * shifted_sigma(u, shift), minimum, maximum)
+
+
+@typechecked
+def add_noise(*, x0: Latents, noise: Latents, sigmas: Sigmas) -> Latents:
+    """Return xt = (1 - sigma) x0 + sigma noise, [B F H W C], for one noise level an example."""
+    sigmas = _over_latents(sigmas)
+    return (1 - sigmas) * at_least_float32(x0) + sigmas * at_least_float32(noise)
+
+
+@typechecked
+def velocity_target(*, x0: Latents, noise: Latents) -> Latents:
+    """Return what the network learns to predict, noise - x0, [B F H W C]."""
+    return at_least_float32(noise) - at_least_float32(x0)
+
+
+@typechecked
+def x0_from_velocity(*, xt: Latents, velocity: Latents, sigmas: Sigmas) -> Latents:
+    """Return the x0 that a velocity at xt implies, xt - sigma velocity, [B F H W C]."""
+    return at_least_float32(xt) - _over_latents(sigmas) * at_least_float32(velocity)
+
+
+@typechecked
+def velocity_from_x0(*, xt: Latents, x0: Latents, sigmas: Sigmas) -> Latents:
+    """Return the velocity that an x0 at xt implies, (xt - x0) / sigma, [B F H W C]; sigma = 0 has none (nan or inf)."""
+    return (at_least_float32(xt) - at_least_float32(x0)) / _over_latents(sigmas)
+
+
+def _over_latents(sigmas: Array) -> Array:
+    return rearrange(at_least_float32(sigmas), "b -> b 1 1 1 1")
