@@ -1,0 +1,255 @@
+"""Video files to arrays in [-1, 1] and back, and contact sheets to look at many videos at once.
+
+Decoding and encoding are FFmpeg's, through PyAV; scaling is Pillow's, which filters properly when it shrinks.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+
+import av
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from avd_jax.data.atomic import replacing
+from avd_jax.errors import UserError
+
+BT709 = 1  # FFmpeg's number of the HDTV matrix, primaries and transfer curve
+LIMITED_RANGE = 1
+SEEK_MARGIN = 1.0  # seconds; containers seek by decoding time, which runs ahead of the time of display
+TIE = 1e-6  # seconds; keeps the choice between two equally near frames free of rounding
+
+
+def read_video(
+    path: str | os.PathLike, *, frames: int, fps: float, height: int, width: int, start: float = 0.0
+) -> np.ndarray:
+    """Read one clip, resampled in time and space.
+
+    Frame i is the source frame nearest to `start + i / fps`, the earlier one of two equally near. It is scaled to
+    cover `height` x `width` with its aspect ratio kept (non-square pixels and rotation flags are honoured) and the
+    centre is cut out.
+
+    Args:
+      path: a video file with at least one video stream.
+      frames: number of frames of the clip.
+      fps: frames per second of the clip.
+      height: pixels.
+      width: pixels.
+      start: seconds after the first frame of the video.
+
+    Returns:
+      float32 [frames height width 3] in [-1, 1].
+
+    Raises:
+      UserError: the file is missing, not a video, damaged, or ends before the clip does.
+    """
+    clip = np.empty((frames, height, width, 3), np.uint8)
+    filled = 0
+    shown = pixels = None
+    try:
+        with av.open(os.fspath(path)) as container:
+            stream = _video_stream(container, path)
+            times = start + np.arange(frames) / fps
+            period = float(1 / stream.average_rate) if stream.average_rate else 1 / fps
+            for frame in _nearest(_decode(container, stream, path, start), times, period):
+                if frame is not shown:
+                    if frame.is_corrupt:
+                        raise UserError(f"{path}: damaged at {frame.time:.2f} s.")
+                    shown, pixels = frame, _scaled(frame, stream, height, width)
+                clip[filled] = pixels
+                filled += 1
+    except (av.FFmpegError, OSError) as error:
+        raise UserError(f"{path}: cannot be read as a video ({error.strerror or error}).") from error
+    if filled < frames:
+        raise UserError(
+            f"{path}: too short: a clip of {frames} frames at {fps:g} fps from {start:g} s on "
+            f"finds only {filled} of its frames."
+        )
+    return clip.astype(np.float32) / 127.5 - 1.0
+
+
+def duration(path: str | os.PathLike) -> float:
+    """Return the length of the video stream in seconds, as its header states it (UserError where it states none)."""
+    try:
+        with av.open(os.fspath(path)) as container:
+            stream = _video_stream(container, path)
+            if stream.duration is not None:
+                return float(stream.duration * stream.time_base)
+            if container.duration is not None:
+                return container.duration / av.time_base
+    except (av.FFmpegError, OSError) as error:
+        raise UserError(f"{path}: cannot be read as a video ({error.strerror or error}).") from error
+    raise UserError(f"{path}: does not state how long it is; rewrite it as mp4, or take one clip a video.")
+
+
+def write_video(path: str | os.PathLike, video: np.ndarray, *, fps: float, quality: int = 8) -> None:
+    """Write an H.264 mp4 that browsers play; the file appears only when it is complete.
+
+    Odd sizes grow by one repeated row or column, which the chroma subsampling of H.264 demands.
+
+    Args:
+      path: the file to write; missing folders are made.
+      video: [F H W 3] in [-1, 1]; values outside are clipped, NaN becomes mid-grey.
+      fps: frames per second.
+      quality: 0 (worst) to 10 (visually lossless).
+
+    Raises:
+      UserError: the path cannot be written.
+      ValueError: the array is not a video, or the quality is out of range.
+    """
+    pixels = _to_uint8(video)
+    if not 0 <= quality <= 10:
+        raise ValueError(f"quality is 0..10, not {quality}")
+    pixels = np.pad(pixels, ((0, 0), (0, pixels.shape[1] % 2), (0, pixels.shape[2] % 2), (0, 0)), mode="edge")
+    rate = Fraction(fps).limit_denominator(1001)
+    # x264 leaves the profile that browsers know when its rate factor is 0, so 1 is the best.
+    crf = max(1, round(5.1 * (10 - quality)))
+    try:
+        with replacing(path) as temporary:
+            options = {"movflags": "+faststart"}
+            with av.open(os.fspath(temporary), "w", format="mp4", options=options) as container:
+                stream = container.add_stream("libx264", rate=rate, options={"crf": str(crf), "profile": "high"})
+                stream.height, stream.width = pixels.shape[1:3]
+                stream.pix_fmt = "yuv420p"
+                context = stream.codec_context
+                context.colorspace = context.color_primaries = context.color_trc = BT709
+                context.color_range = LIMITED_RANGE
+                for image in pixels:
+                    rgb = av.VideoFrame.from_ndarray(image, format="rgb24")
+                    container.mux(stream.encode(rgb.reformat(format="yuv420p", dst_colorspace="ITU709")))
+                container.mux(stream.encode(None))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error}).") from error
+
+
+def contact_sheet(
+    videos: Sequence[np.ndarray],
+    path: str | os.PathLike,
+    captions: Sequence[str] | None = None,
+    *,
+    columns: int = 6,
+    thumbnail_height: int = 160,
+) -> None:
+    """Write a PNG with one row a video: evenly spread frames, the first and last among them, under the caption.
+
+    Args:
+      videos: arrays [F H W 3] in [-1, 1]; sizes and lengths may differ.
+      path: the PNG to write; missing folders are made.
+      captions: one a video, wrapped to the width of its row; None for no captions.
+      columns: most frames a row; a shorter video shows each frame once.
+      thumbnail_height: pixels.
+
+    Raises:
+      UserError: the path cannot be written.
+      ValueError: there are no videos, or not one caption for each.
+    """
+    if not videos or (captions is not None and len(captions) != len(videos)):
+        raise ValueError(f"{len(videos)} videos with {'no' if captions is None else len(captions)} captions")
+    rows = [
+        _sheet_row(_to_uint8(video), "" if captions is None else captions[i], columns, thumbnail_height)
+        for i, video in enumerate(videos)
+    ]
+    sheet = Image.new("RGB", (max(row.width for row in rows), sum(row.height for row in rows)), "white")
+    top = 0
+    for row in rows:
+        sheet.paste(row, (0, top))
+        top += row.height
+    try:
+        with replacing(path) as temporary:
+            sheet.save(temporary, format="PNG")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error}).") from error
+
+
+def _video_stream(container, path):
+    if not container.streams.video:
+        raise UserError(f"{path}: has no video stream.")
+    stream = container.streams.video[0]
+    stream.thread_type = "AUTO"
+    return stream
+
+
+def _decode(container, stream, path, start: float) -> Iterator[tuple[float, av.VideoFrame]]:
+    """Yield (seconds after the first frame of the video, frame), from shortly before `start` on."""
+    origin = float((stream.start_time or 0) * stream.time_base)
+    if start > SEEK_MARGIN:
+        container.seek(int((start - SEEK_MARGIN + origin) / stream.time_base), stream=stream)
+    for frame in container.decode(stream):
+        if frame.time is None:
+            raise UserError(f"{path}: its frames have no time stamps; rewrite it as mp4.")
+        yield frame.time - origin, frame
+
+
+def _nearest(
+    decoded: Iterator[tuple[float, av.VideoFrame]], times: np.ndarray, period: float
+) -> Iterator[av.VideoFrame]:
+    """Yield for each of the ascending `times` the frame nearest to it; stop where the video ends.
+
+    The last frame of a file stays on screen for `period` seconds.
+    """
+    filled, before, before_time = 0, None, -np.inf
+    for now, frame in decoded:
+        while filled < len(times) and now + TIE >= times[filled]:
+            yield before if times[filled] - before_time <= now - times[filled] + TIE else frame
+            filled += 1
+        if filled == len(times):
+            return
+        before, before_time = frame, now
+    while filled < len(times) and times[filled] < before_time + period - TIE:
+        yield before
+        filled += 1
+
+
+def _scaled(frame: av.VideoFrame, stream, height: int, width: int) -> np.ndarray:
+    pixels = frame.to_ndarray(format="rgb24")
+    pixel_aspect = float(stream.sample_aspect_ratio or 1)  # width of a pixel over its height
+    quarter_turns = round(frame.rotation / 90) % 4
+    if quarter_turns:
+        pixels = np.rot90(pixels, quarter_turns)
+        pixel_aspect = pixel_aspect if quarter_turns == 2 else 1 / pixel_aspect
+    source_height, source_width = pixels.shape[:2]
+    box_width = min(source_width, source_height * (width / height) / pixel_aspect)
+    box_height = min(source_height, source_width * pixel_aspect / (width / height))
+    left, top = (source_width - box_width) / 2, (source_height - box_height) / 2
+    box = (left, top, left + box_width, top + box_height)
+    image = Image.fromarray(np.ascontiguousarray(pixels))
+    return np.asarray(image.resize((width, height), Image.Resampling.LANCZOS, box=box))
+
+
+def _to_uint8(video: np.ndarray) -> np.ndarray:
+    pixels = np.asarray(video, np.float32)
+    if pixels.ndim != 4 or pixels.shape[-1] != 3 or 0 in pixels.shape:
+        raise ValueError(f"a video is [F H W 3], not {pixels.shape}")
+    return np.rint((np.clip(np.nan_to_num(pixels, nan=0.0), -1.0, 1.0) + 1.0) * 127.5).astype(np.uint8)
+
+
+def _sheet_row(pixels: np.ndarray, caption: str, columns: int, thumbnail_height: int) -> Image.Image:
+    gap, size = 4, 14
+    font = ImageFont.load_default(size)
+    line = size + 4
+    chosen = np.unique(np.rint(np.linspace(0, len(pixels) - 1, columns)).astype(int))
+    width = max(1, round(thumbnail_height * pixels.shape[2] / pixels.shape[1]))
+    # Narrow rows still leave room to read a caption.
+    row_width = max(gap + len(chosen) * (width + gap), 480 if caption else 0)
+    lines = _wrapped(caption, font, row_width - 2 * gap)
+    row = Image.new("RGB", (row_width, gap + len(lines) * line + thumbnail_height + line + gap), "white")
+    draw = ImageDraw.Draw(row)
+    for i, text in enumerate(lines):
+        draw.text((gap, gap + i * line), text, fill="black", font=font)
+    top = gap + len(lines) * line
+    for column, index in enumerate(chosen):
+        left = gap + column * (width + gap)
+        thumbnail = Image.fromarray(pixels[index]).resize((width, thumbnail_height), Image.Resampling.LANCZOS)
+        row.paste(thumbnail, (left, top))
+        draw.text((left, top + thumbnail_height), f"frame {index}", fill="dimgray", font=font)
+    return row
+
+
+def _wrapped(text: str, font, width: int) -> list[str]:
+    lines: list[str] = []
+    for word in text.split():
+        if lines and font.getlength(f"{lines[-1]} {word}") <= width:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    return lines
