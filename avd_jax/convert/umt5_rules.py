@@ -12,7 +12,7 @@ from avd_jax.convert.engine import Rule
 from avd_jax.errors import UserError
 from avd_jax.models.umt5 import UMT5Config
 
-_LINEAR = "outputs inputs -> inputs outputs"
+_LINEAR = "o i -> i o"
 _SAME = "... -> ..."
 
 # Flax path -> (Wan's key, transformers' key, layout); both layouts of a file differ in their names only.
@@ -23,10 +23,10 @@ _KEYS = {
         f"blocks.{flax}": (f"blocks.{{}}.{native}.weight", f"encoder.block.{{}}.layer.{diffusers}.weight", layout)
         for flax, native, diffusers, layout in (
             ("norm1.scale", "norm1", "0.layer_norm", _SAME),
-            ("attn.q.kernel", "attn.q", "0.SelfAttention.q", _LINEAR),
-            ("attn.k.kernel", "attn.k", "0.SelfAttention.k", _LINEAR),
-            ("attn.v.kernel", "attn.v", "0.SelfAttention.v", _LINEAR),
-            ("attn.o.kernel", "attn.o", "0.SelfAttention.o", _LINEAR),
+            ("attn.q.kernel", "attn.q", "0.SelfAttention.q", "(h k) d -> d h k"),
+            ("attn.k.kernel", "attn.k", "0.SelfAttention.k", "(h k) d -> d h k"),
+            ("attn.v.kernel", "attn.v", "0.SelfAttention.v", "(h k) d -> d h k"),
+            ("attn.o.kernel", "attn.o", "0.SelfAttention.o", "d (h k) -> h k d"),
             ("pos_embedding.embedding", "pos_embedding.embedding", "0.SelfAttention.relative_attention_bias", _SAME),
             ("norm2.scale", "norm2", "1.layer_norm", _SAME),
             ("ffn.gate.kernel", "ffn.gate.0", "1.DenseReluDense.wi_0", _LINEAR),
@@ -51,17 +51,19 @@ _CONFIG_FIELDS = {
 
 
 def native_rules(config: UMT5Config) -> list[Rule]:
-    """Return the table for Wan's own .pth; the names do not depend on the sizes in `config`."""
-    del config
-    return [Rule(native, flax, layout) for flax, (native, _, layout) in _KEYS.items()]
+    """Return the table for the keys of Wan's own .pth."""
+    return [_rule(native, flax, layout, config) for flax, (native, _, layout) in _KEYS.items()]
 
 
 def diffusers_rules(config: UMT5Config) -> list[Rule]:
-    """Return the table for transformers' UMT5EncoderModel; the names do not depend on the sizes in `config`."""
-    del config
-    rules = [Rule(diffusers, flax, layout) for flax, (_, diffusers, layout) in _KEYS.items()]
-    # Some files save the tied token embedding twice.
+    """Return the table for the keys of transformers' UMT5EncoderModel, in a diffusers folder's `text_encoder/`."""
+    rules = [_rule(diffusers, flax, layout, config) for flax, (_, diffusers, layout) in _KEYS.items()]
+    # Some files hold the tied token embedding a second time.
     return [*rules, Rule("encoder.embed_tokens.weight", None)]
+
+
+def _rule(source: str, target: str, layout: str, config: UMT5Config) -> Rule:
+    return Rule(source, target, layout, {"h": config.num_heads} if "(h k)" in layout else {})
 
 
 def config_from_native(shapes: Mapping[str, tuple[int, ...]]) -> UMT5Config:

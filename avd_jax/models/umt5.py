@@ -5,13 +5,13 @@ arXiv 1910.10683, umT5 arXiv 2304.09151. What differs from an ordinary transform
 1/sqrt(head_dim), positions enter only as a bias on the attention logits, and no layer has an additive bias.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from einops import rearrange
 from flax import nnx
 
 from avd_jax.shapes import AttentionMask, InputIds, PromptEmbeds, typechecked
@@ -81,24 +81,27 @@ class SelfAttention(nnx.Module):
     """Multi-head self-attention with a bias on the logits and no scaling of the queries."""
 
     def __init__(self, config: UMT5Config, rngs: nnx.Rngs, *, dtype, param_dtype):
-        inner = config.num_heads * config.head_dim
-        self.num_heads = config.num_heads
-        self.q = _linear(config.dim, inner, rngs, dtype, param_dtype)
-        self.k = _linear(config.dim, inner, rngs, dtype, param_dtype)
-        self.v = _linear(config.dim, inner, rngs, dtype, param_dtype)
-        self.o = _linear(inner, config.dim, rngs, dtype, param_dtype)
+        make = functools.partial(nnx.Einsum, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+        to_heads = functools.partial(
+            make,
+            kernel_shape=(config.dim, config.num_heads, config.head_dim),
+            kernel_init=nnx.initializers.lecun_normal(in_axis=0, out_axis=(1, 2)),
+        )
+        self.q, self.v = to_heads("bld,dhk->bhlk"), to_heads("bld,dhk->bhlk")
+        self.k = to_heads("bld,dhk->bhkl")  # channels before tokens: the next product's right side as a CPU wants it
+        self.o = make(
+            "bhlk,hkd->bld",
+            kernel_shape=(config.num_heads, config.head_dim, config.dim),
+            kernel_init=nnx.initializers.lecun_normal(in_axis=(0, 1), out_axis=2),
+        )
 
     def __call__(self, x, bias):
         """Attend over x [B L dim] with bias [B heads L L] (float32) added to the logits; returns [B L dim]."""
-        q, k, v = (
-            rearrange(project(x), "batch length (heads width) -> batch heads length width", heads=self.num_heads)
-            for project in (self.q, self.k, self.v)
-        )
-        logits = jnp.einsum("bhqd,bhkd->bhqk", q, k, preferred_element_type=jnp.float32)
-        # float32: the logits are not scaled down, so that they are large and bfloat16 would keep few of their digits
+        query, key, value = self.q(x), self.k(x), self.v(x)
+        logits = jnp.einsum("bhqk,bhkm->bhqm", query, key, preferred_element_type=jnp.float32)
+        # float32: the logits are not scaled down, so they are large and bfloat16 would keep few of their digits
         weights = jax.nn.softmax(logits + bias, axis=-1).astype(x.dtype)
-        out = jnp.einsum("bhqk,bhkd->bhqd", weights, v)
-        return self.o(rearrange(out, "batch heads length width -> batch length (heads width)"))
+        return self.o(jnp.einsum("bhqm,bhmk->bhqk", weights, value))
 
 
 class FeedForward(nnx.Module):
@@ -176,9 +179,18 @@ class UMT5Encoder(nnx.Module):
         # The residual stream stays in float32: it grows to where bfloat16 would lose a layer's contribution.
         x = self.token_embedding(input_ids).astype(jnp.float32)
 
-        graph, state = nnx.split(self.blocks)
-        x, _ = jax.lax.scan(lambda x, layer: (nnx.merge(graph, layer)(x, buckets, mask_bias), None), x, state)
+        x = _apply_blocks(*nnx.split(self.blocks), x, buckets, mask_bias)
         return jnp.where(mask[..., None], self.norm(x), 0)
+
+
+# Compiled here, once for all calls: a user who calls the encoder eagerly would otherwise compile the scan each time.
+@functools.partial(jax.jit, static_argnums=0)
+def _apply_blocks(graph: nnx.GraphDef, layers: nnx.State, x, buckets, mask_bias):
+    def apply(x, layer):
+        return nnx.merge(graph, layer)(x, buckets, mask_bias), None
+
+    x, _ = jax.lax.scan(apply, x, layers)
+    return x
 
 
 def _linear(in_dim: int, out_dim: int, rngs: nnx.Rngs, dtype, param_dtype) -> nnx.Linear:
