@@ -154,11 +154,39 @@ def leaves_from_torch(
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yield (path, array) leaf by leaf, in the target's dtype; no more than one leaf is held at a time."""
     for path, found in pieces.items():
-        leaf = targets[path]
-        stacked = np.empty(leaf.shape, leaf.dtype)
-        for piece in found:
-            stacked[... if piece.layer is None else piece.layer] = piece.rule.to_flax(read(piece.key))
-        yield path, stacked
+        (array,) = read_shards(found, targets[path], read, [tuple(slice(None) for _ in targets[path].shape)])
+        yield path, array
+
+
+def read_shards(
+    pieces: Iterable[Piece],
+    leaf: jax.ShapeDtypeStruct,
+    read: Callable[[str], np.ndarray],
+    indices: Sequence[tuple[slice, ...]],
+) -> list[np.ndarray]:
+    """Return parts of one leaf, in the leaf's dtype, reading each source tensor once and holding one at a time.
+
+    Args:
+      pieces: the tensors that fill the leaf, from `resolve`.
+      leaf: shape and dtype of the whole leaf.
+      read: key -> tensor.
+      indices: the wanted parts, each one slice an axis (as `Sharding.addressable_devices_indices_map` has them).
+    """
+    bounds = [[part.indices(size)[:2] for part, size in zip(index, leaf.shape, strict=True)] for index in indices]
+    shards = [np.empty([stop - start for start, stop in bound], leaf.dtype) for bound in bounds]
+    for piece in pieces:
+        wanted = [
+            i for i, bound in enumerate(bounds) if piece.layer is None or bound[0][0] <= piece.layer < bound[0][1]
+        ]
+        if not wanted:
+            continue
+        array = piece.rule.to_flax(read(piece.key))
+        for i in wanted:
+            if piece.layer is None:
+                shards[i][...] = array[indices[i]]
+            else:
+                shards[i][piece.layer - bounds[i][0][0]] = array[indices[i][1:]]
+    return shards
 
 
 def tensors_to_torch(

@@ -1,0 +1,171 @@
+"""The networks that can be converted: how each is built, and where its tables and sizes come from."""
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from avd_jax.convert import dit_rules, umt5_rules
+from avd_jax.convert.engine import Rule
+from avd_jax.convert.state import flat_state
+from avd_jax.errors import UserError, closest
+from avd_jax.models.umt5 import UMT5Config, UMT5Encoder
+from avd_jax.models.wan_dit import WanDiT, WanDiTConfig
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """One kind of network.
+
+    Attributes:
+      name: the name in our own config.json and in training checkpoints.
+      component: its folder in diffusers' layout and in ours.
+      label: what messages call it.
+      config_class: its frozen dataclass of sizes.
+      build: `build(config, dtype, **options)` makes the module with random weights, dtype for storage and compute.
+      native_rules: `native_rules(config)` is the table of Wan's own keys.
+      diffusers_rules: `diffusers_rules(config)` is the table of diffusers' keys.
+      config_from_json: `(entries, name)` reads the config.json that lies beside the weights.
+      config_from_shapes: `(native key -> shape, name)` reads the sizes off the weights, where no config.json does.
+      ignored: prefixes of keys that a file may have and this network does not need.
+    """
+
+    name: str
+    component: str
+    label: str
+    config_class: type
+    build: Callable[..., nnx.Module]
+    native_rules: Callable[[Any], list[Rule]]
+    diffusers_rules: Callable[[Any], list[Rule]]
+    config_from_json: Callable[[dict, str], Any]
+    config_from_shapes: Callable[[Shapes, str], Any]
+    ignored: tuple[str, ...] = ()
+
+    def abstract(self, config, dtype=jnp.float32, **options) -> nnx.Module:
+        """Return the module without arrays."""
+        return nnx.eval_shape(lambda: self.build(config, dtype, **options))
+
+    def leaves(self, config, dtype=jnp.float32) -> dict[str, jax.ShapeDtypeStruct]:
+        """Return dotted path -> shape and dtype of every leaf."""
+        state = nnx.state(self.abstract(config, dtype))
+        return {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in flat_state(state).items()}
+
+    def record(self, config) -> dict:
+        """Return what names this network in our config.json and in a checkpoint's meta data."""
+        return {"name": self.name, "config": dataclasses.asdict(config)}
+
+    def config_from_record(self, record: Any, *, name: str):
+        """Read `record`'s result back from JSON; `name` is the file's path, for messages.
+
+        Raises:
+          UserError: another network, or a field that is unknown, missing or of the wrong type.
+        """
+        if not isinstance(record, dict) or not isinstance(record.get("config"), dict):
+            raise UserError(f"{name}: has no architecture with 'name' and 'config'; convert the weights again")
+        if record.get("name") != self.name:
+            raise UserError(
+                f"{name}: holds the architecture {record.get('name')!r}, not a {self.label} ({self.name!r})"
+            )
+        fields = {field.name: field.default for field in dataclasses.fields(self.config_class)}
+        values = {key: _as_tuple(value) for key, value in record["config"].items()}
+        for key in values:
+            if key not in fields:
+                raise UserError(f"{name}: the architecture's field {key!r} is not known{closest(key, fields)}")
+        for key, default in fields.items():
+            if key not in values:
+                raise UserError(f"{name}: the architecture's field {key!r} is missing")
+            if default is not dataclasses.MISSING and type(values[key]) is not type(default):
+                raise UserError(
+                    f"{name}: the architecture's field {key!r} is {values[key]!r}, expected like {default!r}"
+                )
+        return self.config_class(**values)
+
+
+def _as_tuple(value):
+    return tuple(_as_tuple(item) for item in value) if isinstance(value, list) else value
+
+
+def layer_of(rules: Sequence[Rule], key: str) -> tuple[int, str] | None:
+    """Return which rule matches `key` and the layer in it, or None."""
+    for i, rule in enumerate(rules):
+        if (layer := rule.match(key)) is not None:
+            return i, layer
+    return None
+
+
+def _dit_from_json(entries: dict, name: str) -> WanDiTConfig:
+    if "num_attention_heads" in entries or entries.get("_class_name") == "WanTransformer3DModel":
+        return dit_rules.config_from_diffusers(entries, name=name)
+    return dit_rules.config_from_native(entries, name=name)
+
+
+def _dit_from_shapes(shapes: Shapes, name: str) -> WanDiTConfig:
+    dim = shapes.get("patch_embedding.weight", (0,))[0]
+    if dim % 64:  # the width of a head leaves no trace in the shapes, and no Wan model has a narrower one
+        raise UserError(
+            f"{name}: the number of heads cannot be told for a width of {dim}; put its config.json beside it"
+        )
+    return dit_rules.config_from_shapes(dict(shapes), name=name)
+
+
+def _umt5_from_shapes(shapes: Shapes, name: str) -> UMT5Config:
+    if "shared.weight" in shapes:
+        raise UserError(f"{name}: transformers' layout needs its config.json beside it; copy it from text_encoder/")
+    return umt5_rules.config_from_native(shapes)
+
+
+def _build_dit(config: WanDiTConfig, dtype, **options) -> WanDiT:
+    return WanDiT(config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype, **options)
+
+
+def _build_umt5(config: UMT5Config, dtype) -> UMT5Encoder:
+    return UMT5Encoder(config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype)
+
+
+WAN_DIT = Architecture(
+    name="wan_dit",
+    component="transformer",
+    label="diffusion transformer",
+    config_class=WanDiTConfig,
+    build=_build_dit,
+    native_rules=dit_rules.native_rules,
+    diffusers_rules=dit_rules.diffusers_rules,
+    config_from_json=_dit_from_json,
+    config_from_shapes=_dit_from_shapes,
+    ignored=("interp.",),  # AVD trains its frame interpolator inside the generator
+)
+UMT5 = Architecture(
+    name="umt5",
+    component="text_encoder",
+    label="umT5 text encoder",
+    config_class=UMT5Config,
+    build=_build_umt5,
+    native_rules=umt5_rules.native_rules,
+    diffusers_rules=umt5_rules.diffusers_rules,
+    config_from_json=lambda entries, name: umt5_rules.config_from_diffusers(entries),
+    config_from_shapes=_umt5_from_shapes,
+)
+ARCHITECTURES = (WAN_DIT, UMT5)
+
+
+def in_native_names(architecture: Architecture, shapes: Shapes) -> dict[str, tuple[int, ...]]:
+    """Return `shapes` under Wan's own keys, where they are under diffusers' (both tables are in the same order)."""
+    native = architecture.native_rules(architecture.config_class())
+    diffusers = architecture.diffusers_rules(architecture.config_class())
+    renamed = {}
+    for key, shape in shapes.items():
+        found = layer_of(diffusers, key)
+        renamed[native[found[0]].source.replace("{}", found[1]) if found and found[0] < len(native) else key] = shape
+    return renamed
+
+
+def matching_keys(rules: Sequence[Rule], keys) -> int:
+    """Return how many of `keys` the table knows."""
+    patterns = re.compile("|".join(re.escape(rule.source).replace(r"\{\}", r"\d+") for rule in rules))
+    return sum(patterns.fullmatch(key) is not None for key in keys)

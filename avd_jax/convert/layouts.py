@@ -1,0 +1,245 @@
+"""Where in a folder the weights of a component lie, in every layout that users have."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import orbax.checkpoint as ocp
+
+from avd_jax.convert.architectures import UMT5, WAN_DIT, Architecture
+from avd_jax.errors import UserError, closest
+
+# The component's record in the config.json of our own layout is under this key.
+OUR_KEY = "avd_jax"
+STUDENT_FILE = "avd_student.json"
+
+# The names under which a training checkpoint stores what a user asks for by key.
+CHECKPOINT_ITEMS = {"generator": "generator", "ema": "ema", "critic": "fake_score", "fake_score": "fake_score"}
+
+_STEMS = ("diffusion_pytorch_model", "model")
+_NATIVE_NAMES = {
+    "vae": "Wan2.1_VAE",
+    "text_encoder": "models_t5_umt5-xxl-enc-bf16",
+}
+_PICKLED = (".pth", ".pt", ".bin")
+_EXPECTED = {
+    "transformer": "config.json with diffusion_pytorch_model*.safetensors (Wan's folder), transformer/ (diffusers' or "
+    "ours), model.pt (AVD), or checkpoints/ (a training run)",
+    "vae": "Wan2.1_VAE.pth (Wan's folder) or vae/ (diffusers' or ours)",
+    "text_encoder": "models_t5_umt5-xxl-enc-bf16.pth (Wan's folder) or text_encoder/ (diffusers' or ours)",
+    "tokenizer": "google/umt5-xxl/ (Wan's folder) or tokenizer/ (diffusers' or ours)",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class TorchFiles:
+    """Weights with PyTorch's keys.
+
+    Attributes:
+      files: .safetensors files, or one index of shards, or one .pth file.
+      config: the config.json beside them, if any.
+      single: the user named the file itself, so that the config.json beside it may be another model's.
+    """
+
+    files: tuple[Path, ...]
+    config: Path | None
+    single: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class OrbaxTree:
+    """Weights in an Orbax checkpoint of ours.
+
+    Attributes:
+      folder: the PyTree.
+      record: name and sizes of the network, as `Architecture.record` gives them.
+      source: the file that the record was read from, for messages.
+    """
+
+    folder: Path
+    record: Any
+    source: Path
+
+
+def find_weights(path: Path, architecture: Architecture, key: str) -> TorchFiles | OrbaxTree:
+    """Find the weights of one network at `path`.
+
+    Args:
+      path: file or folder in any of the layouts.
+      architecture: the network that is wanted.
+      key: for training checkpoints: "generator", "ema" or "critic".
+
+    Raises:
+      UserError: nothing there; says what is expected and what is closest.
+    """
+    if path.is_file():
+        config = path.parent / "config.json"
+        return TorchFiles((path,), config if config.is_file() else None, single=True)
+    _check_folder(path)
+    found = _in_folder(path, architecture, key)
+    if found is None:
+        raise UserError(_not_found(path, architecture.component, lambda folder: _in_folder(folder, architecture, key)))
+    return found
+
+
+def find_tokenizer(path: Path) -> Path:
+    """Return the folder of the tokenizer at `path`; raises UserError where there is none."""
+    if path.is_file() and path.name in ("tokenizer.json", "spiece.model"):
+        return path.parent
+    _check_folder(path)
+    found = _tokenizer_in(path)
+    if found is None:
+        raise UserError(_not_found(path, "tokenizer", _tokenizer_in))
+    return found
+
+
+def student_settings(path: str | Path) -> dict | None:
+    """Return how a student was trained to be sampled: timesteps, shift, guidance_scale, num_steps.
+
+    Args:
+      path: a training run or checkpoint, an exported student, or converted weights that keep its settings.
+
+    Returns:
+      The settings, or None for weights that are no student's.
+    """
+    path = Path(path)
+    if path.is_dir() and (step := training_step(path)) is not None:
+        return read_json(step / "meta" / "metadata").get("student")
+    folder = path.parent if path.is_file() else path
+    for candidate in (folder, folder.parent) if folder.name == "transformer" else (folder,):
+        if (candidate / STUDENT_FILE).is_file():
+            return read_json(candidate / STUDENT_FILE)
+    return None
+
+
+def training_step(path: Path) -> Path | None:
+    """Return the step folder of a training run, of its checkpoints/ or of one step; None where `path` is none.
+
+    Of several steps it is the latest complete one.
+
+    Raises:
+      UserError: it looks like one, but no step is complete.
+    """
+    if (path / "meta").is_dir() or (path.name.isdigit() and (path / "generator").is_dir()):
+        if not (path / "meta" / "metadata").is_file():
+            raise UserError(f"{path}: this checkpoint is incomplete (no meta/metadata); use another step")
+        return path
+    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    names = [child.name for child in folder.iterdir() if re.match(r"\d+(\.orbax-checkpoint-tmp.*)?$", child.name)]
+    if not names:
+        if folder != path:
+            raise UserError(f"{folder}: no checkpoint has been saved here yet")
+        return None
+    steps = sorted(int(step) for step in ocp.utils.checkpoint_steps(folder.absolute()))
+    complete = [step for step in steps if (folder / str(step) / "meta" / "metadata").is_file()]
+    if not complete:
+        raise UserError(f"{folder}: no complete checkpoint; found {', '.join(sorted(names))}")
+    return folder / str(complete[-1])
+
+
+def read_json(path: Path) -> dict:
+    """Read a JSON object; raises UserError for a file that is missing, damaged or no object."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except ValueError as error:
+        raise UserError(
+            f"{path}: not valid JSON ({' '.join(str(error).split())}); correct it or download it again"
+        ) from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds a JSON {type(content).__name__}, expected an object")
+    return content
+
+
+def _in_folder(path: Path, architecture: Architecture, key: str) -> TorchFiles | OrbaxTree | None:
+    for folder in (path / architecture.component, path):
+        if (folder / "config.json").is_file() and OUR_KEY in (entries := read_json(folder / "config.json")):
+            return OrbaxTree(folder, entries[OUR_KEY], folder / "config.json")
+        if (folder / "_METADATA").is_file() and not (folder.parent / "meta").is_dir():
+            raise UserError(f"{folder}: an Orbax checkpoint without its config.json; convert the weights again")
+    if architecture is WAN_DIT and (step := training_step(path)) is not None:
+        return _checkpoint_item(step, key)
+    for folder in (path / architecture.component, path):
+        if folder.is_dir() and (folder != path or _is_own_folder(path, architecture)):
+            files = _weight_files(folder)
+            if files:
+                config = folder / "config.json"
+                return TorchFiles(files, config if config.is_file() else None, single=False)
+    if architecture.component in _NATIVE_NAMES:
+        for suffix in (".safetensors", ".pth"):
+            file = path / (_NATIVE_NAMES[architecture.component] + suffix)
+            if file.is_file():
+                return TorchFiles((file,), None, single=False)
+    if architecture is WAN_DIT and (path / "model.pt").is_file():
+        config = path / "config.json"
+        return TorchFiles((path / "model.pt",), config if config.is_file() else None, single=False)
+    return None
+
+
+def _is_own_folder(path: Path, architecture: Architecture) -> bool:
+    """Whether weights lying in `path` itself are this component's, and not another's: its config.json says so."""
+    config = path / "config.json"
+    if not config.is_file():
+        return architecture is WAN_DIT  # Wan's folder holds the transformer; other files have names of their own
+    entries = read_json(config)
+    if entries.get("_class_name") == "AutoencoderKLWan":
+        return architecture.component == "vae"
+    if "d_model" in entries or str(entries.get("model_type", "")).endswith("t5"):
+        return architecture is UMT5
+    return architecture is WAN_DIT
+
+
+def _weight_files(folder: Path) -> tuple[Path, ...]:
+    for stem in _STEMS:
+        for name in (f"{stem}.safetensors", f"{stem}.safetensors.index.json"):
+            if (folder / name).is_file():
+                return (folder / name,)
+        shards = sorted(folder.glob(f"{stem}-*-of-*.safetensors"))
+        if shards:
+            count = int(shards[0].stem.rsplit("-", 1)[1])
+            for i in range(1, count + 1):
+                shard = folder / f"{stem}-{i:05d}-of-{count:05d}.safetensors"
+                if not shard.is_file():
+                    raise UserError(f"{shard}: this shard is missing beside {shards[0].name}; download it again")
+            return tuple(shards)
+    return ()
+
+
+def _checkpoint_item(step: Path, key: str) -> OrbaxTree:
+    items = sorted(child.name for child in step.iterdir() if (child / "_METADATA").is_file())
+    item = CHECKPOINT_ITEMS.get(key, key)
+    if item not in items:
+        raise UserError(f"{step}: holds no {key!r}, but {', '.join(items) or 'nothing'}{closest(item, items)}")
+    meta = step / "meta" / "metadata"
+    return OrbaxTree(step / item, read_json(meta).get("architecture"), meta)
+
+
+def _tokenizer_in(path: Path) -> Path | None:
+    for folder in (path, path / "tokenizer", path / "google" / "umt5-xxl"):
+        if any((folder / name).is_file() for name in ("tokenizer.json", "spiece.model")):
+            return folder
+    return None
+
+
+def _check_folder(path: Path) -> None:
+    if path.is_dir():
+        return
+    siblings = [child.name for child in path.parent.iterdir()] if path.parent.is_dir() else []
+    raise UserError(f"{path}: no such file or folder{closest(path.name, siblings)}")
+
+
+def _not_found(path: Path, component: str, find) -> str:
+    names = sorted(child.name for child in path.iterdir())
+    for child in sorted(path.iterdir()):
+        try:
+            if child.is_dir() and find(child) is not None:
+                return f"{path}: no {component} here (did you mean {str(child)!r}?)"
+        except UserError:
+            continue  # a damaged neighbour is not what was asked about
+    expected = ["config.json", component, "checkpoints", "model.pt", *_NATIVE_NAMES.values()]
+    hint = next((close for name in names if (close := closest(name, expected)) and name not in expected), "")
+    listed = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "") or "nothing"
+    return f"{path}: no {component} here; expected {_EXPECTED[component]}; found {listed}{hint}"

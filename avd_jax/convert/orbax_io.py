@@ -1,0 +1,132 @@
+"""Orbax checkpoints of one network: a PyTree of leaves by path, written and read with few leaves in memory."""
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from avd_jax.convert.state import flat_state, nested
+from avd_jax.errors import UserError
+
+# Larger leaves are stored in chunks, so that a process reads only what its devices hold.
+_CHUNK_BYTES = 128 * 2**20
+# Leaves are read together up to this size: each read opens the checkpoint anew, and a VAE has hundreds of them.
+_GROUP_BYTES = 512 * 2**20
+
+
+class _LazyLeaf:
+    """A leaf that exists only while it is written."""
+
+    def __init__(self, leaf: jax.ShapeDtypeStruct, load: Callable[[], np.ndarray]):
+        self.shape, self.dtype, self.load = leaf.shape, np.dtype(leaf.dtype), load
+        self.size = int(np.prod(leaf.shape))
+        self.nbytes = self.size * self.dtype.itemsize
+
+
+class _LazyLeafHandler(ocp.type_handlers.NumpyHandler):
+    """Stores lazy leaves one after the other as the NumPy arrays that they stand for."""
+
+    async def serialize(self, values, infos, args=None):
+        for i, (value, info) in enumerate(zip(values, infos, strict=True)):
+            array = value.load()
+            for written in await super().serialize([array], [info], args and [args[i]]):
+                written.result()
+            del array  # before the next is loaded
+        return []
+
+
+def write_leaves(folder: Path, leaves: Mapping[str, jax.ShapeDtypeStruct], load: Callable[[str], np.ndarray]) -> None:
+    """Write a PyTree checkpoint to `folder`, loading one leaf at a time.
+
+    Args:
+      folder: does not exist yet.
+      leaves: dotted path -> shape and dtype.
+      load: dotted path -> the array, of that shape and dtype.
+    """
+    registry = ocp.type_handlers.create_type_handler_registry((_LazyLeaf, _LazyLeafHandler(deepcopy_host_arrays=False)))
+    tree = nested({path: _LazyLeaf(leaf, lambda path=path: load(path)) for path, leaf in leaves.items()})
+    save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), tree)
+    # Trained weights compress by a few percent only.
+    handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_compression=False)
+    with ocp.Checkpointer(handler) as checkpointer:
+        checkpointer.save(folder.absolute(), args=ocp.args.PyTreeSave(tree, save_args=save_args))
+
+
+def read_structure(folder: Path) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return dotted path -> shape and dtype of a PyTree checkpoint, reading no array.
+
+    Raises:
+      UserError: no complete checkpoint.
+    """
+    if not (folder / "_METADATA").is_file():
+        raise UserError(f"{folder}: not a complete Orbax checkpoint (no _METADATA); write it again")
+    try:
+        tree = ocp.PyTreeCheckpointHandler().metadata(epath.Path(folder.absolute())).tree
+        return {path: jax.ShapeDtypeStruct(leaf.shape, np.dtype(leaf.dtype)) for path, leaf in flat_state(tree).items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder}: the Orbax checkpoint is damaged ({_line(error)}); write it again") from None
+
+
+def read_arrays(folder: Path, leaves: Mapping[str, jax.ShapeDtypeStruct]) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield (path, NumPy array) for the leaves asked for, in the dtype that `leaves` gives."""
+    for group in _groups(leaves):
+        restore_args = {path: ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaves[path].dtype) for path in group}
+        restored = _restore(folder, {path: leaves[path] for path in group}, restore_args)
+        for path in group:
+            yield path, restored.pop(path)
+
+
+def read_sharded(
+    folder: Path,
+    leaves: Mapping[str, jax.ShapeDtypeStruct],
+    sharding: Callable[[str, tuple[int, ...]], jax.sharding.Sharding],
+) -> dict[str, jax.Array]:
+    """Return path -> sharded array; each process reads what its own devices hold."""
+    arrays = {}
+    for group in _groups(leaves):
+        restore_args = {
+            path: ocp.ArrayRestoreArgs(
+                restore_type=jax.Array,
+                dtype=leaves[path].dtype,
+                sharding=sharding(path, leaves[path].shape),
+                global_shape=leaves[path].shape,
+            )
+            for path in group
+        }
+        arrays |= _restore(folder, {path: leaves[path] for path in group}, restore_args)
+    return arrays
+
+
+def _restore(folder: Path, leaves: Mapping[str, jax.ShapeDtypeStruct], restore_args: Mapping) -> dict:
+    try:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            tree = checkpointer.restore(
+                folder.absolute(),
+                args=ocp.args.PyTreeRestore(
+                    item=nested(leaves), restore_args=nested(restore_args), partial_restore=True
+                ),
+            )
+        return flat_state(tree)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{folder}: cannot read the Orbax checkpoint ({_line(error)}); write it again") from None
+
+
+def _groups(leaves: Mapping[str, jax.ShapeDtypeStruct]) -> Iterator[list[str]]:
+    group: list[str] = []
+    used = 0
+    for path, leaf in leaves.items():
+        size = int(np.prod(leaf.shape)) * np.dtype(leaf.dtype).itemsize
+        if group and used + size > _GROUP_BYTES:
+            yield group
+            group, used = [], 0
+        group.append(path)
+        used += size
+    if group:
+        yield group
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

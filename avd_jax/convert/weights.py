@@ -1,0 +1,227 @@
+"""Weights of one network, opened: its sizes, its leaves, and their arrays, whatever the layout they are stored in."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from avd_jax.convert import orbax_io
+from avd_jax.convert.architectures import ARCHITECTURES, Architecture, in_native_names, matching_keys
+from avd_jax.convert.engine import leaves_from_torch, read_shards, resolve, source_shapes
+from avd_jax.convert.layouts import OrbaxTree, TorchFiles, find_weights, read_json
+from avd_jax.convert.pth import PthFile
+from avd_jax.convert.safetensors_io import SafetensorsFile, open_shards
+from avd_jax.convert.state import from_flat
+from avd_jax.errors import UserError, closest
+
+# Prefixes under which a single file may have all its keys: the second is AVD's, the others are of repackaged files.
+_PREFIXES = ("model.diffusion_model.", "model.", "diffusion_model.")
+
+Sharding = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
+
+
+class Weights(Protocol):
+    """Opened weights.
+
+    Attributes:
+      architecture: the network.
+      config: its sizes.
+      leaves: dotted path -> shape and dtype as stored.
+    """
+
+    architecture: Architecture
+    config: Any
+    leaves: dict[str, jax.ShapeDtypeStruct]
+
+    def arrays(self, dtype=None) -> Iterator[tuple[str, np.ndarray]]:
+        """Yield (path, array) leaf by leaf, in `dtype` or as stored."""
+
+    def sharded(self, dtype, sharding: Sharding) -> dict[str, jax.Array]:
+        """Return path -> array in `dtype`, laid out as `sharding(path, shape)` says."""
+
+
+def open_weights(path: str | Path, architecture: Architecture, key: str = "generator") -> Weights:
+    """Open the weights of one network at `path` (any layout), checking every key and shape but reading no array.
+
+    Raises:
+      UserError: one line that names the file, key or field.
+    """
+    found = find_weights(Path(path), architecture, key)
+    if isinstance(found, OrbaxTree):
+        return OrbaxWeights(found, architecture)
+    return TorchWeights(found, architecture, key)
+
+
+def load_module(weights: Weights, dtype, sharding: Sharding | None = None, **options) -> nnx.Module:
+    """Return the module with its weights, in `dtype`; `options` go to its constructor."""
+    graphdef, state = nnx.split(weights.architecture.abstract(weights.config, dtype, **options))
+    if sharding is None:
+        arrays = {path: jnp.asarray(array) for path, array in weights.arrays(dtype)}
+    else:
+        arrays = weights.sharded(dtype, sharding)
+    return nnx.merge(graphdef, from_flat(state, arrays))
+
+
+class OrbaxWeights:
+    """Weights in an Orbax checkpoint: our own layout, or an item of a training checkpoint."""
+
+    def __init__(self, tree: OrbaxTree, architecture: Architecture):
+        self.architecture = architecture
+        self.config = architecture.config_from_record(tree.record, name=str(tree.source))
+        self._folder = tree.folder
+        self.leaves = orbax_io.read_structure(tree.folder)
+        expected = architecture.leaves(self.config)
+        for path in expected:
+            if path not in self.leaves:
+                raise UserError(
+                    f"{tree.folder}: the leaf {path} is missing{closest(path, self.leaves)}; write it again"
+                )
+        for path, leaf in self.leaves.items():
+            if path not in expected:
+                raise UserError(f"{tree.folder}: the leaf {path} is not known{closest(path, expected)}; write it again")
+            if leaf.shape != expected[path].shape:
+                raise UserError(
+                    f"{tree.folder}: {path} has shape {leaf.shape}, but {tree.source} says {expected[path].shape}"
+                )
+
+    def arrays(self, dtype=None) -> Iterator[tuple[str, np.ndarray]]:
+        """Yield (path, array) leaf by leaf, in `dtype` or as stored."""
+        yield from orbax_io.read_arrays(self._folder, _cast(self.leaves, dtype))
+
+    def sharded(self, dtype, sharding: Sharding) -> dict[str, jax.Array]:
+        """Return path -> array in `dtype`, laid out as `sharding(path, shape)` says."""
+        return orbax_io.read_sharded(self._folder, _cast(self.leaves, dtype), sharding)
+
+
+class TorchWeights:
+    """Weights under PyTorch's keys: Wan's own or diffusers', in .safetensors or .pth files."""
+
+    def __init__(self, found: TorchFiles, architecture: Architecture, key: str):
+        name = str(found.files[0] if found.single or len(found.files) == 1 else found.files[0].parent)
+        self.architecture = architecture
+        self._tensors = _open_tensors(found, architecture, key, name)
+        shapes = {key: tensor.shape for key, (_, _, tensor) in self._tensors.items()}
+        tables = (architecture.native_rules, architecture.diffusers_rules)
+        scores = [matching_keys(table(architecture.config_class()), shapes) for table in tables]
+        _check_component(architecture, shapes, max(scores), name)
+        native = scores[0] >= scores[1]
+        self.config = _config(found, architecture, shapes, native, name)
+        rules = tables[0 if native else 1](self.config)
+        targets = architecture.leaves(self.config)
+        self._pieces = resolve(rules, shapes, targets, name=name)
+        self.leaves = {}
+        for path, pieces in self._pieces.items():
+            dtype = jnp.result_type(*(self._tensors[piece.key][2].dtype for piece in pieces))
+            self.leaves[path] = jax.ShapeDtypeStruct(targets[path].shape, dtype)
+
+    def arrays(self, dtype=None) -> Iterator[tuple[str, np.ndarray]]:
+        """Yield (path, array) leaf by leaf, in `dtype` or as stored."""
+        yield from leaves_from_torch(self._pieces, _cast(self.leaves, dtype), self._read)
+
+    def sharded(self, dtype, sharding: Sharding) -> dict[str, jax.Array]:
+        """Return path -> array in `dtype`, laid out as `sharding(path, shape)` says."""
+        return {
+            path: _sharded_leaf(self._pieces[path], leaf, self._read, sharding(path, leaf.shape))
+            for path, leaf in _cast(self.leaves, dtype).items()
+        }
+
+    def _read(self, key: str) -> np.ndarray:
+        file, stored_key, _ = self._tensors[key]
+        return file.read(stored_key)
+
+
+def _sharded_leaf(pieces, leaf: jax.ShapeDtypeStruct, read, sharding: jax.sharding.Sharding) -> jax.Array:
+    def bounds(index):  # slices cannot be the keys of a dict
+        return tuple(part.indices(size)[:2] for part, size in zip(index, leaf.shape, strict=True))
+
+    local = {bounds(index): index for index in sharding.addressable_devices_indices_map(leaf.shape).values()}
+    shards = dict(zip(local, read_shards(pieces, leaf, read, list(local.values())), strict=True))
+    return jax.make_array_from_callback(leaf.shape, sharding, lambda index: shards[bounds(index)])
+
+
+def _cast(leaves: dict[str, jax.ShapeDtypeStruct], dtype) -> dict[str, jax.ShapeDtypeStruct]:
+    if dtype is None:
+        return leaves
+    return {path: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)) for path, leaf in leaves.items()}
+
+
+def _open_tensors(found: TorchFiles, architecture: Architecture, key: str, name: str) -> dict[str, tuple]:
+    """Return key without prefix -> (file, key in the file, shape and dtype)."""
+    first = found.files[0]
+    if first.suffix == ".json":
+        files = open_shards(first)
+    elif first.suffix == ".safetensors":
+        files = [SafetensorsFile(path) for path in found.files]
+    elif first.suffix in (".pth", ".pt", ".bin"):
+        files = [_state_dict(PthFile(first), key)]
+    else:
+        raise UserError(f"{first}: not a file of weights; known are .safetensors, .pth and .pt, and folders of them")
+    tensors: dict[str, tuple] = {}
+    for file in files:
+        for stored_key, leaf in file.leaves.items():
+            if stored_key in tensors:
+                raise UserError(f"{file.path}: {stored_key} is also in {tensors[stored_key][0].path.name}; keep one")
+            tensors[stored_key] = (file, stored_key, leaf)
+    if not tensors:
+        raise UserError(f"{name}: holds no tensor")
+    for prefix in _PREFIXES:
+        if all(stored_key.startswith(prefix) for stored_key in tensors):
+            tensors = {stored_key.removeprefix(prefix): value for stored_key, value in tensors.items()}
+            break
+    return {key: value for key, value in tensors.items() if not key.startswith(architecture.ignored)}
+
+
+def _state_dict(file: PthFile, key: str):
+    if key in file.groups:
+        return file.state_dict(key)
+    if file.groups or key not in ("generator", ""):
+        held = ", ".join(file.groups) or "one network only"
+        raise UserError(f"{file.path}: holds no {key or 'bare state dict'!r}, but {held}{closest(key, file.groups)}")
+    return file.state_dict(None)
+
+
+def _check_component(architecture: Architecture, shapes: dict, score: int, name: str) -> None:
+    """Say so when the weights are another network's, rather than list every key as unknown."""
+    if 2 * score >= len(shapes):
+        return
+    for other in ARCHITECTURES:
+        for table in (other.native_rules, other.diffusers_rules):
+            if other is not architecture and 2 * matching_keys(table(other.config_class()), shapes) > len(shapes):
+                raise UserError(f"{name}: holds a {other.label}, not a {architecture.label}")
+
+
+def _config(found: TorchFiles, architecture: Architecture, shapes: dict, native: bool, name: str):
+    if found.config is not None:
+        entries = read_json(found.config)
+        with _reading(str(found.config)) if not found.single else contextlib.suppress(UserError):
+            with _reading(str(found.config)):
+                config = architecture.config_from_json(entries, str(found.config))
+            if not found.single or _fits(architecture, config, shapes, native):
+                return config
+    with _reading(name):
+        return architecture.config_from_shapes(shapes if native else in_native_names(architecture, shapes), name)
+
+
+def _fits(architecture: Architecture, config, shapes: dict, native: bool) -> bool:
+    rules = (architecture.native_rules if native else architecture.diffusers_rules)(config)
+    expected = dict(source_shapes(rules, architecture.leaves(config)))
+    return (
+        all(expected.get(key, shape) == tuple(shape) for key, shape in shapes.items())
+        and expected.keys() == shapes.keys()
+    )
+
+
+@contextlib.contextmanager
+def _reading(name: str):
+    """Name the file in the error of a parser that does not know it, and catch values that are not numbers."""
+    try:
+        yield
+    except UserError as error:
+        raise error if str(error).startswith(name) else UserError(f"{name}: {error}") from None
+    except (KeyError, TypeError, ValueError, ZeroDivisionError, IndexError, AttributeError) as error:
+        raise UserError(f"{name}: not the sizes of a model ({type(error).__name__}: {error})") from None
