@@ -1,0 +1,287 @@
+"""Videos and prompts through the VAE and the text encoder into encoded sets (schema in `latents.py`).
+
+Networks see batches of one fixed shape, the last one filled up, so that each compiles once; files are read on threads
+while the device works.
+"""
+
+import hashlib
+import itertools
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from avd_jax.data import shapes_world
+from avd_jax.data.inputs import Clip
+from avd_jax.data.latents import BFLOAT16, LatentsInfo, PromptsInfo, latents_record, prompts_record
+from avd_jax.data.prompts import WAN_NEGATIVE_PROMPT
+from avd_jax.data.set_writer import SetWriter, Summary
+from avd_jax.errors import UserError
+
+READ_THREADS = 4
+FINGERPRINT_VALUES = 16  # of each parameter; a retrained network differs in nearly all of them
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """Texts to embeddings.
+
+    Attributes:
+      encode: texts -> one [L_i text_dim] a text, without padding.
+      text_len: tokens that the network sees, padding included.
+      fingerprint: identifies the weights.
+    """
+
+    encode: Callable[[Sequence[str]], list[np.ndarray]]
+    text_len: int
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class VideoEncoder:
+    """Videos to latents.
+
+    Attributes:
+      encode: [B F H W 3] in [-1, 1] -> normalised latents [B f h w C]; traceable by JAX.
+      fingerprint: identifies the weights.
+    """
+
+    encode: Callable[[jax.Array], jax.Array]
+    fingerprint: str
+
+
+def fingerprint(module: nnx.Module) -> str:
+    """Return a short text that identifies a network's weights, whatever file format or float type they come in."""
+    digest = hashlib.sha256()
+    leaves = {".".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(module))}
+    for path, leaf in sorted(leaves.items()):
+        # Only these few values leave the device.
+        values = leaf[(0,) * (leaf.ndim - 1)][:FINGERPRINT_VALUES] if leaf.ndim else leaf
+        digest.update(f"{path} {leaf.shape}".encode())
+        digest.update(np.asarray(values).astype(BFLOAT16).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def text_encoder(umt5: nnx.Module, tokenizer: Callable) -> TextEncoder:
+    """Compile umT5 with its tokenizer (texts -> input ids and mask, both [B text_len])."""
+    graphdef, state = nnx.split(umt5)
+    run = jax.jit(lambda state, ids, mask: nnx.merge(graphdef, state)(ids, mask).astype(jnp.bfloat16))
+
+    def encode(texts: Sequence[str]) -> list[np.ndarray]:
+        ids, mask = tokenizer(list(texts))
+        embeds = np.asarray(run(state, ids, mask))
+        return [row[:length] for row, length in zip(embeds, np.asarray(mask).sum(1), strict=True)]
+
+    return TextEncoder(encode, text_len=tokenizer([""])[0].shape[1], fingerprint=fingerprint(umt5))
+
+
+def video_encoder(vae: nnx.Module) -> VideoEncoder:
+    """Compile the encoder of Wan's VAE."""
+    graphdef, state = nnx.split(vae)
+    run = jax.jit(lambda state, video: nnx.merge(graphdef, state).encode(video).astype(jnp.bfloat16))
+    return VideoEncoder(partial(run, state), fingerprint=fingerprint(vae))
+
+
+def encode_videos(
+    clips: Sequence[Clip],
+    out: str | os.PathLike,
+    *,
+    vae: VideoEncoder,
+    text: TextEncoder,
+    frames: int,
+    fps: float,
+    height: int,
+    width: int,
+    batch_size: int = 1,
+    text_batch_size: int = 8,
+    shard_size: int = 64,
+    on_progress: Callable[[int], object] = lambda done: None,
+) -> Summary:
+    """Encode clips and their captions into a `latents` set; call it again to go on after an interruption.
+
+    Args:
+      clips: with different clip_ids.
+      out: the set's folder.
+      vae: video encoder.
+      text: text encoder.
+      frames: video frames of every clip.
+      fps: frames per second of every clip.
+      height: pixels.
+      width: pixels.
+      batch_size: clips that go through the VAE together.
+      text_batch_size: captions that go through the text encoder together.
+      shard_size: clips a shard; an interruption loses at most the work of one shard.
+      on_progress: called with the number of further clips that are done.
+
+    Returns:
+      How many clips were written, and which were left out and why: those whose `read` raises a UserError, and those
+      that give values that are not finite.
+
+    Raises:
+      UserError: the folder holds another set, or no clip could be encoded.
+    """
+    negative = text.encode([WAN_NEGATIVE_PROMPT] * text_batch_size)[0]
+    video_shape = jax.ShapeDtypeStruct((batch_size, frames, height, width, 3), jnp.float32)
+    info = LatentsInfo(
+        text_len=text.text_len,
+        text_dim=negative.shape[1],
+        text_encoder=text.fingerprint,
+        frames=frames,
+        height=height,
+        width=width,
+        fps=fps,
+        latents_shape=jax.eval_shape(vae.encode, video_shape).shape[1:],
+        vae=vae.fingerprint,
+    )
+    by_id = {clip.clip_id: clip for clip in clips}
+    # The caption is part of an input's identity: a corrected caption is another set.
+    keys = {clip.clip_id: f"{clip.clip_id} {clip.caption}" for clip in clips}
+    writer = SetWriter(out, info, list(keys.values()), inputs_per_shard=shard_size)
+    pending = writer.pending()
+    on_progress(len(clips) - sum(len(writer.range_of(shard)) for shard in pending))
+    reads = _read_ahead((clips[i] for shard in pending for i in writer.range_of(shard)), ahead=batch_size + 1)
+    for shard in pending:
+        latents, skipped = {}, {}
+        results = itertools.islice(reads, len(writer.range_of(shard)))
+        for batch in _batched(_without_errors(results, skipped, on_progress), batch_size):
+            videos = np.stack([video for _, video in batch])
+            encoded = np.asarray(vae.encode(_filled(videos, batch_size)), BFLOAT16)
+            latents.update({clip.clip_id: z for (clip, _), z in zip(batch, encoded, strict=False)})
+            on_progress(len(batch))
+        captions = [by_id[clip_id].caption for clip_id in latents]
+        records = []
+        for (clip_id, z), embeds in zip(latents.items(), _encode_texts(text, captions, text_batch_size), strict=True):
+            if not (np.isfinite(z).all() and np.isfinite(embeds).all()):
+                skipped[clip_id] = f"{clip_id}: its latents or embeddings are not finite."
+                continue
+            clip = by_id[clip_id]
+            records.append(
+                latents_record(
+                    clip_id=clip_id, caption=clip.caption, latents=z, prompt_embeds=embeds, fps=fps, source=clip.source
+                )
+            )
+        writer.write_shard(shard, records, skipped)
+    return writer.finish(WAN_NEGATIVE_PROMPT, negative)
+
+
+def encode_prompts(
+    prompts: Iterable[str],
+    out: str | os.PathLike,
+    *,
+    text: TextEncoder,
+    text_batch_size: int = 8,
+    shard_size: int = 64,
+    on_progress: Callable[[int], object] = lambda done: None,
+) -> Summary:
+    """Encode prompts, each different one once and in their order, into a `prompts` set.
+
+    Arguments, result and errors are those of `encode_videos`; `text_batch_size` prompts are encoded together.
+    """
+    prompts = list(dict.fromkeys(prompts))
+    negative = text.encode([WAN_NEGATIVE_PROMPT] * text_batch_size)[0]
+    info = PromptsInfo(text_len=text.text_len, text_dim=negative.shape[1], text_encoder=text.fingerprint)
+    writer = SetWriter(out, info, prompts, inputs_per_shard=shard_size)
+    pending = writer.pending()
+    on_progress(len(prompts) - sum(len(writer.range_of(shard)) for shard in pending))
+    for shard in pending:
+        chosen = [prompts[i] for i in writer.range_of(shard)]
+        records, skipped = [], {}
+        for prompt, embeds in zip(chosen, _encode_texts(text, chosen, text_batch_size), strict=True):
+            if np.isfinite(embeds).all():
+                records.append(prompts_record(text=prompt, prompt_embeds=embeds))
+            else:
+                skipped[prompt] = "its embeddings are not finite."
+            on_progress(1)
+        writer.write_shard(shard, records, skipped)
+    return writer.finish(WAN_NEGATIVE_PROMPT, negative)
+
+
+def encode_shapes_world(
+    out: str | os.PathLike,
+    *,
+    vae: VideoEncoder,
+    text: TextEncoder,
+    clips: int,
+    prompts: int,
+    frames: int,
+    fps: float,
+    height: int,
+    width: int,
+    batch_size: int = 1,
+) -> tuple[Path, Path]:
+    """Encode the first clips of `shapes_world`, and captions of later ones as prompts.
+
+    Returns:
+      The folders of the latents set and of the prompts set, both below `out`.
+    """
+    size = {"frames": frames, "height": height, "width": width}
+    chosen = [
+        Clip(
+            clip_id=f"shapes_world@{i:06d}",
+            caption=shapes_world.caption(i),
+            source="shapes_world",
+            read=lambda i=i: shapes_world.clip(i, **size)[0],
+        )
+        for i in range(clips)
+    ]
+    latents_dir, prompts_dir = Path(out) / "latents", Path(out) / "prompts"
+    encode_videos(chosen, latents_dir, vae=vae, text=text, fps=fps, batch_size=batch_size, **size)
+    encode_prompts(map(shapes_world.caption, range(clips, clips + prompts)), prompts_dir, text=text)
+    return latents_dir, prompts_dir
+
+
+def _read(clip: Clip) -> np.ndarray | UserError:
+    try:
+        return clip.read()
+    except UserError as error:
+        return error
+
+
+def _read_ahead(clips: Iterable[Clip], ahead: int) -> Iterator[tuple[Clip, np.ndarray | UserError]]:
+    """Yield (clip, its video or what is wrong with it) in order, while the next `ahead` clips are being read."""
+    pool = ThreadPoolExecutor(READ_THREADS)
+    waiting: deque = deque()
+    try:
+        for clip in clips:
+            waiting.append((clip, pool.submit(_read, clip)))
+            if len(waiting) > ahead:
+                first, result = waiting.popleft()
+                yield first, result.result()
+        for clip, result in waiting:
+            yield clip, result.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _without_errors(results: Iterable, skipped: dict[str, str], on_progress: Callable) -> Iterator:
+    """Pass on the clips that could be read and note the others in `skipped`."""
+    for clip, result in results:
+        if isinstance(result, UserError):
+            skipped[clip.clip_id] = str(result)
+            on_progress(1)
+        else:
+            yield clip, result
+
+
+def _encode_texts(text: TextEncoder, texts: Sequence[str], batch_size: int) -> Iterator[np.ndarray]:
+    for batch in _batched(texts, batch_size):
+        yield from text.encode(batch + batch[-1:] * (batch_size - len(batch)))[: len(batch)]
+
+
+def _batched(items: Iterable, size: int) -> Iterator[list]:
+    items = iter(items)
+    while batch := list(itertools.islice(items, size)):
+        yield batch
+
+
+def _filled(array: np.ndarray, size: int) -> np.ndarray:
+    """Repeat the last row until there are `size` rows."""
+    return array[np.minimum(np.arange(size), len(array) - 1)]

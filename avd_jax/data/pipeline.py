@@ -1,0 +1,86 @@
+"""Training batches from encoded sets: endless, shuffled, exactly resumable, the same for any number of hosts.
+
+Records are shuffled globally and anew in each epoch; host s of S takes every S-th record from the s-th on. A global
+batch therefore consists of the same records however many hosts share it, and since hosts count batches, the state
+of an iterator (`get_state`) fits every host and every number of hosts.
+"""
+
+import os
+import sys
+
+import grain
+import numpy as np
+
+from avd_jax.data.latents import EncodedSet, pad_prompt_embeds
+from avd_jax.errors import UserError
+
+BATCHES_AHEAD = 4  # each read by a thread of its own
+
+
+def training_batches(
+    latents_dir: str | os.PathLike,
+    prompts_dir: str | os.PathLike | None,
+    *,
+    batch_size: int,
+    seed: int,
+    text_len: int,
+    shard_index: int = 0,
+    shard_count: int = 1,
+) -> grain.DatasetIterator:
+    """Iterate over what one update of the generator or of fake_score needs.
+
+    Args:
+      latents_dir: a `latents` set.
+      prompts_dir: a `prompts` set; None takes the captions of the latents set, shuffled on their own.
+      batch_size: of all hosts together.
+      seed: of the order.
+      text_len: length to which embeddings are padded with zeros; longer ones are cut.
+      shard_index: number of this host, usually `jax.process_index()`.
+      shard_count: number of hosts, usually `jax.process_count()`.
+
+    Returns:
+      An iterator, without end, over dicts of bfloat16 arrays with `batch_size / shard_count` rows:
+        prompt_embeds: [B text_len text_dim], for the distribution matching loss.
+        latents: [B F h w C], for the regression loss.
+        caption_embeds: [B text_len text_dim], of the captions of these latents.
+      `get_state()` gives JSON-compatible values and `set_state(state)` goes on from there exactly; it can be saved
+      with `grain.checkpoint.CheckpointSave`.
+
+    Raises:
+      UserError: a set cannot be opened, the two were made with different text encoders, or the hosts cannot share
+        the batch evenly.
+    """
+    if batch_size % shard_count:
+        raise UserError(f"batch_size {batch_size} cannot be shared evenly by {shard_count} hosts.")
+    latents = EncodedSet(latents_dir, "latents")
+    prompts = latents if prompts_dir is None else EncodedSet(prompts_dir, "prompts")
+    for field in ("text_dim", "text_encoder"):
+        if getattr(prompts.info, field) != getattr(latents.info, field):
+            raise UserError(
+                f"{prompts_dir}: {field} is {getattr(prompts.info, field)}, that of {latents_dir} is "
+                f"{getattr(latents.info, field)}; encode both with the same --weights."
+            )
+    latents_seed, prompts_seed = np.random.SeedSequence(seed).generate_state(2)
+
+    def join(index: int) -> dict[str, np.ndarray]:
+        pair, prompt = latents_stream[index], prompts_stream[index]
+        if pair["latents"].shape != latents.info.latents_shape:
+            raise UserError(f"{latents_dir}: {pair['clip_id']} has latents of shape {pair['latents'].shape}.")
+        return {
+            "prompt_embeds": pad_prompt_embeds(prompt["prompt_embeds"], text_len),
+            "latents": pair["latents"],
+            "caption_embeds": pad_prompt_embeds(pair["prompt_embeds"], text_len),
+        }
+
+    latents_stream = _endless(latents, int(latents_seed))
+    prompts_stream = _endless(prompts, int(prompts_seed))
+    positions = grain.MapDataset.range(sys.maxsize)[shard_index::shard_count]
+    batches = positions.map(join).batch(batch_size // shard_count)
+    # Threads, not worker processes: the state then is one position, and nothing is copied between processes.
+    options = grain.ReadOptions(num_threads=BATCHES_AHEAD, prefetch_buffer_size=BATCHES_AHEAD)
+    return iter(batches.to_iter_dataset(options))
+
+
+def _endless(source: EncodedSet, seed: int) -> grain.MapDataset:
+    """Return the set's records by position in an endless stream; each epoch has its own order."""
+    return grain.MapDataset.source(source).shuffle(seed=seed).repeat()
