@@ -1,0 +1,236 @@
+"""The Wan2.1 video autoencoder (wan/modules/vae.py, arXiv 2503.20314).
+
+It maps 4n + 1 frames to n + 1 latent frames with 8 times smaller sides. Frames are processed in groups, the first frame
+alone and then 4 at a time, with the causal convolutions' last frames carried through a `lax.scan`: memory does not grow
+with the clip, and one group is compiled, not n.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+
+from avd_jax.errors import UserError
+from avd_jax.models.vae_layers import (
+    AttentionBlock,
+    CausalConvolution,
+    Downsample,
+    ResidualBlock,
+    RMSNorm,
+    Upsample,
+)
+from avd_jax.shapes import Latents, Video
+
+RGB = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class WanVAEConfig:
+    """Sizes of a WanVAE and the statistics of its latents; the defaults are Wan2.1's."""
+
+    base_dim: int = 96
+    z_dim: int = 16
+    dim_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    temporal_downsample: tuple[bool, ...] = (False, True, True)
+    # fmt: off
+    latents_mean: tuple[float, ...] = (
+        -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+        0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
+    )
+    latents_std: tuple[float, ...] = (
+        2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+        3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
+    )
+    # fmt: on
+
+    def __post_init__(self):
+        for name, count in (
+            ("temporal_downsample", len(self.dim_mult) - 1),
+            ("latents_mean", self.z_dim),
+            ("latents_std", self.z_dim),
+        ):
+            if len(getattr(self, name)) != count:
+                raise UserError(f"{name} has {len(getattr(self, name))} values; give {count}, as many as the VAE needs")
+
+    @property
+    def spatial_stride(self) -> int:
+        """Pixels a latent pixel, in height and in width."""
+        return 2 ** len(self.temporal_downsample)
+
+    @property
+    def temporal_stride(self) -> int:
+        """Video frames a latent frame, after the first."""
+        return 2 ** sum(self.temporal_downsample)
+
+
+class Encoder(nnx.Module):
+    """From a group of video frames to the mean and log-variance of its latent frame."""
+
+    def __init__(self, config: WanVAEConfig, rngs: nnx.Rngs, *, dtype, param_dtype):
+        options = {"rngs": rngs, "dtype": dtype, "param_dtype": param_dtype}
+        channels = config.base_dim * config.dim_mult[0]
+        self.conv1 = CausalConvolution(RGB, channels, **options)
+        layers = []
+        for level, multiplier in enumerate(config.dim_mult):
+            for _ in range(config.num_res_blocks):
+                layers.append(ResidualBlock(channels, config.base_dim * multiplier, **options))
+                channels = config.base_dim * multiplier
+            if level < len(config.temporal_downsample):
+                layers.append(Downsample(channels, temporal=config.temporal_downsample[level], **options))
+        self.downsamples = nnx.List(layers)
+        self.middle = _middle(channels, options)
+        self.head_norm = RMSNorm(channels, param_dtype=param_dtype)
+        self.head_conv = CausalConvolution(channels, 2 * config.z_dim, **options)
+
+    def __call__(self, frames, past):
+        """Encode frames [B F H W 3] to [B F/4 H/8 W/8 2*z_dim]; return it with the layers' pasts."""
+        layers = [self.conv1, *self.downsamples, *self.middle]
+        return _run(layers, self.head_norm, self.head_conv, frames, past)
+
+
+class Decoder(nnx.Module):
+    """From a latent frame to its group of video frames."""
+
+    def __init__(self, config: WanVAEConfig, rngs: nnx.Rngs, *, dtype, param_dtype):
+        options = {"rngs": rngs, "dtype": dtype, "param_dtype": param_dtype}
+        channels = config.base_dim * config.dim_mult[-1]
+        self.conv1 = CausalConvolution(config.z_dim, channels, **options)
+        self.middle = _middle(channels, options)
+        temporal = config.temporal_downsample[::-1]
+        layers = []
+        for level, multiplier in enumerate(config.dim_mult[::-1]):
+            for _ in range(config.num_res_blocks + 1):
+                layers.append(ResidualBlock(channels, config.base_dim * multiplier, **options))
+                channels = config.base_dim * multiplier
+            if level < len(temporal):
+                layers.append(Upsample(channels, temporal=temporal[level], **options))
+                channels //= 2
+        self.upsamples = nnx.List(layers)
+        self.head_norm = RMSNorm(channels, param_dtype=param_dtype)
+        self.head_conv = CausalConvolution(channels, RGB, **options)
+
+    def __call__(self, frames, past):
+        """Decode frames [B F H W z_dim] to [B 4F 8H 8W 3]; return it with the layers' pasts."""
+        layers = [self.conv1, *self.middle, *self.upsamples]
+        return _run(layers, self.head_norm, self.head_conv, frames, past)
+
+
+def _middle(channels, options):
+    return nnx.List(
+        [
+            ResidualBlock(channels, channels, **options),
+            AttentionBlock(channels, **options),
+            ResidualBlock(channels, channels, **options),
+        ]
+    )
+
+
+def _run(layers, head_norm, head_conv, x, past):
+    pasts = [None] * (len(layers) + 1) if past is None else list(past)
+    for i, layer in enumerate(layers):
+        if isinstance(layer, AttentionBlock):
+            x = layer(x)
+        else:
+            x, pasts[i] = layer(x, pasts[i])
+    x, pasts[-1] = head_conv(jax.nn.silu(head_norm(x)), pasts[-1])
+    return x, tuple(pasts)
+
+
+class WanVAE(nnx.Module):
+    """The autoencoder: `z = vae.encode(video)` and `video = vae.decode(z)`.
+
+    Args:
+      config: sizes and latent statistics.
+      rngs: initial random weights; `nnx.eval_shape` builds the abstract model.
+      dtype: compute dtype of the convolutions and matrix products; norms and softmax are float32.
+      param_dtype: dtype of the stored parameters.
+    """
+
+    def __init__(self, config: WanVAEConfig, rngs: nnx.Rngs, *, dtype=jnp.float32, param_dtype=jnp.float32):
+        options = {"dtype": dtype, "param_dtype": param_dtype}
+        self.config, self.dtype = config, dtype
+        self.encoder = Encoder(config, rngs, **options)
+        self.decoder = Decoder(config, rngs, **options)
+        # Wan's names: conv1 stands behind the encoder, conv2 before the decoder.
+        self.conv1 = nnx.Linear(2 * config.z_dim, 2 * config.z_dim, rngs=rngs, **options)
+        self.conv2 = nnx.Linear(config.z_dim, config.z_dim, rngs=rngs, **options)
+
+    def encode(self, video: Video) -> Latents:
+        """Encode a clip to the mean of its latent posterior, normalised with Wan's mean and standard deviation.
+
+        Args:
+          video: [B F H W 3] in [-1, 1]; F = 4n + 1, H and W divisible by 8 (the config's strides).
+
+        Returns:
+          latents [B 1 + (F - 1)/4 H/8 W/8 z_dim], float32.
+
+        Raises:
+          UserError: naming the size that does not fit.
+        """
+        video = jnp.asarray(video)
+        stride, side = self.config.temporal_stride, self.config.spatial_stride
+        _check_axes("video", video, "channels", RGB)
+        if (video.shape[1] - 1) % stride:
+            raise UserError(f"video has {video.shape[1]} frames; give a multiple of {stride} and one more")
+        for name, size in zip(("height", "width"), video.shape[2:4], strict=True):
+            if size % side:
+                raise UserError(f"video {name} is {size}; give a multiple of {side}")
+        return _encode(*nnx.split(self), video)
+
+    def decode(self, latents: Latents) -> Video:
+        """Decode latents to a clip.
+
+        Args:
+          latents: normalised latents [B F H W z_dim].
+
+        Returns:
+          video [B 4(F - 1) + 1 8H 8W 3], float32, nominally in [-1, 1] but not clipped: clip where pixels are written.
+
+        Raises:
+          UserError: when the latents' axes or channels do not fit.
+        """
+        latents = jnp.asarray(latents)
+        _check_axes("latents", latents, "z_dim", self.config.z_dim)
+        return _decode(*nnx.split(self), latents)
+
+
+def _check_axes(name: str, array, channels_name: str, channels: int) -> None:
+    if array.ndim != 5 or array.shape[-1] != channels or 0 in array.shape:
+        raise UserError(
+            f"{name} has shape {array.shape}; give [batch frames height width {channels_name}={channels}], none empty"
+        )
+
+
+# Compiled here, since run eagerly a scan over a fresh closure would be compiled anew by every call.
+@functools.partial(jax.jit, static_argnums=0)
+def _encode(graphdef, state, video):
+    vae = nnx.merge(graphdef, state)
+    moments = vae.conv1(_by_group(vae.encoder, video, vae.config.temporal_stride))
+    mean, _ = jnp.split(moments.astype(jnp.float32), 2, axis=-1)  # float32: what follows is statistics, not network
+    return (mean - jnp.array(vae.config.latents_mean)) / jnp.array(vae.config.latents_std)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _decode(graphdef, state, latents):
+    vae = nnx.merge(graphdef, state)
+    latents = latents.astype(jnp.float32) * jnp.array(vae.config.latents_std) + jnp.array(vae.config.latents_mean)
+    return _by_group(vae.decoder, vae.conv2(latents), 1).astype(jnp.float32)
+
+
+def _by_group(network, frames, size: int):
+    """Apply `network` to the first frame, then to groups of `size` frames, handing on what its layers have seen."""
+    first, past = network(frames[:, :1], None)
+    if frames.shape[1] == 1:
+        return first
+
+    def apply_to_group(past, group):
+        y, past = network(group, past)
+        return past, y
+
+    groups = rearrange(frames[:, 1:], "b (n f) h w c -> n b f h w c", f=size)
+    _, rest = jax.lax.scan(apply_to_group, past, groups)
+    return jnp.concatenate([first, rearrange(rest, "n b f h w c -> b (n f) h w c")], axis=1)
