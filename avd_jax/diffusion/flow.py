@@ -6,11 +6,10 @@
 One convention holds everywhere: **a timestep is what the network is given, and sigma = timestep / 1000**. The shift
 acts once, where timesteps are made (drawn in `sample_timesteps`, or laid out by a solver), and never again after that.
 
-So the authors' student timesteps 1000, 900, 757, 522 have sigmas 1, 0.9, 0.757, 0.522. They are not uniform times that
-still await a shift: their public code finds a timestep's sigma by looking up the nearest entry of a table that holds
-both 1000 sigma and sigma, which is a division by 1000 whatever shift the table was made with. Nor are they one shift's
-image of 1000, 750, 500, 250: those three ratios would need a shift of 3.00, 3.12 and 3.28 (a shift of 3 gives 900, 750,
-500). Configs list them as they are.
+So the authors' student timesteps 1000, 900, 757, 522 have sigmas 1, 0.9, 0.757, 0.522: in their code, too, sigma stays
+t/1000 whatever shift the schedule object was built with (PAPER.md, last section). They are near a shift of 3 of 1000,
+750, 500, 250, which is 1000, 900, 750, 500, but no one shift makes them (the three would need 3.00, 3.12 and 3.28), so
+configs list them as they are, shifted already.
 
 Arithmetic is at least float32: bf16 has 8 bits, and x0 is a small difference of large terms where sigma is near 1.
 """

@@ -29,8 +29,7 @@ def distribution_matching_gradient(*, x0: Latents, fake_x0: Latents, real_x0: La
     """
     x0, fake_x0, real_x0 = (jax.lax.stop_gradient(at_least_float32(x)) for x in (x0, fake_x0, real_x0))
     distance = reduce(jnp.abs(x0 - real_x0), "b f h w c -> b 1 1 1 1", "mean")
-    gradient = (fake_x0 - real_x0) / jnp.where(distance == 0, 1, distance)
-    return jnp.where(distance == 0, 0, gradient)
+    return jnp.where(distance == 0, 0, (fake_x0 - real_x0) / distance)
 
 
 @typechecked
