@@ -1,0 +1,157 @@
+"""Every field of a training config: its default (the paper's value where the paper has one) and its help line.
+
+A file in `configs/` starts from `default_config()` and changes what it must. A field that is not listed here does not
+exist: setting it is an error that names the closest one.
+"""
+
+import math
+
+import ml_collections
+
+from avd_jax.diffusion.student import StudentSchedule
+from avd_jax.errors import UserError, closest
+from avd_jax.models.wan_dit import REMAT_POLICIES
+
+FIELDS: dict[str, tuple[object, str]] = {
+    "seed": (0, "decides the order of the data and all noise"),
+    "num_steps": (1000, "generator updates in the run"),
+    "batch_size": (8, "examples an update, over all devices"),
+    "accumulation_steps": (1, "parts that a batch is cut into to save memory; gradients are averaged"),
+    "init_from": ("", "weights of the teacher, which all three networks start from, in any layout; sets the sizes"),
+    "data.latents": ("", "folder of encoded videos (scripts/encode.py --videos), for the regression loss"),
+    "data.prompts": (
+        "",
+        "folder of encoded prompts (scripts/encode.py --prompts); empty: the captions of data.latents",
+    ),
+    "data.shapes_world.clips": (0, "without data.latents: encode so many clips of the built-in moving shapes"),
+    "data.shapes_world.prompts": (0, "and so many of its captions as prompts"),
+    "data.shapes_world.frames": (17, "video frames a clip, 4n + 1"),
+    "data.shapes_world.height": (64, "pixels, a multiple of 16"),
+    "data.shapes_world.width": (64, "pixels, a multiple of 16"),
+    "data.shapes_world.fps": (16, "frames a second"),
+    "student.timesteps": ((1000.0, 900.0, 757.0, 522.0), "timesteps (1000 sigma) of the student's steps"),
+    "score.shift": (5.0, "timestep shift of the random timesteps at which teacher and fake_score are compared"),
+    "score.min_timestep": (20.0, "lower bound of these timesteps, of 1000"),
+    "score.max_timestep": (980.0, "upper bound of these timesteps, of 1000"),
+    "guidance_scale": (5.0, "guidance of the teacher, in Wan's convention uncond + scale * (cond - uncond)"),
+    "fake_score_updates": (5, "updates of fake_score before each update of the generator"),
+    "loss.distribution_matching": (1.0, "weight of L_KL, Eq. 4; 0 switches the term off"),
+    "loss.regression": (2.0, "weight of L_reg, Eq. 9; 0 switches the term off and its forward pass"),
+    "loss.regression_weighting": ("adaptive", "'adaptive' (Eqs. 5-7) or 'fixed' (w = 1, the ablation)"),
+    "loss.adaptive_k": (3.0, "steepness k of the adaptive weight"),
+    "loss.adaptive_alpha": (0.95, "share of the old mean that stays in the loss history"),
+    "loss.adaptive_uses": ("before", "the weight uses the mean 'before' the update (paper) or 'after' it (authors)"),
+    "loss.temporal": (0.05, "weight of L_temp, Eq. 8; 0 switches the term off"),
+    "loss.temporal_clip": (0.6, "L_temp gives no gradient at or below this; -inf never truncates"),
+    "optimizer.learning_rate": (2e-6, "AdamW's learning rate of the generator"),
+    "optimizer.fake_score_learning_rate": (2e-6, "AdamW's learning rate of fake_score"),
+    "optimizer.beta1": (0.9, "AdamW's decay of the first moment"),
+    "optimizer.beta2": (0.999, "AdamW's decay of the second moment"),
+    "optimizer.epsilon": (1e-8, "AdamW's epsilon"),
+    "optimizer.weight_decay": (0.01, "AdamW's decoupled weight decay (PyTorch's default; the paper names none)"),
+    "optimizer.max_grad_norm": (10.0, "gradients are scaled down to this global norm"),
+    "ema_decay": (0.0, "decay of the running mean of the generator's weights; 0 keeps none"),
+    "compute_dtype": ("bfloat16", "dtype of matrix products; masters and moments are float32"),
+    "teacher_dtype": ("bfloat16", "dtype in which the frozen teacher is stored and run"),
+    "remat": ("block", "what the backward pass keeps of a block: " + ", ".join(REMAT_POLICIES)),
+    "mesh.data": (-1, "devices along the data axis; -1: all that the others leave"),
+    "mesh.fsdp": (1, "devices along the axis that shards parameters and batch"),
+    "mesh.seq": (1, "devices along the axis that shards tokens"),
+    "log_every": (1, "generator updates between two lines of metrics.jsonl"),
+    "checkpoint_every": (100, "generator updates between two checkpoints; 0: only at the end and on SIGTERM"),
+    "checkpoint.keep": (2, "newest checkpoints to keep"),
+    "checkpoint.best_metric": ("", "keep the best checkpoint by this metric too, such as 'loss/regression'"),
+    "checkpoint.best_mode": ("min", "whether the best is the 'min' or the 'max'"),
+    "max_nonfinite": (10, "updates in a row that may be skipped for a non-finite loss before the run stops"),
+    "sample_every": (100, "generator updates between two sets of sample videos; 0: never"),
+    "sample.prompts": (4, "prompts to sample: the first ones of data.prompts"),
+    "sample.vae": ("", "weights of the VAE that decodes the samples; empty: those beside init_from"),
+    "sample.teacher_steps": (50, "UniPC steps of the teacher's videos that stand beside them; 0: no teacher"),
+    "sample.teacher_shift": (5.0, "timestep shift of the teacher's solver"),
+    "sample.fps": (16, "frames a second of the sample videos"),
+}
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """Return a config with every field at its default; fields can be set, not added."""
+    config = ml_collections.ConfigDict()
+    for name, (value, _) in FIELDS.items():
+        *parents, leaf = name.split(".")
+        node = config
+        for parent in parents:
+            if parent not in node:
+                node[parent] = ml_collections.ConfigDict()
+            node = node[parent]
+        node[leaf] = value
+    return config.lock()
+
+
+def flatten(config) -> dict[str, object]:
+    """Return dotted field name -> value."""
+    flat = {}
+    for key, value in config.items():
+        if hasattr(value, "items"):
+            flat |= {f"{key}.{name}": leaf for name, leaf in flatten(value).items()}
+        else:
+            flat[key] = value
+    return flat
+
+
+def describe(config) -> str:
+    """Return one line a field: name, value, help."""
+    flat = flatten(config)
+    width = max(len(f"{name} = {value}") for name, value in flat.items())
+    return "\n".join(f"{f'{name} = {value}':<{width}}  {FIELDS[name][1]}" for name, value in flat.items())
+
+
+def validate(config) -> None:
+    """Check every value that can be checked without files or devices.
+
+    Raises:
+      UserError: naming the field and what it may be.
+    """
+    flat = flatten(config)
+    for name in flat:
+        if name not in FIELDS:
+            raise UserError(f"config.{name} does not exist{closest(name, FIELDS)}")
+    positive = ("num_steps", "batch_size", "accumulation_steps", "log_every", "max_nonfinite", "checkpoint.keep")
+    for name in positive:
+        _check(flat, name, flat[name] >= 1, "must be at least 1")
+    not_negative = [name for name in flat if name.startswith(("loss.", "optimizer.")) and _is_number(flat[name])]
+    not_negative += ["checkpoint_every", "sample_every", "fake_score_updates", "sample.prompts", "sample.teacher_steps"]
+    for name in not_negative:
+        if name != "loss.temporal_clip":
+            _check(flat, name, flat[name] >= 0 and math.isfinite(flat[name]), "must be 0 or a positive number")
+    for name, choices in (
+        ("loss.regression_weighting", ("adaptive", "fixed")),
+        ("loss.adaptive_uses", ("before", "after")),
+        ("compute_dtype", ("float32", "bfloat16")),
+        ("teacher_dtype", ("float32", "bfloat16")),
+        ("checkpoint.best_mode", ("min", "max")),
+        ("remat", tuple(REMAT_POLICIES)),
+    ):
+        _check(flat, name, flat[name] in choices, f"must be one of {', '.join(choices)}{closest(flat[name], choices)}")
+    for name in ("ema_decay", "loss.adaptive_alpha"):
+        _check(flat, name, 0 <= flat[name] < 1, "must be at least 0 and below 1")
+    bounds = 0 < flat["score.min_timestep"] <= flat["score.max_timestep"] <= 1000
+    _check(
+        flat, "score.min_timestep", bounds, f"and score.max_timestep={flat['score.max_timestep']} must rise in 0..1000"
+    )
+    _check(flat, "score.shift", flat["score.shift"] > 0, "must be positive")
+    parts, batch = flat["accumulation_steps"], flat["batch_size"]
+    _check(flat, "accumulation_steps", batch % parts == 0, f"must divide batch_size={batch}")
+    _check(flat, "init_from", flat["init_from"], "must name the teacher's weights")
+    if not any(flat[f"loss.{term}"] for term in ("distribution_matching", "regression", "temporal")):
+        raise UserError("config.loss: every term has weight 0, nothing would be trained; set one of them")
+    StudentSchedule(tuple(config.student.timesteps))
+    if not config.data.latents and not config.data.shapes_world.clips:
+        raise UserError("config.data.latents is empty: give the folder that scripts/encode.py --videos wrote")
+
+
+def _check(flat: dict, name: str, holds: bool, message: str) -> None:
+    if not holds:
+        raise UserError(f"config.{name}={flat[name]!r} {message}")
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,0 +1,33 @@
+"""What one training cycle costs, counted in forward passes of the transformer on one example.
+
+A backward pass costs two forwards, and one more where remat runs the block's forward again. The student's rollout stops
+at a step drawn uniformly, so its cost is an expectation.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class CycleCost:
+    """Forward passes an example: of one generator update, of one fake_score update, and of the whole cycle."""
+
+    generator: float
+    fake_score: float
+    cycle: float
+
+
+def cycle_cost(config) -> CycleCost:
+    """Count one cycle of `config`: `fake_score_updates` updates of fake_score and one of the generator."""
+    steps = len(config.student.timesteps)
+    with_gradient = 3 if config.remat == "none" else 4
+    before_stop = (steps - 1) / 2  # expectation of the rollout's steps before the sampled one
+    generator = 0.0
+    if config.loss.distribution_matching or config.loss.temporal:
+        generator += before_stop + with_gradient
+    if config.loss.distribution_matching:
+        generator += 1 + 2  # fake_score, and the teacher with and without the prompt
+    if config.loss.regression:
+        generator += with_gradient
+    fake_score = before_stop + 1 + with_gradient
+    updates = config.fake_score_updates
+    return CycleCost(generator, fake_score, updates * fake_score + generator)

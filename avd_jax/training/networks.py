@@ -1,0 +1,47 @@
+"""The three networks of a run: one graph for generator and fake_score (float32 masters), one for the frozen teacher."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from avd_jax.models.wan_dit import WanDiT, WanDiTConfig
+
+Params = dict  # nested dict of arrays, as `nnx.to_pure_dict` gives it
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network without its parameters: `network(params, latents, timesteps, prompt_embeds)`."""
+
+    graphdef: nnx.GraphDef
+    abstract: nnx.State
+
+    def __call__(self, params: Params, latents, timesteps, prompt_embeds):
+        """Return the velocity, [B F H W C]."""
+        state = jax.tree.map(lambda leaf: leaf, self.abstract)  # a copy: the next line fills it in place
+        nnx.replace_by_pure_dict(state, params)
+        return nnx.merge(self.graphdef, state)(latents, timesteps, prompt_embeds)
+
+    def abstract_params(self) -> Params:
+        """Return the parameters' shapes and dtypes."""
+        return nnx.to_pure_dict(self.abstract)
+
+
+def make_network(config: WanDiTConfig, *, dtype: str, param_dtype: str, remat: str) -> Network:
+    """Build the graph of a WanDiT without allocating its parameters."""
+
+    def build() -> WanDiT:
+        return WanDiT(config, rngs=nnx.Rngs(0), dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(param_dtype), remat=remat)
+
+    return Network(*nnx.split(nnx.eval_shape(build)))
+
+
+@dataclass(frozen=True)
+class Networks:
+    """What the steps apply: the trained graph (generator and fake_score) and the teacher's."""
+
+    student: Callable
+    teacher: Callable
