@@ -118,7 +118,7 @@ def _starts(path: Path, length: float, most: int) -> list[float]:
         return [0.0]  # reading that one clip reports what is wrong with the file
     count = max(1, min(most, math.floor(total / length + 1e-6)))
     # Whole milliseconds, so that the name of a clip says its start exactly.
-    return [math.floor(1000 * i * (total - length) / max(1, count - 1)) / 1000 for i in range(count)]
+    return [math.floor(1000 * i * (total - length) / max(1, count - 1) + 1e-6) / 1000 for i in range(count)]
 
 
 def _read_lines(path: str | os.PathLike) -> list[str]:

@@ -1,0 +1,166 @@
+"""The training pipeline: epochs, exact resume, and one global order for any number of hosts."""
+
+import json
+from dataclasses import replace
+
+import grain
+import ml_dtypes
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from avd_jax.data import latents as sets
+from avd_jax.data.pipeline import training_batches
+from avd_jax.data.set_writer import SetWriter
+from avd_jax.errors import UserError
+
+PROMPTS = sets.PromptsInfo(text_len=16, text_dim=2, text_encoder="aaaa")
+LATENTS = sets.LatentsInfo(16, 2, "aaaa", 5, 16, 32, 16.0, (2, 2, 4, 1), "bbbb")
+NEGATIVE = np.zeros((1, 2))
+
+
+def write_sets(folder, clips=11, prompts=13, latents_info=LATENTS, prompts_info=PROMPTS):
+    """Clip i has latents i and a caption of i % 3 + 1 tokens of value i; prompt j has one token of value 100 + j."""
+    writer = SetWriter(folder / "latents", latents_info, [str(i) for i in range(clips)], inputs_per_shard=4)
+    for shard in writer.pending():
+        records = [
+            sets.latents_record(
+                clip_id=str(i),
+                caption=str(i),
+                latents=np.full((2, 2, 4, 1), i),
+                prompt_embeds=np.full((i % 3 + 1, 2), i),
+                fps=16.0,
+                source="",
+            )
+            for i in writer.range_of(shard)
+        ]
+        writer.write_shard(shard, records, {})
+    writer.finish("", NEGATIVE)
+    writer = SetWriter(folder / "prompts", prompts_info, [str(i) for i in range(prompts)], inputs_per_shard=20)
+    records = [sets.prompts_record(text=str(j), prompt_embeds=np.full((1, 2), 100 + j)) for j in range(prompts)]
+    writer.write_shard(0, records, {})
+    writer.finish("", NEGATIVE)
+    return folder / "latents", folder / "prompts"
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return write_sets(tmp_path_factory.mktemp("sets"))
+
+
+def batches(folders, count=None, **kwargs):
+    iterator = training_batches(*folders, **{"batch_size": 4, "seed": 0, "text_len": 5, **kwargs})
+    return iterator if count is None else [next(iterator) for _ in range(count)]
+
+
+def numbers(batch):
+    """(clip, prompt) of each row."""
+    return [(int(z.flat[0]), int(p.flat[0])) for z, p in zip(batch["latents"], batch["prompt_embeds"], strict=True)]
+
+
+def rows(found):
+    return [row for batch in found for row in numbers(batch)]
+
+
+def test_what_a_batch_holds(folders):
+    (batch,) = batches(folders, 1)
+    assert {key: value.shape for key, value in batch.items()} == {
+        "prompt_embeds": (4, 5, 2),
+        "latents": (4, 2, 2, 4, 1),
+        "caption_embeds": (4, 5, 2),
+    }
+    assert all(value.dtype == ml_dtypes.bfloat16 for value in batch.values())
+    for (clip, prompt), row in zip(numbers(batch), range(4), strict=True):
+        assert (batch["latents"][row] == clip).all()
+        length = clip % 3 + 1
+        assert (batch["caption_embeds"][row, :length] == clip).all()
+        assert (batch["caption_embeds"][row, length:] == 0).all()
+        assert (batch["prompt_embeds"][row] == [[prompt] * 2] + [[0] * 2] * 4).all()
+
+
+def test_each_epoch_holds_everything_once_in_an_order_of_its_own(folders):
+    found = rows(batches(folders, 11 * 13 // 4 + 1))
+    clips, prompts = [clip for clip, _ in found], [prompt for _, prompt in found]
+    clip_epochs = [clips[i : i + 11] for i in range(0, 132, 11)]
+    prompt_epochs = [prompts[i : i + 13] for i in range(0, 130, 13)]
+    assert all(sorted(epoch) == list(range(11)) for epoch in clip_epochs)
+    assert all(sorted(epoch) == list(range(100, 113)) for epoch in prompt_epochs)
+    assert len(set(map(tuple, clip_epochs))) == len(clip_epochs)
+    assert len(set(map(tuple, prompt_epochs))) == len(prompt_epochs)
+
+
+def test_seeds(folders):
+    assert rows(batches(folders, 5)) == rows(batches(folders, 5))
+    assert rows(batches(folders, 5)) != rows(batches(folders, 5, seed=1))
+
+
+def test_captions_serve_as_prompts(folders):
+    found = rows(batches((folders[0], None), 11))
+    assert sorted(prompt for _, prompt in found) == sorted(clip for clip, _ in found)
+    assert sum(prompt == clip for clip, prompt in found) < 15, "prompts are not the captions of the same rows"
+
+
+@pytest.mark.parametrize("shard_count", [2, 4])
+def test_global_batches_do_not_depend_on_the_number_of_hosts(folders, shard_count):
+    alone = batches(folders, 9)
+    hosts = [batches(folders, 9, shard_index=s, shard_count=shard_count) for s in range(shard_count)]
+    for i, whole in enumerate(alone):
+        parts = [host[i] for host in hosts]
+        assert all(len(part["latents"]) == 4 // shard_count for part in parts)
+        assert sorted(rows(parts)) == sorted(numbers(whole))
+
+
+def test_the_state_fits_any_host_and_any_number_of_hosts(folders):
+    expected = [sorted(numbers(batch)) for batch in batches(folders, 9)]
+    one = batches(folders, shard_index=1, shard_count=4)
+    for _ in range(5):
+        next(one)
+    state = json.loads(json.dumps(one.get_state()))
+    for shard_count in (1, 2, 4):
+        hosts = [batches(folders, shard_index=s, shard_count=shard_count) for s in range(shard_count)]
+        for host in hosts:
+            host.set_state(state)
+        for i in range(5, 9):
+            assert sorted(rows([next(host) for host in hosts])) == expected[i]
+
+
+def test_saved_with_orbax_and_restored_exactly(folders, tmp_path):
+    iterator = batches(folders)
+    for _ in range(7):
+        next(iterator)
+    with ocp.CheckpointManager(tmp_path / "run") as manager:
+        manager.save(3, args=ocp.args.Composite(data=grain.checkpoint.CheckpointSave(iterator)))
+    expected = rows([next(iterator) for _ in range(6)])
+    again = batches(folders)
+    next(again)
+    with ocp.CheckpointManager(tmp_path / "run") as manager:
+        manager.restore(3, args=ocp.args.Composite(data=grain.checkpoint.CheckpointRestore(again)))
+    assert rows([next(again) for _ in range(6)]) == expected
+
+
+def test_a_set_of_one_fills_a_batch(tmp_path):
+    folders = write_sets(tmp_path, clips=1, prompts=1)
+    assert rows(batches(folders, 2)) == [(0, 100)] * 8
+
+
+def test_text_len_below_the_stored_length_cuts(folders):
+    (batch,) = batches(folders, 1, text_len=1)
+    assert batch["caption_embeds"].shape == (4, 1, 2)
+
+
+def test_what_a_user_can_do_wrong(folders, tmp_path):
+    with pytest.raises(UserError, match="batch_size 4 cannot be shared evenly by 3 hosts"):
+        batches(folders, shard_count=3)
+    with pytest.raises(UserError, match="is a set of latents, not of prompts"):
+        batches((folders[0], folders[0]))
+    with pytest.raises(UserError, match="nowhere: holds no encoded set"):
+        batches((tmp_path / "nowhere", folders[1]))
+    other = write_sets(tmp_path, prompts_info=replace(PROMPTS, text_encoder="cccc"))
+    with pytest.raises(UserError, match=r"text_encoder is cccc, that of .* is aaaa; encode both"):
+        batches(other)
+
+
+def test_latents_of_another_shape_are_named(tmp_path):
+    folders = write_sets(tmp_path, latents_info=replace(LATENTS, latents_shape=(2, 4, 4, 1)))
+    with pytest.raises(UserError, match=r"latents: \d+ has latents of shape \(2, 2, 4, 1\)"):
+        batches(folders, 1)

@@ -1,0 +1,172 @@
+"""scripts/encode.py as a user runs it, with small stand-ins for the networks."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from avd_jax.data.latents import EncodedSet, LatentsInfo, read_metadata
+from avd_jax.data.video import write_video
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "encode.py"
+
+STAND_INS = """
+import json, runpy, sys
+import jax.numpy as jnp, numpy as np
+from absl import flags
+from flax import nnx
+from avd_jax import convert
+from avd_jax.errors import UserError
+
+
+class Network(nnx.Module):
+    def __init__(self, path, *_):
+        if "none" in path:
+            raise UserError(f"{path}: holds no weights.")
+        self.weight = nnx.Param(jnp.full((4,), 2.0 if "other" in path else 1.0))
+
+    def __call__(self, ids, mask):
+        return (ids * mask)[..., None] * self.weight[...]
+
+    def encode(self, video):
+        return video[:, ::4, ::8, ::8]
+
+
+def tokenizer(texts):
+    ids = np.zeros((len(texts), 512), np.int32)
+    for i, text in enumerate(texts):
+        ids[i, : len(text.split())] = [len(word) for word in text.split()]
+    return ids, (ids > 0).astype(np.int32)
+
+
+convert.load_vae = convert.load_umt5 = Network
+convert.load_tokenizer = lambda path: tokenizer
+"""
+RUN = STAND_INS + "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+# Many command lines in one process: what each raises, as JSON.
+MESSAGES = (
+    STAND_INS
+    + """
+script = runpy.run_path(sys.argv[1])
+messages = []
+for arguments in json.loads(sys.argv[2]):
+    for name in flags.FLAGS:
+        flags.FLAGS[name].unparse()
+    try:
+        script["main"].__wrapped__(flags.FLAGS(["encode.py", *arguments]))
+        messages.append("")
+    except UserError as error:
+        messages.append(str(error))
+print(json.dumps(messages))
+"""
+)
+
+
+def python(code, *arguments, status=0):
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == status, done.stderr
+    return done
+
+
+def encode(*arguments, status=0):
+    return python(RUN, SCRIPT, *arguments, status=status)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "videos").mkdir()
+    for name in ("a", "b", "nocaption"):
+        write_video(tmp_path / "videos" / f"{name}.mp4", np.full((9, 32, 48, 3), 0.5), fps=16)
+    write_video(tmp_path / "videos" / "short.mp4", np.zeros((3, 32, 48, 3)), fps=16)
+    (tmp_path / "videos" / "zero.mp4").write_bytes(b"")
+    names = ["a", "short", "gone", "zero", "b"]
+    lines = [json.dumps({"file": f"{name}.mp4", "caption": f"caption of {name}"}) for name in names]
+    (tmp_path / "captions.jsonl").write_text("\n".join(lines))
+    (tmp_path / "prompts.txt").write_text("one two \nthree/four\none two\n\n“five” six seven\n")
+    (tmp_path / "w").mkdir()
+    return tmp_path
+
+
+def test_videos_and_prompts(folder):
+    size = ["--frames=9", "--fps=16", "--height=32", "--width=48", "--shard_size=2"]
+    command = [f"--videos={folder}/videos", f"--captions={folder}/captions.jsonl", "--weights=w", *size]
+    done = encode(*command, f"--out={folder}/latents")
+    lines = done.stdout.splitlines()
+    assert lines[0] == f"{folder}/latents: 2 written, 4 skipped"
+    for line, (name, reason) in zip(
+        lines[1:],
+        [
+            ("short", "too short"),
+            ("gone", "cannot be read as a video"),
+            ("zero", "cannot be read as a video"),
+            ("nocaption", "has no caption"),
+        ],
+        strict=True,
+    ):
+        assert f"{name}.mp4: {reason}" in line
+    encoded = EncodedSet(folder / "latents", "latents")
+    assert [encoded[i]["clip_id"] for i in range(len(encoded))] == ["a.mp4@0.000", "b.mp4@0.000"]
+    assert encoded[1]["prompt_embeds"][:, 0].tolist() == [7, 2, 1]
+    np.testing.assert_allclose(encoded[0]["latents"].astype(np.float32), 0.5, atol=0.02)
+    info = read_metadata(folder / "latents")
+    assert isinstance(info, LatentsInfo)
+    assert (info.frames, info.fps, info.height, info.width) == (9, 16.0, 32, 48)
+    assert info.latents_shape == (3, 4, 6, 3)
+
+    # Again: nothing is done, the same is said. With other weights: refused.
+    assert encode(*command, f"--out={folder}/latents").stdout == done.stdout
+    other = encode(*command, "--weights=other", f"--out={folder}/latents", status=1)
+    assert other.stderr.splitlines()[-1].startswith(f"error: {folder}/latents: holds a set encoded from other weights")
+    assert "Traceback" not in other.stderr
+
+    done = encode(f"--prompts={folder}/prompts.txt", "--weights=w", f"--out={folder}/prompts")
+    assert done.stdout == f"{folder}/prompts: 3 written, 0 skipped\n"
+    prompts = EncodedSet(folder / "prompts", "prompts")
+    assert [prompts[i]["text"] for i in range(3)] == ["one two", "three/four", "“five” six seven"]
+    assert prompts.info.text_encoder == info.text_encoder
+    assert len(list((folder / "prompts").glob("prompts-train*"))) == 1
+
+
+def test_messages(folder):
+    videos, captions = f"--videos={folder}/videos", f"--captions={folder}/captions.jsonl"
+    prompts, weights, out = f"--prompts={folder}/prompts.txt", "--weights=w", f"--out={folder}/out"
+    (folder / "bad.jsonl").write_text('{"file": "a.mp4"}\n')
+    cases = {
+        (): "give either --prompts, or --videos and --captions.",
+        (prompts, videos, captions): "give either --prompts, or --videos and --captions.",
+        (videos, weights, out): "--captions is missing",
+        (captions, weights, out): "--videos is missing",
+        (prompts, out): "--weights is missing: the folder with the VAE",
+        (prompts, weights): "--out is missing",
+        (videos, captions, weights, out, "--frames=16"): "--frames 16 is not 4n+1; try 17.",
+        (videos, captions, weights, out, "--frames=0"): "--frames 0 is not 4n+1; try 1.",
+        (videos, captions, weights, out, "--height=100"): "--height 100 is not a multiple of 16; try 96.",
+        (videos, captions, weights, out, "--width=8"): "--width 8 is not a multiple of 16; try 16.",
+        (prompts, weights, out, "more"): "'more' is not a flag",
+        (f"--prompts={folder}/none.txt", weights, out): f"{folder}/none.txt: cannot be read (No such file",
+        (f"--videos={folder}/none", captions, weights, out): f"{folder}/none: is not a folder of videos.",
+        (videos, f"--captions={folder}/bad.jsonl", weights, out): f"{folder}/bad.jsonl:1: has no 'caption'",
+        (prompts, "--weights=none", out): "none: holds no weights.",
+    }
+    found = json.loads(python(MESSAGES, SCRIPT, json.dumps(list(cases))).stdout)
+    for (arguments, expected), message in zip(cases.items(), found, strict=True):
+        assert message.startswith(expected), (arguments, message)
+        assert "\n" not in message
+    assert not (folder / "out").exists()
+
+
+def test_absl_reports_unknown_flags(folder):
+    done = encode("--captoins=x", status=1)
+    assert "Unknown command line flag 'captoins'. Did you mean: captions ?" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_length():
+    assert len(SCRIPT.read_text().splitlines()) <= 100
