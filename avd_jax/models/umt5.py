@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from flax import nnx
 
 from avd_jax.shapes import AttentionMask, InputIds, PromptEmbeds, typechecked
@@ -81,27 +82,22 @@ class SelfAttention(nnx.Module):
     """Multi-head self-attention with a bias on the logits and no scaling of the queries."""
 
     def __init__(self, config: UMT5Config, rngs: nnx.Rngs, *, dtype, param_dtype):
-        make = functools.partial(nnx.Einsum, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
-        to_heads = functools.partial(
-            make,
-            kernel_shape=(config.dim, config.num_heads, config.head_dim),
-            kernel_init=nnx.initializers.lecun_normal(in_axis=0, out_axis=(1, 2)),
-        )
-        self.q, self.v = to_heads("bld,dhk->bhlk"), to_heads("bld,dhk->bhlk")
-        self.k = to_heads("bld,dhk->bhkl")  # channels before tokens: the next product's right side as a CPU wants it
-        self.o = make(
-            "bhlk,hkd->bld",
-            kernel_shape=(config.num_heads, config.head_dim, config.dim),
-            kernel_init=nnx.initializers.lecun_normal(in_axis=(0, 1), out_axis=2),
-        )
+        linear = functools.partial(nnx.LinearGeneral, use_bias=False, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+        heads = (config.num_heads, config.head_dim)
+        self.q, self.k, self.v = (linear(config.dim, heads) for _ in range(3))
+        self.o = linear(heads, config.dim, axis=(-2, -1))
 
     def __call__(self, x, bias):
         """Attend over x [B L dim] with bias [B heads L L] (float32) added to the logits; returns [B L dim]."""
-        query, key, value = self.q(x), self.k(x), self.v(x)
-        logits = jnp.einsum("bhqk,bhkm->bhqm", query, key, preferred_element_type=jnp.float32)
+        # The activations are transposed here, not inside the projections: XLA on a CPU would transpose their kernels.
+        query = rearrange(self.q(x), "batch length heads channels -> batch heads length channels")
+        key = rearrange(self.k(x), "batch length heads channels -> batch heads channels length")
+        value = rearrange(self.v(x), "batch length heads channels -> batch heads length channels")
         # float32: the logits are not scaled down, so they are large and bfloat16 would keep few of their digits
+        logits = jnp.matmul(query, key, preferred_element_type=jnp.float32)
         weights = jax.nn.softmax(logits + bias, axis=-1).astype(x.dtype)
-        return self.o(jnp.einsum("bhqm,bhmk->bhqk", weights, value))
+        out = jnp.matmul(weights, value)
+        return self.o(rearrange(out, "batch heads length channels -> batch length heads channels"))
 
 
 class FeedForward(nnx.Module):
