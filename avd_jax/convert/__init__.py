@@ -1,14 +1,23 @@
 """Conversion between PyTorch's checkpoints and ours, in both directions."""
 
-from avd_jax.convert.layouts import student_settings
-from avd_jax.convert.loading import dit_config, load_dit, load_umt5
+from avd_jax.convert.layouts import student_settings, training_settings
+from avd_jax.convert.loading import dit_config, find_components, load_dit, load_umt5, load_vae
+from avd_jax.convert.saving import LAYOUTS, check_writable, export_dit, save_orbax, save_tokenizer
 from avd_jax.convert.state import flat_state, from_flat
 
 __all__ = [
+    "LAYOUTS",
+    "check_writable",
     "dit_config",
+    "export_dit",
+    "find_components",
     "flat_state",
     "from_flat",
     "load_dit",
     "load_umt5",
+    "load_vae",
+    "save_orbax",
+    "save_tokenizer",
     "student_settings",
+    "training_settings",
 ]

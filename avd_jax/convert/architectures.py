@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from avd_jax.convert import dit_rules, umt5_rules
+from avd_jax.convert import dit_rules, umt5_rules, vae_rules
 from avd_jax.convert.engine import Rule
 from avd_jax.convert.state import flat_state
 from avd_jax.errors import UserError, closest
 from avd_jax.models.umt5 import UMT5Config, UMT5Encoder
 from avd_jax.models.wan_dit import WanDiT, WanDiTConfig
+from avd_jax.models.wan_vae import WanVAE, WanVAEConfig
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -114,14 +115,12 @@ def _dit_from_shapes(shapes: Shapes, name: str) -> WanDiTConfig:
     return dit_rules.config_from_shapes(dict(shapes), name=name)
 
 
-def _umt5_from_shapes(shapes: Shapes, name: str) -> UMT5Config:
-    if "shared.weight" in shapes:
-        raise UserError(f"{name}: transformers' layout needs its config.json beside it; copy it from text_encoder/")
-    return umt5_rules.config_from_native(shapes)
-
-
 def _build_dit(config: WanDiTConfig, dtype, **options) -> WanDiT:
     return WanDiT(config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype, **options)
+
+
+def _build_vae(config: WanVAEConfig, dtype) -> WanVAE:
+    return WanVAE(config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype)
 
 
 def _build_umt5(config: UMT5Config, dtype) -> UMT5Encoder:
@@ -140,6 +139,17 @@ WAN_DIT = Architecture(
     config_from_shapes=_dit_from_shapes,
     ignored=("interp.",),  # AVD trains its frame interpolator inside the generator
 )
+WAN_VAE = Architecture(
+    name="wan_vae",
+    component="vae",
+    label="video autoencoder",
+    config_class=WanVAEConfig,
+    build=_build_vae,
+    native_rules=vae_rules.native_rules,
+    diffusers_rules=vae_rules.diffusers_rules,
+    config_from_json=lambda entries, name: vae_rules.config_from_diffusers(entries, name=name),
+    config_from_shapes=lambda shapes, name: vae_rules.config_from_native(shapes, name=name),
+)
 UMT5 = Architecture(
     name="umt5",
     component="text_encoder",
@@ -149,9 +159,9 @@ UMT5 = Architecture(
     native_rules=umt5_rules.native_rules,
     diffusers_rules=umt5_rules.diffusers_rules,
     config_from_json=lambda entries, name: umt5_rules.config_from_diffusers(entries),
-    config_from_shapes=_umt5_from_shapes,
+    config_from_shapes=lambda shapes, name: umt5_rules.config_from_native(shapes),
 )
-ARCHITECTURES = (WAN_DIT, UMT5)
+ARCHITECTURES = (WAN_DIT, WAN_VAE, UMT5)
 
 
 def in_native_names(architecture: Architecture, shapes: Shapes) -> dict[str, tuple[int, ...]]:

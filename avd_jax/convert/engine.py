@@ -147,6 +147,13 @@ def rules_of(rules: Sequence[Rule], path: str) -> list[tuple[Rule, str]]:
     return found
 
 
+def leaf_from_torch(
+    pieces: Iterable[Piece], leaf: jax.ShapeDtypeStruct, read: Callable[[str], np.ndarray]
+) -> np.ndarray:
+    """Return one whole leaf, in the leaf's dtype; arguments as in `read_shards`."""
+    return read_shards(pieces, leaf, read, [tuple(slice(None) for _ in leaf.shape)])[0]
+
+
 def leaves_from_torch(
     pieces: Mapping[str, Iterable[Piece]],
     targets: Mapping[str, jax.ShapeDtypeStruct],
@@ -154,8 +161,7 @@ def leaves_from_torch(
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yield (path, array) leaf by leaf, in the target's dtype; no more than one leaf is held at a time."""
     for path, found in pieces.items():
-        (array,) = read_shards(found, targets[path], read, [tuple(slice(None) for _ in targets[path].shape)])
-        yield path, array
+        yield path, leaf_from_torch(found, targets[path], read)
 
 
 def read_shards(

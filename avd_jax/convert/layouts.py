@@ -23,7 +23,6 @@ _NATIVE_NAMES = {
     "vae": "Wan2.1_VAE",
     "text_encoder": "models_t5_umt5-xxl-enc-bf16",
 }
-_PICKLED = (".pth", ".pt", ".bin")
 _EXPECTED = {
     "transformer": "config.json with diffusion_pytorch_model*.safetensors (Wan's folder), transformer/ (diffusers' or "
     "ours), model.pt (AVD), or checkpoints/ (a training run)",
@@ -31,6 +30,10 @@ _EXPECTED = {
     "text_encoder": "models_t5_umt5-xxl-enc-bf16.pth (Wan's folder) or text_encoder/ (diffusers' or ours)",
     "tokenizer": "google/umt5-xxl/ (Wan's folder) or tokenizer/ (diffusers' or ours)",
 }
+
+
+class NotHereError(UserError):
+    """There is no such component at the path; it may hold others."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,11 +59,13 @@ class OrbaxTree:
       folder: the PyTree.
       record: name and sizes of the network, as `Architecture.record` gives them.
       source: the file that the record was read from, for messages.
+      several_networks: whether the folder is an item of a training checkpoint.
     """
 
     folder: Path
     record: Any
     source: Path
+    several_networks: bool
 
 
 def find_weights(path: Path, architecture: Architecture, key: str) -> TorchFiles | OrbaxTree:
@@ -80,7 +85,9 @@ def find_weights(path: Path, architecture: Architecture, key: str) -> TorchFiles
     _check_folder(path)
     found = _in_folder(path, architecture, key)
     if found is None:
-        raise UserError(_not_found(path, architecture.component, lambda folder: _in_folder(folder, architecture, key)))
+        raise NotHereError(
+            _not_found(path, architecture.component, lambda folder: _in_folder(folder, architecture, key))
+        )
     return found
 
 
@@ -91,7 +98,7 @@ def find_tokenizer(path: Path) -> Path:
     _check_folder(path)
     found = _tokenizer_in(path)
     if found is None:
-        raise UserError(_not_found(path, "tokenizer", _tokenizer_in))
+        raise NotHereError(_not_found(path, "tokenizer", _tokenizer_in))
     return found
 
 
@@ -112,6 +119,17 @@ def student_settings(path: str | Path) -> dict | None:
         if (candidate / STUDENT_FILE).is_file():
             return read_json(candidate / STUDENT_FILE)
     return None
+
+
+def training_settings(path: str | Path) -> dict | None:
+    """Return what a training checkpoint records of its run, beside architecture and student; None for other weights."""
+    path = Path(path)
+    if not path.is_dir() or (step := training_step(path)) is None:
+        return None
+    meta = read_json(step / "meta" / "metadata")
+    settings = {name: value for name, value in meta.items() if name not in ("architecture", "student")}
+    run = step.parent.parent / "config.json"
+    return settings | ({"config": read_json(run)} if run.is_file() else {})
 
 
 def training_step(path: Path) -> Path | None:
@@ -157,7 +175,7 @@ def read_json(path: Path) -> dict:
 def _in_folder(path: Path, architecture: Architecture, key: str) -> TorchFiles | OrbaxTree | None:
     for folder in (path / architecture.component, path):
         if (folder / "config.json").is_file() and OUR_KEY in (entries := read_json(folder / "config.json")):
-            return OrbaxTree(folder, entries[OUR_KEY], folder / "config.json")
+            return OrbaxTree(folder, entries[OUR_KEY], folder / "config.json", several_networks=False)
         if (folder / "_METADATA").is_file() and not (folder.parent / "meta").is_dir():
             raise UserError(f"{folder}: an Orbax checkpoint without its config.json; convert the weights again")
     if architecture is WAN_DIT and (step := training_step(path)) is not None:
@@ -214,7 +232,7 @@ def _checkpoint_item(step: Path, key: str) -> OrbaxTree:
     if item not in items:
         raise UserError(f"{step}: holds no {key!r}, but {', '.join(items) or 'nothing'}{closest(item, items)}")
     meta = step / "meta" / "metadata"
-    return OrbaxTree(step / item, read_json(meta).get("architecture"), meta)
+    return OrbaxTree(step / item, read_json(meta).get("architecture"), meta, several_networks=True)
 
 
 def _tokenizer_in(path: Path) -> Path | None:

@@ -1,13 +1,18 @@
 """The public loaders: a path in any layout -> a module with its weights."""
 
+import functools
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax.numpy as jnp
 
-from avd_jax.convert.architectures import UMT5, WAN_DIT
-from avd_jax.convert.weights import Sharding, load_module, open_weights
+from avd_jax.convert.architectures import ARCHITECTURES, UMT5, WAN_DIT, WAN_VAE
+from avd_jax.convert.layouts import NotHereError
+from avd_jax.convert.weights import Sharding, Weights, load_module, open_weights
+from avd_jax.errors import UserError, closest
 from avd_jax.models.umt5 import UMT5Encoder
 from avd_jax.models.wan_dit import WanDiT, WanDiTConfig
+from avd_jax.models.wan_vae import WanVAE
 
 
 def load_dit(
@@ -40,6 +45,47 @@ def dit_config(path: str | Path, key: str = "generator") -> WanDiTConfig:
     return open_weights(path, WAN_DIT, key).config
 
 
+def load_vae(path: str | Path, dtype=jnp.float32, *, sharding: Sharding | None = None) -> WanVAE:
+    """Load the video autoencoder; arguments and errors as in `load_dit`."""
+    return load_module(open_weights(path, WAN_VAE, key=""), dtype, sharding)
+
+
 def load_umt5(path: str | Path, dtype=jnp.float32, *, sharding: Sharding | None = None) -> UMT5Encoder:
     """Load the text encoder; arguments and errors as in `load_dit`."""
     return load_module(open_weights(path, UMT5, key=""), dtype, sharding)
+
+
+def find_components(path: str | Path, wanted: Sequence[str] | None = None) -> tuple[dict[str, Weights], list[str]]:
+    """Open everything that can be converted at `path`.
+
+    Args:
+      path: as in `load_dit`.
+      wanted: components to look for, each of which must be there; None for all, of which one must be.
+
+    Returns:
+      component -> opened weights (the tokenizer: itself), and the names of those that are not there.
+
+    Raises:
+      UserError: nothing there, or what is there is damaged.
+    """
+    openers = {
+        architecture.component: functools.partial(
+            open_weights, path, architecture, "generator" if architecture is WAN_DIT else ""
+        )
+        for architecture in ARCHITECTURES
+    }
+    for name in wanted or ():
+        if name not in openers:
+            raise UserError(f"{name!r} is no component{closest(name, openers)}; known are {', '.join(openers)}")
+    found, missing = {}, []
+    for name in wanted or openers:
+        try:
+            found[name] = openers[name]()
+        except NotHereError as error:
+            if wanted:
+                raise
+            missing.append(name)
+            reason = error
+    if not found:
+        raise UserError(f"{path}: nothing to convert here; {reason}")
+    return found, missing

@@ -1,6 +1,7 @@
 """Orbax checkpoints of one network: a PyTree of leaves by path, written and read with few leaves in memory."""
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -13,7 +14,7 @@ from avd_jax.errors import UserError
 
 # Larger leaves are stored in chunks, so that a process reads only what its devices hold.
 _CHUNK_BYTES = 128 * 2**20
-# Leaves are read together up to this size: each read opens the checkpoint anew, and a VAE has hundreds of them.
+# Leaves are read and written together up to this size: one by one takes long for a VAE's hundreds of small ones.
 _GROUP_BYTES = 512 * 2**20
 
 
@@ -22,19 +23,20 @@ class _LazyLeaf:
 
     def __init__(self, leaf: jax.ShapeDtypeStruct, load: Callable[[], np.ndarray]):
         self.shape, self.dtype, self.load = leaf.shape, np.dtype(leaf.dtype), load
-        self.size = int(np.prod(leaf.shape))
+        self.size = math.prod(leaf.shape)
         self.nbytes = self.size * self.dtype.itemsize
 
 
 class _LazyLeafHandler(ocp.type_handlers.NumpyHandler):
-    """Stores lazy leaves one after the other as the NumPy arrays that they stand for."""
+    """Stores lazy leaves, a few at a time, as the NumPy arrays that they stand for."""
 
     async def serialize(self, values, infos, args=None):
-        for i, (value, info) in enumerate(zip(values, infos, strict=True)):
-            array = value.load()
-            for written in await super().serialize([array], [info], args and [args[i]]):
+        for group in _groups(values):
+            arrays = [values[i].load() for i in group]
+            group_args = args and [args[i] for i in group]
+            for written in await super().serialize(arrays, [infos[i] for i in group], group_args):
                 written.result()
-            del array  # before the next is loaded
+            del arrays  # before the next ones are loaded
         return []
 
 
@@ -72,7 +74,7 @@ def read_structure(folder: Path) -> dict[str, jax.ShapeDtypeStruct]:
 
 def read_arrays(folder: Path, leaves: Mapping[str, jax.ShapeDtypeStruct]) -> Iterator[tuple[str, np.ndarray]]:
     """Yield (path, NumPy array) for the leaves asked for, in the dtype that `leaves` gives."""
-    for group in _groups(leaves):
+    for group in _path_groups(leaves):
         restore_args = {path: ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaves[path].dtype) for path in group}
         restored = _restore(folder, {path: leaves[path] for path in group}, restore_args)
         for path in group:
@@ -86,7 +88,7 @@ def read_sharded(
 ) -> dict[str, jax.Array]:
     """Return path -> sharded array; each process reads what its own devices hold."""
     arrays = {}
-    for group in _groups(leaves):
+    for group in _path_groups(leaves):
         restore_args = {
             path: ocp.ArrayRestoreArgs(
                 restore_type=jax.Array,
@@ -114,15 +116,22 @@ def _restore(folder: Path, leaves: Mapping[str, jax.ShapeDtypeStruct], restore_a
         raise UserError(f"{folder}: cannot read the Orbax checkpoint ({_line(error)}); write it again") from None
 
 
-def _groups(leaves: Mapping[str, jax.ShapeDtypeStruct]) -> Iterator[list[str]]:
-    group: list[str] = []
+def _path_groups(leaves: Mapping[str, jax.ShapeDtypeStruct]) -> Iterator[list[str]]:
+    paths = list(leaves)
+    for group in _groups(list(leaves.values())):
+        yield [paths[i] for i in group]
+
+
+def _groups(leaves: Sequence) -> Iterator[list[int]]:
+    """Yield the indices of consecutive leaves that are small together, or of a single large one."""
+    group: list[int] = []
     used = 0
-    for path, leaf in leaves.items():
-        size = int(np.prod(leaf.shape)) * np.dtype(leaf.dtype).itemsize
+    for i, leaf in enumerate(leaves):
+        size = math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
         if group and used + size > _GROUP_BYTES:
             yield group
             group, used = [], 0
-        group.append(path)
+        group.append(i)
         used += size
     if group:
         yield group

@@ -12,8 +12,8 @@ from flax import nnx
 
 from avd_jax.convert import orbax_io
 from avd_jax.convert.architectures import ARCHITECTURES, Architecture, in_native_names, matching_keys
-from avd_jax.convert.engine import leaves_from_torch, read_shards, resolve, source_shapes
-from avd_jax.convert.layouts import OrbaxTree, TorchFiles, find_weights, read_json
+from avd_jax.convert.engine import leaf_from_torch, read_shards, resolve, source_shapes
+from avd_jax.convert.layouts import NotHereError, OrbaxTree, TorchFiles, find_weights, read_json
 from avd_jax.convert.pth import PthFile
 from avd_jax.convert.safetensors_io import SafetensorsFile, open_shards
 from avd_jax.convert.state import from_flat
@@ -21,6 +21,8 @@ from avd_jax.errors import UserError, closest
 
 # Prefixes under which a single file may have all its keys: the second is AVD's, the others are of repackaged files.
 _PREFIXES = ("model.diffusion_model.", "model.", "diffusion_model.")
+
+_PICKLED = (".pth", ".pt", ".bin")
 
 Sharding = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 
@@ -38,8 +40,11 @@ class Weights(Protocol):
     config: Any
     leaves: dict[str, jax.ShapeDtypeStruct]
 
+    def array(self, path: str, dtype=None) -> np.ndarray:
+        """Return one leaf, in `dtype` or as stored."""
+
     def arrays(self, dtype=None) -> Iterator[tuple[str, np.ndarray]]:
-        """Yield (path, array) leaf by leaf, in `dtype` or as stored."""
+        """Yield (path, array) in the order of `leaves`, in `dtype` or as stored; few are held at a time."""
 
     def sharded(self, dtype, sharding: Sharding) -> dict[str, jax.Array]:
         """Return path -> array in `dtype`, laid out as `sharding(path, shape)` says."""
@@ -52,6 +57,9 @@ def open_weights(path: str | Path, architecture: Architecture, key: str = "gener
       UserError: one line that names the file, key or field.
     """
     found = find_weights(Path(path), architecture, key)
+    several = found.several_networks if isinstance(found, OrbaxTree) else found.files[0].suffix in _PICKLED
+    if key not in ("generator", "") and not several:
+        raise UserError(f"{path}: holds no {key!r}, but one network only; only a training checkpoint has more")
     if isinstance(found, OrbaxTree):
         return OrbaxWeights(found, architecture)
     return TorchWeights(found, architecture, key)
@@ -89,8 +97,13 @@ class OrbaxWeights:
                     f"{tree.folder}: {path} has shape {leaf.shape}, but {tree.source} says {expected[path].shape}"
                 )
 
+    def array(self, path: str, dtype=None) -> np.ndarray:
+        """Return one leaf, in `dtype` or as stored."""
+        leaves = _cast({path: self.leaves[path]}, dtype)
+        return next(orbax_io.read_arrays(self._folder, leaves))[1]
+
     def arrays(self, dtype=None) -> Iterator[tuple[str, np.ndarray]]:
-        """Yield (path, array) leaf by leaf, in `dtype` or as stored."""
+        """Yield (path, array) in the order of `leaves`, in `dtype` or as stored; few are held at a time."""
         yield from orbax_io.read_arrays(self._folder, _cast(self.leaves, dtype))
 
     def sharded(self, dtype, sharding: Sharding) -> dict[str, jax.Array]:
@@ -119,9 +132,14 @@ class TorchWeights:
             dtype = jnp.result_type(*(self._tensors[piece.key][2].dtype for piece in pieces))
             self.leaves[path] = jax.ShapeDtypeStruct(targets[path].shape, dtype)
 
+    def array(self, path: str, dtype=None) -> np.ndarray:
+        """Return one leaf, in `dtype` or as stored."""
+        return leaf_from_torch(self._pieces[path], _cast({path: self.leaves[path]}, dtype)[path], self._read)
+
     def arrays(self, dtype=None) -> Iterator[tuple[str, np.ndarray]]:
-        """Yield (path, array) leaf by leaf, in `dtype` or as stored."""
-        yield from leaves_from_torch(self._pieces, _cast(self.leaves, dtype), self._read)
+        """Yield (path, array) in the order of `leaves`, in `dtype` or as stored; few are held at a time."""
+        for path in self.leaves:
+            yield path, self.array(path, dtype)
 
     def sharded(self, dtype, sharding: Sharding) -> dict[str, jax.Array]:
         """Return path -> array in `dtype`, laid out as `sharding(path, shape)` says."""
@@ -157,7 +175,7 @@ def _open_tensors(found: TorchFiles, architecture: Architecture, key: str, name:
         files = open_shards(first)
     elif first.suffix == ".safetensors":
         files = [SafetensorsFile(path) for path in found.files]
-    elif first.suffix in (".pth", ".pt", ".bin"):
+    elif first.suffix in _PICKLED:
         files = [_state_dict(PthFile(first), key)]
     else:
         raise UserError(f"{first}: not a file of weights; known are .safetensors, .pth and .pt, and folders of them")
@@ -179,9 +197,11 @@ def _open_tensors(found: TorchFiles, architecture: Architecture, key: str, name:
 def _state_dict(file: PthFile, key: str):
     if key in file.groups:
         return file.state_dict(key)
+    held = ", ".join(file.groups)
+    if file.groups and not key:
+        raise NotHereError(f"{file.path}: a training checkpoint; it holds {held} only")
     if file.groups or key not in ("generator", ""):
-        held = ", ".join(file.groups) or "one network only"
-        raise UserError(f"{file.path}: holds no {key or 'bare state dict'!r}, but {held}{closest(key, file.groups)}")
+        raise UserError(f"{file.path}: holds no {key!r}, but {held or 'one network only'}{closest(key, file.groups)}")
     return file.state_dict(None)
 
 
@@ -192,7 +212,7 @@ def _check_component(architecture: Architecture, shapes: dict, score: int, name:
     for other in ARCHITECTURES:
         for table in (other.native_rules, other.diffusers_rules):
             if other is not architecture and 2 * matching_keys(table(other.config_class()), shapes) > len(shapes):
-                raise UserError(f"{name}: holds a {other.label}, not a {architecture.label}")
+                raise NotHereError(f"{name}: holds a {other.label}, not a {architecture.label}")
 
 
 def _config(found: TorchFiles, architecture: Architecture, shapes: dict, native: bool, name: str):

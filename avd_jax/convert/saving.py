@@ -1,0 +1,167 @@
+"""Writing weights: to our own Orbax layout, and back to Wan's and diffusers' layouts.
+
+Every folder is written beside its final name and renamed once it is complete.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from avd_jax.convert import dit_rules, orbax_io
+from avd_jax.convert.architectures import WAN_DIT
+from avd_jax.convert.engine import source_shapes, tensors_to_torch
+from avd_jax.convert.layouts import OUR_KEY, STUDENT_FILE, read_json, student_settings, training_settings
+from avd_jax.convert.model_card import model_card, scheduler_config
+from avd_jax.convert.safetensors_io import write_safetensors
+from avd_jax.convert.weights import Weights, open_weights
+from avd_jax.errors import UserError
+
+LAYOUTS = ("native", "diffusers")
+# diffusers' own limit, so that a 1.3B model is one file and a 14B model a few.
+MAX_SHARD_BYTES = 10 * 10**9
+
+_STEM = "diffusion_pytorch_model"
+
+
+def save_orbax(
+    weights: Weights, folder: Path, *, dtype=None, student: dict | None = None, overwrite: bool = False
+) -> None:
+    """Write one network to `folder` in our own layout: an Orbax checkpoint with its config.json.
+
+    Args:
+      weights: from `open_weights`; one leaf is in memory at a time.
+      folder: final folder, such as `runs/wan/transformer`.
+      dtype: None keeps each leaf's.
+      student: settings that `student_settings` shall find there again.
+      overwrite: replace a folder that an earlier call has written.
+
+    Raises:
+      UserError: `folder` exists, or cannot be written (a full disk); nothing is left behind then.
+    """
+    with _complete_folder(folder, overwrite=overwrite, ours=_is_our_component) as temporary:
+        leaves = {path: _with_dtype(leaf, dtype) for path, leaf in weights.leaves.items()}
+        orbax_io.write_leaves(temporary, leaves, lambda path: weights.array(path, dtype))
+        _write_json(temporary / "config.json", {OUR_KEY: weights.architecture.record(weights.config)})
+        if student is not None:
+            _write_json(temporary / STUDENT_FILE, student)
+
+
+def save_tokenizer(tokenizer, folder: Path, *, overwrite: bool = False) -> None:
+    """Write a tokenizer to `folder`; errors as in `save_orbax`."""
+    with _complete_folder(
+        folder, overwrite=overwrite, ours=lambda path: (path / "tokenizer.json").is_file()
+    ) as temporary:
+        tokenizer.save(temporary)
+
+
+def export_dit(
+    path: str | Path,
+    folder: Path,
+    *,
+    layout: str,
+    dtype=None,
+    key: str = "generator",
+    overwrite: bool = False,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> dict | None:
+    """Write a transformer as safetensors with its config.json and a model card.
+
+    Args:
+      path: a training run, one of its checkpoints, or weights in any other layout, as for `load_dit`.
+      folder: final folder.
+      layout: "native" (`WanModel.from_pretrained(folder)`) or "diffusers"
+        (`WanTransformer3DModel.from_pretrained(folder, subfolder="transformer")`).
+      dtype: None keeps each tensor's.
+      key: which network of a training checkpoint.
+      overwrite: replace a folder that holds an earlier export and nothing else.
+      max_shard_bytes: larger weights are split into shards with an index.
+
+    Returns:
+      The student's settings, which lie beside the weights too; None for weights of no student.
+
+    Raises:
+      UserError: as in `save_orbax`.
+    """
+    check_writable(folder, overwrite=overwrite, ours=_is_export)
+    weights, student = open_weights(path, WAN_DIT, key), student_settings(path)
+    native = layout == "native"
+    rules = (dit_rules.native_rules if native else dit_rules.diffusers_rules)(weights.config)
+    config = (dit_rules.config_to_native if native else dit_rules.config_to_diffusers)(weights.config)
+    tensors: dict[str, jax.ShapeDtypeStruct] = {}
+    for leaf_path, leaf in weights.leaves.items():
+        for name, shape in source_shapes(rules, {leaf_path: leaf}):
+            tensors[name] = _with_dtype(jax.ShapeDtypeStruct(shape, leaf.dtype), dtype)
+    with _complete_folder(folder, overwrite=overwrite, ours=_is_export) as temporary:
+        model = temporary if native else temporary / "transformer"
+        model.mkdir(parents=True)
+        stream = tensors_to_torch(rules, weights.arrays(dtype))
+        write_safetensors(model, tensors, stream, stem=_STEM, max_shard_bytes=max_shard_bytes)
+        _write_json(model / "config.json", config)
+        if student is not None:
+            _write_json(temporary / STUDENT_FILE, student)
+            if not native:
+                (temporary / "scheduler").mkdir()
+                _write_json(temporary / "scheduler" / "scheduler_config.json", scheduler_config())
+        card = model_card(weights.config, layout=layout, student=student, settings=training_settings(path))
+        (temporary / "README.md").write_text(card, encoding="utf-8")
+    return student
+
+
+def check_writable(folder: Path, *, overwrite: bool, ours: Callable[[Path], bool] | None = None) -> None:
+    """Raise a UserError where `_complete_folder` would refuse `folder`, before any work is done."""
+    if not folder.exists():
+        return
+    if not overwrite:
+        raise UserError(f"{folder}: already exists; pass --overwrite to replace it, or choose another folder")
+    if ours is not None and not (folder.is_dir() and ours(folder)):
+        raise UserError(f"{folder}: not replaced, since it holds other things; remove it, or choose another folder")
+
+
+@contextlib.contextmanager
+def _complete_folder(folder: Path, *, overwrite: bool, ours: Callable[[Path], bool]) -> Iterator[Path]:
+    """Yield the path of a new folder that becomes `folder` on success and is removed on failure."""
+    check_writable(folder, overwrite=overwrite, ours=ours)
+    temporary, replaced = (folder.with_name(f".{folder.name}.{part}") for part in ("partial", "replaced"))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _remove(temporary)  # of a killed process
+        yield temporary
+        if folder.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+            os.rename(folder, replaced)
+        os.rename(temporary, folder)
+        shutil.rmtree(replaced, ignore_errors=True)
+    except (OSError, ValueError) as error:  # Orbax reports a full disk as a ValueError
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+        raise UserError(f"{folder}: cannot be written: {reason}; free some space, or choose another folder") from None
+    finally:
+        _remove(temporary)
+
+
+def _remove(temporary: Path) -> None:
+    for path in temporary.parent.glob(f"{temporary.name}*"):  # Orbax has a temporary folder of its own beside it
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_our_component(folder: Path) -> bool:
+    return (folder / "config.json").is_file() and OUR_KEY in read_json(folder / "config.json")
+
+
+def _is_export(folder: Path) -> bool:
+    """Whether a folder holds what `export_dit` writes and nothing else, so that replacing it loses nothing."""
+    names = {"README.md", "config.json", "transformer", "scheduler", STUDENT_FILE}
+    return all(child.name in names or child.name.startswith(f"{_STEM}") for child in folder.iterdir())
+
+
+def _with_dtype(leaf: jax.ShapeDtypeStruct, dtype) -> jax.ShapeDtypeStruct:
+    return leaf if dtype is None else jax.ShapeDtypeStruct(leaf.shape, np.dtype(dtype))
+
+
+def _write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,0 +1,54 @@
+"""Convert weights in any known layout to our own, which loads sharded and needs no PyTorch.
+
+  python scripts/convert.py --src=Wan2.1-T2V-1.3B --dst=runs/wan
+
+--src is Wan's folder, a diffusers folder, a single file, or a training checkpoint. --dst gets transformer/, vae/,
+text_encoder/ (each an Orbax checkpoint with its config.json) and tokenizer/, for whatever --src holds.
+"""
+
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags, logging
+
+from avd_jax import convert
+from avd_jax.errors import UserError, report_user_errors
+
+SRC = flags.DEFINE_string("src", None, "Weights to convert, in any known layout.")
+DST = flags.DEFINE_string("dst", None, "Folder for the converted weights.")
+DTYPE = flags.DEFINE_enum("dtype", "keep", ["keep", "float32", "bfloat16"], "Stored dtype; keep: the source's.")
+COMPONENTS = flags.DEFINE_list("components", None, "Of transformer, vae, text_encoder, tokenizer; default: all found.")
+OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace components that --dst has from an earlier conversion.")
+
+
+@report_user_errors
+def main(argv: list[str]) -> None:
+    """Find and check all components first, then write them one by one."""
+    logging.set_verbosity(logging.ERROR)  # Orbax reports every step that it takes
+    if len(argv) > 1:
+        raise UserError(f"{argv[1]!r} is not a flag; every argument has a name (see --help).")
+    for flag in (SRC, DST):
+        if not flag.value:
+            raise UserError(f"--{flag.name} is missing: {flag.help[0].lower()}{flag.help[1:]}")
+    found, missing = convert.find_components(SRC.value, COMPONENTS.value)
+    for component in found:
+        convert.check_writable(Path(DST.value) / component, overwrite=OVERWRITE.value)
+    dtype = None if DTYPE.value == "keep" else jnp.dtype(DTYPE.value)
+    for component, source in found.items():
+        folder = Path(DST.value) / component
+        if component == "tokenizer":
+            convert.save_tokenizer(source, folder, overwrite=OVERWRITE.value)
+            print(f"{component}: -> {folder}", flush=True)
+            continue
+        student = convert.student_settings(SRC.value) if component == "transformer" else None
+        convert.save_orbax(source, folder, dtype=dtype, student=student, overwrite=OVERWRITE.value)
+        size = sum(int(np.prod(leaf.shape)) for leaf in source.leaves.values())
+        dtypes = sorted({str(np.dtype(dtype or leaf.dtype)) for leaf in source.leaves.values()})
+        print(f"{component}: {size:,} parameters, {' and '.join(dtypes)} -> {folder}", flush=True)
+    for component in missing:
+        print(f"{component}: not found in {SRC.value}")
+
+
+if __name__ == "__main__":
+    app.run(main)

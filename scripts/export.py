@@ -1,0 +1,47 @@
+"""Export a transformer to the layout of Wan's own code or of diffusers.
+
+  python scripts/export.py --checkpoint=runs/avd --layout=diffusers --dst=out/student
+
+--checkpoint is a training run (its latest checkpoint), one of its checkpoints, or weights in any other known layout.
+Beside the weights lie config.json, a model card, and avd_student.json with the timesteps that a student needs.
+"""
+
+from pathlib import Path
+
+import jax.numpy as jnp
+from absl import app, flags, logging
+
+from avd_jax import convert
+from avd_jax.errors import UserError, report_user_errors
+
+CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Training run or checkpoint, or weights in any known layout.")
+LAYOUT = flags.DEFINE_enum("layout", None, convert.LAYOUTS, "Wan's own layout, or diffusers'.")
+DST = flags.DEFINE_string("dst", None, "Folder for the export.")
+DTYPE = flags.DEFINE_enum("dtype", "keep", ["keep", "float32", "bfloat16"], "Stored dtype; keep: the checkpoint's.")
+WHICH = flags.DEFINE_enum("which", "generator", ["generator", "ema"], "Which weights of a training checkpoint.")
+OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace an earlier export in --dst.")
+
+
+@report_user_errors
+def main(argv: list[str]) -> None:
+    """Open, check and write."""
+    logging.set_verbosity(logging.ERROR)  # Orbax reports every step that it takes
+    if len(argv) > 1:
+        raise UserError(f"{argv[1]!r} is not a flag; every argument has a name (see --help).")
+    for flag in (CHECKPOINT, LAYOUT, DST):
+        if not flag.value:
+            raise UserError(f"--{flag.name} is missing: {flag.help[0].lower()}{flag.help[1:]}")
+    student = convert.export_dit(
+        CHECKPOINT.value,
+        Path(DST.value),
+        layout=LAYOUT.value,
+        dtype=None if DTYPE.value == "keep" else jnp.dtype(DTYPE.value),
+        key=WHICH.value,
+        overwrite=OVERWRITE.value,
+    )
+    kind = f"a student of {len(student['timesteps'])} steps" if student else "weights of no student"
+    print(f"{DST.value}: {kind} in {LAYOUT.value} layout; README.md there says how to load it")
+
+
+if __name__ == "__main__":
+    app.run(main)
