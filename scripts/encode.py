@@ -4,7 +4,8 @@
   python scripts/encode.py --prompts=prompts.txt --weights=Wan2.1-T2V-1.3B --out=runs/prompts
 
 captions.jsonl holds one {"file": "a.mp4", "caption": "..."} a line, files relative to --videos. Videos that cannot be
-used are reported and left out. The same command goes on after an interruption.
+used are reported and left out. The same command goes on after an interruption; what it has left out stays out, so
+to try mended videos give a new --out.
 """
 
 import jax

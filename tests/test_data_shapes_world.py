@@ -36,7 +36,7 @@ def test_the_draws_are_fixed():
         "A large striped red triangle moves slowly diagonally up to the right across a sandy background."
     )
     assert shapes_world.caption(5) == (
-        "A medium spotted pink triangle moves slowly diagonally up to the right across a grey background."
+        "A medium checkered pink triangle moves slowly diagonally up to the right across a grey background."
     )
     first, _ = shapes_world.clip(7, frames=5, height=32, width=32)
     again, _ = shapes_world.clip(7, frames=5, height=32, width=32)
@@ -87,7 +87,7 @@ def test_sizes_are_ordered_and_textures_differ():
         (index,) = first_with(texture=texture, colour="white", size="large")
         video, _ = shapes_world.clip(index, frames=5, height=96, width=96)
         spread[texture] = video[2][shape_mask(index, 2)].std()
-    assert spread["plain"] < 0.1 < min(spread["striped"], spread["spotted"])
+    assert spread["plain"] < 0.1 < min(spread["striped"], spread["checkered"])
 
 
 def test_every_clip_moves_and_no_two_are_alike():

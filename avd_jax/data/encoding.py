@@ -141,33 +141,25 @@ def encode_videos(
         latents_shape=jax.eval_shape(vae.encode, video_shape).shape[1:],
         vae=vae.fingerprint,
     )
-    by_id = {clip.clip_id: clip for clip in clips}
     # The caption is part of an input's identity: a corrected caption is another set.
-    keys = {clip.clip_id: f"{clip.clip_id} {clip.caption}" for clip in clips}
-    writer = SetWriter(out, info, list(keys.values()), inputs_per_shard=shard_size)
+    inputs = [f"{clip.clip_id} {clip.caption}" for clip in clips]
+    writer = SetWriter(out, info, inputs, inputs_per_shard=shard_size)
     pending = writer.pending()
     on_progress(len(clips) - sum(len(writer.range_of(shard)) for shard in pending))
-    reads = _read_ahead((clips[i] for shard in pending for i in writer.range_of(shard)), ahead=batch_size + 1)
+    todo = (clips[i] for shard in pending for i in writer.range_of(shard))
+    reads = _read_ahead(todo, ahead=READ_THREADS + batch_size)
     for shard in pending:
-        latents, skipped = {}, {}
         results = itertools.islice(reads, len(writer.range_of(shard)))
-        for batch in _batched(_without_errors(results, skipped, on_progress), batch_size):
-            videos = np.stack([video for _, video in batch])
-            encoded = np.asarray(vae.encode(_filled(videos, batch_size)), BFLOAT16)
-            latents.update({clip.clip_id: z for (clip, _), z in zip(batch, encoded, strict=False)})
-            on_progress(len(batch))
-        captions = [by_id[clip_id].caption for clip_id in latents]
+        skipped: dict[str, str] = {}
+        pairs = list(_encode_clips(_without_errors(results, skipped, on_progress), vae, batch_size, on_progress))
+        captions = _encode_texts(text, [clip.caption for clip, _ in pairs], text_batch_size)
         records = []
-        for (clip_id, z), embeds in zip(latents.items(), _encode_texts(text, captions, text_batch_size), strict=True):
-            if not (np.isfinite(z).all() and np.isfinite(embeds).all()):
-                skipped[clip_id] = f"{clip_id}: its latents or embeddings are not finite."
+        for (clip, latents), embeds in zip(pairs, captions, strict=True):
+            if not (np.isfinite(latents).all() and np.isfinite(embeds).all()):
+                skipped[clip.clip_id] = f"{clip.clip_id}: its latents or embeddings are not finite."
                 continue
-            clip = by_id[clip_id]
-            records.append(
-                latents_record(
-                    clip_id=clip_id, caption=clip.caption, latents=z, prompt_embeds=embeds, fps=fps, source=clip.source
-                )
-            )
+            about = {"clip_id": clip.clip_id, "caption": clip.caption, "source": clip.source, "fps": fps}
+            records.append(latents_record(**about, latents=latents, prompt_embeds=embeds))
         writer.write_shard(shard, records, skipped)
     return writer.finish(WAN_NEGATIVE_PROMPT, negative)
 
@@ -198,7 +190,7 @@ def encode_prompts(
             if np.isfinite(embeds).all():
                 records.append(prompts_record(text=prompt, prompt_embeds=embeds))
             else:
-                skipped[prompt] = "its embeddings are not finite."
+                skipped[prompt] = f"{prompt!r}: its embeddings are not finite."
             on_progress(1)
         writer.write_shard(shard, records, skipped)
     return writer.finish(WAN_NEGATIVE_PROMPT, negative)
@@ -269,6 +261,16 @@ def _without_errors(results: Iterable, skipped: dict[str, str], on_progress: Cal
             on_progress(1)
         else:
             yield clip, result
+
+
+def _encode_clips(
+    read: Iterable[tuple[Clip, np.ndarray]], vae: VideoEncoder, batch_size: int, on_progress: Callable
+) -> Iterator[tuple[Clip, np.ndarray]]:
+    for batch in _batched(read, batch_size):
+        videos = np.stack([video for _, video in batch])
+        latents = np.asarray(vae.encode(_filled(videos, batch_size)), BFLOAT16)
+        yield from zip((clip for clip, _ in batch), latents, strict=False)
+        on_progress(len(batch))
 
 
 def _encode_texts(text: TextEncoder, texts: Sequence[str], batch_size: int) -> Iterator[np.ndarray]:

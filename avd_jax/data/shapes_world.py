@@ -20,7 +20,7 @@ COLOURS = {
 }
 BACKGROUNDS = {"grey": (0.50, 0.50, 0.52), "sky-blue": (0.55, 0.78, 0.92), "sandy": (0.80, 0.70, 0.50)}
 SHAPES = ("circle", "square", "triangle")
-TEXTURES = ("plain", "striped", "spotted")
+TEXTURES = ("plain", "striped", "checkered")
 SIZES = {"small": 0.12, "medium": 0.18, "large": 0.26}  # half the width, as a share of the picture's shorter side
 SPEEDS = {"slowly": 0.25, "quickly": 0.6}  # way over the whole clip, as a share of the picture's shorter side
 DIRECTIONS = {  # (down, right)
