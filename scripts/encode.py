@@ -14,7 +14,7 @@ from absl import app, flags
 from tqdm import tqdm
 
 from avd_jax import convert
-from avd_jax.data import encoding, inputs
+from avd_jax.data import encoding, inputs, prompts
 from avd_jax.errors import UserError, report_user_errors
 
 VIDEOS = flags.DEFINE_string("videos", None, "Folder of video files.")
@@ -56,7 +56,7 @@ def main(argv: list[str]) -> None:
     check_flags()
     size = {"frames": FRAMES.value, "fps": FPS.value, "height": HEIGHT.value, "width": WIDTH.value}
     if PROMPTS.value:
-        work, uncaptioned = inputs.read_prompts(PROMPTS.value), []
+        work, uncaptioned = list(dict.fromkeys(prompts.read_prompts(PROMPTS.value))), []
     else:
         captions = inputs.read_captions(CAPTIONS.value)
         work, uncaptioned = inputs.clips_from_folder(

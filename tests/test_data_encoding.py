@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from avd_jax.data.prompts import WAN_NEGATIVE_PROMPT
 from flax import nnx
 
 from avd_jax.data import encoding, shapes_world
 from avd_jax.data.inputs import Clip
 from avd_jax.data.latents import EncodedSet, read_metadata, read_negative_prompt_embeds
+from avd_jax.data.prompts import WAN_NEGATIVE_PROMPT
 from avd_jax.errors import UserError
 
 SIZE = {"frames": 5, "height": 16, "width": 32}

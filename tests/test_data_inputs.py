@@ -1,4 +1,4 @@
-"""Captions, prompts and clips from a user's files, and the line that is wrong."""
+"""Captions and clips from a user's files, and the line that is wrong."""
 
 import json
 
@@ -56,15 +56,7 @@ def test_unreadable_files(tmp_path):
         inputs.read_captions(captions_file(tmp_path, "", ""))
     (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
     with pytest.raises(UserError, match=r"latin\.txt: is not UTF-8"):
-        inputs.read_prompts(tmp_path / "latin.txt")
-    (tmp_path / "empty.txt").write_text("\n \n")
-    with pytest.raises(UserError, match=r"empty\.txt: holds no prompts"):
-        inputs.read_prompts(tmp_path / "empty.txt")
-
-
-def test_prompts_differ_and_keep_their_order(tmp_path):
-    (tmp_path / "p.txt").write_text("zebra \n\napple/pie\r\nzebra\n  “quoted”", "utf-8")
-    assert inputs.read_prompts(tmp_path / "p.txt") == ["zebra", "apple/pie", "“quoted”"]
+        inputs.read_captions(tmp_path / "latin.txt")
 
 
 @pytest.fixture

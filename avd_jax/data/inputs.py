@@ -1,4 +1,4 @@
-"""What a user gives to be encoded: videos with a file of captions, or a list of prompts."""
+"""Clips to encode, from a folder of videos and a file of captions."""
 
 import json
 import math
@@ -61,14 +61,6 @@ def read_captions(path: str | os.PathLike) -> dict[str, str]:
     if not captions:
         raise UserError(f"{path}: holds no captions.")
     return captions
-
-
-def read_prompts(path: str | os.PathLike) -> list[str]:
-    """Return the different prompts of a text file with one a line, in their order, without empty lines and margins."""
-    prompts = list(dict.fromkeys(line.strip() for line in _read_lines(path) if line.strip()))
-    if not prompts:
-        raise UserError(f"{path}: holds no prompts.")
-    return prompts
 
 
 def clips_from_folder(
