@@ -39,7 +39,7 @@ def main(argv: list[str]) -> None:
         folder = Path(DST.value) / component
         if component == "tokenizer":
             convert.save_tokenizer(source, folder, overwrite=OVERWRITE.value)
-            print(f"{component}: -> {folder}", flush=True)
+            print(f"{component}: {source.vocab_size:,} tokens -> {folder}", flush=True)
             continue
         student = convert.student_settings(SRC.value) if component == "transformer" else None
         convert.save_orbax(source, folder, dtype=dtype, student=student, overwrite=OVERWRITE.value)

@@ -23,6 +23,7 @@ _NATIVE_NAMES = {
     "vae": "Wan2.1_VAE",
     "text_encoder": "models_t5_umt5-xxl-enc-bf16",
 }
+_TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
 _EXPECTED = {
     "transformer": "config.json with diffusion_pytorch_model*.safetensors (Wan's folder), transformer/ (diffusers' or "
     "ours), model.pt (AVD), or checkpoints/ (a training run)",
@@ -93,7 +94,9 @@ def find_weights(path: Path, architecture: Architecture, key: str) -> TorchFiles
 
 def find_tokenizer(path: Path) -> Path:
     """Return the folder of the tokenizer at `path`; raises UserError where there is none."""
-    if path.is_file() and path.name in ("tokenizer.json", "spiece.model"):
+    if path.is_file():
+        if path.name not in _TOKENIZER_FILES:
+            raise NotHereError(f"{path}: no tokenizer; give a folder of weights, or {_TOKENIZER_FILES[0]}")
         return path.parent
     _check_folder(path)
     found = _tokenizer_in(path)
@@ -237,7 +240,7 @@ def _checkpoint_item(step: Path, key: str) -> OrbaxTree:
 
 def _tokenizer_in(path: Path) -> Path | None:
     for folder in (path, path / "tokenizer", path / "google" / "umt5-xxl"):
-        if any((folder / name).is_file() for name in ("tokenizer.json", "spiece.model")):
+        if any((folder / name).is_file() for name in _TOKENIZER_FILES):
             return folder
     return None
 

@@ -7,8 +7,11 @@ from pathlib import Path
 import jax.numpy as jnp
 
 from avd_jax.convert.architectures import ARCHITECTURES, UMT5, WAN_DIT, WAN_VAE
-from avd_jax.convert.layouts import NotHereError
+from avd_jax.convert.layouts import NotHereError, find_tokenizer
 from avd_jax.convert.weights import Sharding, Weights, load_module, open_weights
+
+# The one import from data/: a tokenizer comes with the weights, and its file imports nothing else of ours.
+from avd_jax.data.tokenizer import Tokenizer
 from avd_jax.errors import UserError, closest
 from avd_jax.models.umt5 import UMT5Encoder
 from avd_jax.models.wan_dit import WanDiT, WanDiTConfig
@@ -55,7 +58,14 @@ def load_umt5(path: str | Path, dtype=jnp.float32, *, sharding: Sharding | None 
     return load_module(open_weights(path, UMT5, key=""), dtype, sharding)
 
 
-def find_components(path: str | Path, wanted: Sequence[str] | None = None) -> tuple[dict[str, Weights], list[str]]:
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Load umT5's tokenizer from a folder of weights in any layout, or from its own folder; errors as in `load_dit`."""
+    return Tokenizer.from_path(find_tokenizer(Path(path)))
+
+
+def find_components(
+    path: str | Path, wanted: Sequence[str] | None = None
+) -> tuple[dict[str, Weights | Tokenizer], list[str]]:
     """Open everything that can be converted at `path`.
 
     Args:
@@ -73,7 +83,7 @@ def find_components(path: str | Path, wanted: Sequence[str] | None = None) -> tu
             open_weights, path, architecture, "generator" if architecture is WAN_DIT else ""
         )
         for architecture in ARCHITECTURES
-    }
+    } | {"tokenizer": functools.partial(load_tokenizer, path)}
     for name in wanted or ():
         if name not in openers:
             raise UserError(f"{name!r} is no component{closest(name, openers)}; known are {', '.join(openers)}")
