@@ -252,3 +252,10 @@ def test_no_such_folder(tmp_path):
 def test_negative_prompt_text_is_kept(finished):
     with safetensors.safe_open(finished / sets.NEGATIVE_PROMPT_FILE, "numpy") as file:
         assert file.metadata() == {"text": "ugly"}
+
+
+def test_others_may_read_every_file(finished):
+    """Files follow the user's umask; hosts of a pod often run as other users."""
+    modes = {path.stat().st_mode for path in finished.rglob("*") if path.is_file()}
+    (finished / "plain").touch()
+    assert modes == {(finished / "plain").stat().st_mode}

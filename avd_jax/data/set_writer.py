@@ -132,7 +132,8 @@ class SetWriter:
         write_text(self.folder / "skipped.jsonl", "".join(f"{line}\n" for line in lines))
         with replacing(self.folder / NEGATIVE_PROMPT_FILE) as temporary:
             tensors = {"prompt_embeds": np.ascontiguousarray(negative_prompt_embeds, BFLOAT16)}
-            safetensors.numpy.save_file(tensors, temporary, metadata={"text": negative_prompt})
+            # Not save_file, which lets nobody but the owner read the file.
+            temporary.write_bytes(safetensors.numpy.save(tensors, metadata={"text": negative_prompt}))
         self._write_dataset_info(manifests)
         return Summary(written, skipped)
 
