@@ -49,7 +49,7 @@ def folders(tmp_path_factory):
 
 
 def batches(folders, count=None, **kwargs):
-    iterator = training_batches(*folders, **{"batch_size": 4, "seed": 0, "text_len": 5, **kwargs})
+    iterator = training_batches(*folders, **{"batch_size": 4, "prompt_batches": 1, "seed": 0, "text_len": 5, **kwargs})
     return iterator if count is None else [next(iterator) for _ in range(count)]
 
 
@@ -65,7 +65,7 @@ def rows(found):
 def test_what_a_batch_holds(folders):
     (batch,) = batches(folders, 1)
     assert {key: value.shape for key, value in batch.items()} == {
-        "prompt_embeds": (4, 5, 2),
+        "prompt_embeds": (4, 1, 5, 2),
         "latents": (4, 2, 2, 4, 1),
         "caption_embeds": (4, 5, 2),
     }
@@ -75,7 +75,7 @@ def test_what_a_batch_holds(folders):
         length = clip % 3 + 1
         assert (batch["caption_embeds"][row, :length] == clip).all()
         assert (batch["caption_embeds"][row, length:] == 0).all()
-        assert (batch["prompt_embeds"][row] == [[prompt] * 2] + [[0] * 2] * 4).all()
+        assert (batch["prompt_embeds"][row, 0] == [[prompt] * 2] + [[0] * 2] * 4).all()
 
 
 def test_each_epoch_holds_everything_once_in_an_order_of_its_own(folders):
@@ -87,6 +87,14 @@ def test_each_epoch_holds_everything_once_in_an_order_of_its_own(folders):
     assert all(sorted(epoch) == list(range(100, 113)) for epoch in prompt_epochs)
     assert len(set(map(tuple, clip_epochs))) == len(clip_epochs)
     assert len(set(map(tuple, prompt_epochs))) == len(prompt_epochs)
+
+
+def test_several_batches_of_prompts_come_with_one_of_latents(folders):
+    one, three = batches(folders, 6), batches(folders, 2, prompt_batches=3)
+    assert [batch["prompt_embeds"].shape for batch in three] == [(4, 3, 5, 2)] * 2
+    in_order = [int(batch["prompt_embeds"][row, i, 0, 0]) for batch in three for row in range(4) for i in range(3)]
+    assert in_order == [prompt for _, prompt in rows(one)], "no prompt is passed over"
+    assert [int(z.flat[0]) for batch in three for z in batch["latents"]] == [clip for clip, _ in rows(one[:2])]
 
 
 def test_seeds(folders):
@@ -107,11 +115,11 @@ def test_global_batches_do_not_depend_on_the_number_of_hosts(folders, shard_coun
     for i, whole in enumerate(alone):
         parts = [host[i] for host in hosts]
         assert all(len(part["latents"]) == 4 // shard_count for part in parts)
-        assert sorted(rows(parts)) == sorted(numbers(whole))
+        assert rows(parts) == numbers(whole)
 
 
 def test_the_state_fits_any_host_and_any_number_of_hosts(folders):
-    expected = [sorted(numbers(batch)) for batch in batches(folders, 9)]
+    expected = [numbers(batch) for batch in batches(folders, 9)]
     one = batches(folders, shard_index=1, shard_count=4)
     for _ in range(5):
         next(one)
@@ -121,7 +129,7 @@ def test_the_state_fits_any_host_and_any_number_of_hosts(folders):
         for host in hosts:
             host.set_state(state)
         for i in range(5, 9):
-            assert sorted(rows([next(host) for host in hosts])) == expected[i]
+            assert rows([next(host) for host in hosts]) == expected[i]
 
 
 def test_saved_with_orbax_and_restored_exactly(folders, tmp_path):

@@ -1,7 +1,7 @@
 """Training batches from encoded sets: endless, shuffled, exactly resumable, the same for any number of hosts.
 
-Records are shuffled globally and anew in each epoch; host s of S takes every S-th record from the s-th on. A global
-batch therefore consists of the same records however many hosts share it, and since hosts count batches, the state
+Records are shuffled globally and anew in each epoch, and host s of S takes the s-th block of rows of each global batch.
+A global batch is therefore the same, row by row, however many hosts share it, and since hosts count batches, the state
 of an iterator (`get_state`) fits every host and every number of hosts.
 """
 
@@ -14,7 +14,7 @@ import numpy as np
 from avd_jax.data.latents import EncodedSet, pad_prompt_embeds
 from avd_jax.errors import UserError
 
-BATCHES_AHEAD = 4  # each read by a thread of its own
+BATCHES_AHEAD = 2  # each read by a thread of its own
 
 
 def training_batches(
@@ -22,12 +22,13 @@ def training_batches(
     prompts_dir: str | os.PathLike | None,
     *,
     batch_size: int,
+    prompt_batches: int,
     seed: int,
     text_len: int,
     shard_index: int = 0,
     shard_count: int = 1,
 ) -> grain.DatasetIterator:
-    """Iterate over what one update of the generator or of fake_score needs.
+    """Iterate over what one cycle of updates needs: a batch of latents, and a batch of prompts for each update.
 
     Args:
       latents_dir: a `latents` set.
@@ -40,7 +41,7 @@ def training_batches(
 
     Returns:
       An iterator, without end, over dicts of bfloat16 arrays with `batch_size / shard_count` rows:
-        prompt_embeds: [B text_len text_dim], for the distribution matching loss.
+        prompt_embeds: [B prompt_batches text_len text_dim], for the student's samples.
         latents: [B F h w C], for the regression loss.
         caption_embeds: [B text_len text_dim], of the captions of these latents.
       `get_state()` gives JSON-compatible values and `set_state(state)` goes on from there exactly; it can be saved
@@ -63,19 +64,25 @@ def training_batches(
     latents_seed, prompts_seed = np.random.SeedSequence(seed).generate_state(2)
 
     def join(index: int) -> dict[str, np.ndarray]:
-        pair, prompt = latents_stream[index], prompts_stream[index]
+        pair = latents_stream[index]
+        prompts = [prompts_stream[index * prompt_batches + i]["prompt_embeds"] for i in range(prompt_batches)]
         if pair["latents"].shape != latents.info.latents_shape:
             raise UserError(f"{latents_dir}: {pair['clip_id']} has latents of shape {pair['latents'].shape}.")
         return {
-            "prompt_embeds": pad_prompt_embeds(prompt["prompt_embeds"], text_len),
+            "prompt_embeds": np.stack([pad_prompt_embeds(embeds, text_len) for embeds in prompts]),
             "latents": pair["latents"],
             "caption_embeds": pad_prompt_embeds(pair["prompt_embeds"], text_len),
         }
 
     latents_stream = _endless(latents, int(latents_seed))
     prompts_stream = _endless(prompts, int(prompts_seed))
-    positions = grain.MapDataset.range(sys.maxsize)[shard_index::shard_count]
-    batches = positions.map(join).batch(batch_size // shard_count)
+    rows = batch_size // shard_count
+
+    def read_row(row: int) -> dict[str, np.ndarray]:
+        batch, within = divmod(row, rows)
+        return join(batch * batch_size + shard_index * rows + within)
+
+    batches = grain.MapDataset.range(sys.maxsize // (prompt_batches * shard_count)).map(read_row).batch(rows)
     # Threads, not worker processes: the state then is one position, and nothing is copied between processes.
     options = grain.ReadOptions(num_threads=BATCHES_AHEAD, prefetch_buffer_size=BATCHES_AHEAD)
     return iter(batches.to_iter_dataset(options))

@@ -34,10 +34,8 @@ def spec_for(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
     Raises:
       UserError: a large leaf that no rule matches, or that the mesh does not divide.
     """
-    for pattern, spec in RULES:
-        if re.search(pattern, "." + path):
-            break
-    else:
+    spec = next((spec for pattern, spec in RULES if re.search(pattern, "." + path)), None)
+    if spec is None:
         if math.prod(shape) >= LARGE_LEAF:
             raise UserError(f"no sharding rule matches {path} {shape}; add a line to avd_jax/parallel/rules.py")
         return P()

@@ -4,12 +4,16 @@ A file in `configs/` starts from `default_config()` and changes what it must. A 
 exist: setting it is an error that names the closest one.
 """
 
+import itertools
 import math
+from collections.abc import Sequence
+from pathlib import Path
 
 import ml_collections
+from absl import app
 
 from avd_jax.diffusion.student import StudentSchedule
-from avd_jax.errors import UserError, closest
+from avd_jax.errors import UserError, closest, report_user_errors
 from avd_jax.models.wan_dit import REMAT_POLICIES
 
 FIELDS: dict[str, tuple[object, str]] = {
@@ -84,6 +88,24 @@ def default_config() -> ml_collections.ConfigDict:
             node = node[parent]
         node[leaf] = value
     return config.lock()
+
+
+@report_user_errors
+def parse_flags(argv: Sequence[str]) -> list[str]:
+    """Parse the flags of a script that has a `--config` file: the `flags_parser` of `absl.app.run`.
+
+    What absl would answer with a traceback is checked first: the file, and the names of the fields that are set.
+    """
+    for argument, following in itertools.pairwise([*argv, ""]):
+        if not argument.startswith("-"):
+            continue
+        name, assigned, value = argument.lstrip("-").partition("=")
+        if name == "config" and not Path(value if assigned else following).is_file():
+            raise UserError(f"--config {value if assigned else following}: there is no such file")
+        field = name.removeprefix("config.")
+        if field != name and field not in FIELDS:
+            raise UserError(f"config.{field} does not exist{closest(field, FIELDS)}; --explain lists every field")
+    return app.parse_flags_with_usage(list(argv))
 
 
 def flatten(config) -> dict[str, object]:

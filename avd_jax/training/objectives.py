@@ -47,17 +47,22 @@ def example_keys(key, examples):
 def student_x0(config, networks: Networks, params: Params, prompt_embeds, keys, stop, shape):
     """Return the student's x0 at step `stop` of its rollout, [B F H W C]; only that step carries gradient."""
     keys = _stream(keys, _ROLLOUT)
-    velocity_fn = partial(_velocity, networks.student, params, prompt_embeds)
+    # Constants from the start: else the rollout's loop would be differentiated only to be thrown away.
+    constants = jax.lax.stop_gradient(params)
     xt, timesteps = backward_simulation(
-        velocity_fn, initial_noise(keys, shape), keys, timesteps=tuple(config.student.timesteps), stop_step=stop
+        partial(_velocity, networks.student, constants, prompt_embeds),
+        initial_noise(keys, shape),
+        keys,
+        timesteps=tuple(config.student.timesteps),
+        stop_step=stop,
     )
-    return x0_from_velocity(xt=xt, velocity=velocity_fn(xt, timesteps), sigmas=sigma_of_timestep(timesteps))
+    velocity = networks.student(params, xt, timesteps, prompt_embeds)
+    return x0_from_velocity(xt=xt, velocity=velocity, sigmas=sigma_of_timestep(timesteps))
 
 
-def fake_score_loss(config, networks: Networks, params: Params, generator: Params, batch, keys, stop):
-    """Return fake_score's flow-matching loss on the student's samples, [B]."""
+def fake_score_loss(config, networks: Networks, params: Params, generator: Params, batch, keys, stop, shape):
+    """Return fake_score's flow-matching loss on the student's samples of `shape` (F, H, W, C), [B]."""
     prompt_embeds = batch["prompt_embeds"]
-    shape = batch["latents"].shape[1:]
     x0 = jax.lax.stop_gradient(student_x0(config, networks, generator, prompt_embeds, keys, stop, shape))
     xt, noise, timesteps = _noised(config, x0, keys)
     velocity = networks.student(params, xt, timesteps, prompt_embeds)

@@ -1,6 +1,7 @@
 """The state of a run: everything that an update changes, as one pytree of arrays."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -70,11 +71,12 @@ def init_state(config, optimizers: Optimizers, params: Params) -> TrainState:
 
     A pure function of arrays: call it under `jax.jit` with `state_shardings` as its out_shardings.
     """
+    copy = partial(jax.tree.map, jnp.copy)  # each has buffers of its own, which the steps may reuse
     return TrainState(
         step=jnp.zeros((), jnp.int32),
-        generator=params,
-        fake_score=params,
-        ema=params if config.ema_decay else None,
+        generator=copy(params),
+        fake_score=copy(params),
+        ema=copy(params) if config.ema_decay else None,
         generator_optimizer=optimizers.generator.init(params),
         fake_score_optimizer=optimizers.fake_score.init(params),
         history=LossHistory.init(len(config.student.timesteps)),

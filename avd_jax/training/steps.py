@@ -71,17 +71,21 @@ def make_generator_step(config, networks: Networks, optimizers: Optimizers) -> S
     return step
 
 
-def make_fake_score_step(config, networks: Networks, optimizers: Optimizers) -> Step:
+def make_fake_score_step(
+    config, networks: Networks, optimizers: Optimizers, *, latents_shape: tuple[int, int, int, int]
+) -> Step:
     """Return fake_score's update: flow matching on the student's samples for `prompt_embeds` [B L D] of the batch.
 
-    Of `latents` [B F H W C] only the shape is used.
+    The samples have `latents_shape` (F, H, W, C).
     """
 
     def step(state: TrainState, frozen: Frozen, batch: dict, key: jax.Array) -> tuple[TrainState, dict]:
         stop = objectives.stop_step(config, key)
 
         def loss_fn(params, part, keys):
-            losses = objectives.fake_score_loss(config, networks, params, state.generator, part, keys, stop)
+            losses = objectives.fake_score_loss(
+                config, networks, params, state.generator, part, keys, stop, latents_shape
+            )
             return jnp.mean(losses), {}
 
         loss, _, gradient = _accumulate(loss_fn, state.fake_score, batch, key, config.accumulation_steps)

@@ -1,0 +1,90 @@
+"""Where the numbers of a run go: `metrics.jsonl`, TensorBoard event files, and the terminal.
+
+Both files agree with the checkpoint that a run goes on from: what a killed run logged after it is removed.
+"""
+
+import io
+import json
+import math
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tensorboardX import SummaryWriter
+from tensorboardX.proto.summary_pb2 import Summary
+from tqdm import tqdm
+
+from avd_jax.data.atomic import write_text
+
+SHOWN = ("loss/generator", "loss/distribution_matching", "loss/regression", "loss/temporal", "loss/fake_score")
+
+
+class MetricsWriter:
+    """Writes one JSON object a logged step, the same scalars to TensorBoard, and a progress bar or plain lines."""
+
+    def __init__(self, workdir: Path, *, first_step: int, num_steps: int):
+        """Go on after `first_step` (0 for a new run), dropping what was logged behind it."""
+        path = workdir / "metrics.jsonl"
+        if path.exists():
+            write_text(path, "".join(line + "\n" for line in _lines_up_to(path, first_step)))
+        self._file = path.open("a")
+        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1)
+        self._num_steps = num_steps
+        self._bar = tqdm(
+            total=num_steps, initial=first_step, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty()
+        )
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Log the metrics of one generator update; a number that is not finite becomes null in the JSON."""
+        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        self._file.write(json.dumps({"step": step, **finite}) + "\n")
+        self._file.flush()
+        for name, value in metrics.items():
+            self._board.add_scalar(name, value, step)
+        shown = {name.removeprefix("loss/"): f"{metrics[name]:.4g}" for name in SHOWN if name in metrics}
+        self._bar.set_postfix(shown, refresh=False)
+        if self._bar.disable:
+            losses = "  ".join(f"{name} {value}" for name, value in shown.items())
+            seconds = metrics.get("time/step_seconds", math.nan)
+            print(f"step {step}/{self._num_steps}  {losses}  {seconds:.2f} s/step", flush=True)
+
+    def advance(self, step: int) -> None:
+        """Move the progress bar to `step`."""
+        self._bar.update(step - self._bar.n)
+
+    def video(self, name: str, step: int, video: np.ndarray, fps: float) -> None:
+        """Add a video [F H W 3] in [-1, 1] to TensorBoard, as an animated image."""
+        pixels = np.clip((video + 1) * 127.5 + 0.5, 0, 255).astype(np.uint8)
+        frames = [Image.fromarray(frame) for frame in pixels]
+        encoded = io.BytesIO()
+        frames[0].save(encoded, "GIF", save_all=True, append_images=frames[1:], duration=round(1000 / fps), loop=0)
+        height, width = pixels.shape[1:3]
+        image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=encoded.getvalue())
+        self._board.file_writer.add_summary(Summary(value=[Summary.Value(tag=name, image=image)]), step)
+
+    def message(self, text: str) -> None:
+        """Print a line without breaking the progress bar."""
+        if self._bar.disable:
+            print(text, flush=True)
+        else:
+            self._bar.write(text)
+
+    def close(self) -> None:
+        """Flush and close everything."""
+        self._bar.close()
+        self._board.close()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+
+def _lines_up_to(path: Path, step: int):
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                yield line
+        except (ValueError, KeyError, TypeError):
+            continue  # a line that a kill cut off

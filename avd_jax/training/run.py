@@ -1,0 +1,187 @@
+"""A run put together from its config: mesh, networks, frozen inputs, data, and the compiled steps."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+
+from avd_jax import convert
+from avd_jax.data.encoding import encode_shapes_world, text_encoder, video_encoder
+from avd_jax.data.latents import LatentsInfo, read_metadata, read_negative_prompt_embeds
+from avd_jax.data.pipeline import training_batches
+from avd_jax.errors import UserError
+from avd_jax.models.wan_dit import WanDiTConfig
+from avd_jax.parallel.mesh import batch_sharding, batch_shards, make_mesh, replicated
+from avd_jax.parallel.rules import spec_for
+from avd_jax.training.networks import Networks, Params, make_network
+from avd_jax.training.objectives import Frozen
+from avd_jax.training.state import Optimizers, TrainState, abstract_state, init_state, make_optimizers
+from avd_jax.training.steps import Step, compile_step, make_fake_score_step, make_generator_step
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that stays the same during a run.
+
+    Attributes:
+      config: as given, validated.
+      mesh: of all devices.
+      model_config: sizes of the three networks.
+      info: what the latents set holds: the clips' size and frame rate.
+      prompts_dir: the set whose first prompts are sampled.
+      networks, optimizers, frozen: see their classes.
+      abstract: the state's shapes, dtypes and shardings.
+      generator_step, fake_score_step: the compiled updates.
+    """
+
+    config: object
+    mesh: Mesh
+    model_config: WanDiTConfig
+    info: LatentsInfo
+    latents_dir: Path
+    prompts_dir: Path | None
+    networks: Networks
+    optimizers: Optimizers
+    frozen: Frozen
+    abstract: TrainState
+    generator_step: Step
+    fake_score_step: Step
+
+    def init_state(self) -> TrainState:
+        """Start from the teacher's weights."""
+        params = _load_params(self.config.init_from, "float32", self.mesh)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
+        init = jax.jit(lambda params: init_state(self.config, self.optimizers, params), out_shardings=shardings)
+        return init(params)
+
+    def batches(self) -> grain.DatasetIterator:
+        """Iterate over the data from its beginning, one batch a cycle (see `training_batches`)."""
+        return training_batches(
+            self.latents_dir,
+            self.prompts_dir,
+            batch_size=self.config.batch_size,
+            prompt_batches=self.config.fake_score_updates + 1,
+            seed=self.config.seed,
+            text_len=self.model_config.text_len,
+            shard_index=jax.process_index(),
+            shard_count=jax.process_count(),
+        )
+
+    def on_devices(self, array: np.ndarray) -> jax.Array:
+        """Put this host's part of a batch on its devices."""
+        return jax.make_array_from_process_local_data(batch_sharding(self.mesh), array)
+
+    def student_settings(self) -> dict:
+        """Return what the student's checkpoints say about how to sample it."""
+        config, info = self.config, self.info
+        return {
+            "timesteps": [float(t) for t in config.student.timesteps],
+            "num_steps": len(config.student.timesteps),
+            "shift": float(config.score.shift),
+            "guidance_scale": float(config.guidance_scale),
+            "frames": info.frames,
+            "height": info.height,
+            "width": info.width,
+            "fps": float(info.fps),
+        }
+
+    def architecture(self) -> dict:
+        """Return the networks' name and sizes, as checkpoints record them."""
+        return {"name": "wan_dit", "config": dataclasses.asdict(self.model_config)}
+
+
+def build_run(config, workdir: Path) -> Run:
+    """Check the config against weights, data and devices, and build the run; nothing is compiled yet.
+
+    Raises:
+      UserError: naming the field that does not fit.
+    """
+    mesh = make_mesh(**config.mesh)
+    microbatch = config.batch_size // config.accumulation_steps
+    if microbatch % batch_shards(mesh):
+        raise UserError(
+            f"config.batch_size={config.batch_size} / accumulation_steps={config.accumulation_steps} is not divisible "
+            f"by the {batch_shards(mesh)} batch shards of the mesh; change one of them"
+        )
+    model_config = convert.dit_config(config.init_from)
+    latents_dir, prompts_dir = _data_folders(config, workdir)
+    info = _checked_info(latents_dir, model_config, config.init_from)
+
+    student = make_network(model_config, dtype=config.compute_dtype, param_dtype="float32", remat=config.remat)
+    teacher = make_network(model_config, dtype=config.teacher_dtype, param_dtype=config.teacher_dtype, remat="none")
+    networks, optimizers = Networks(student, teacher), make_optimizers(config)
+    abstract = abstract_state(config, optimizers, student.abstract_params(), mesh)
+    negative = read_negative_prompt_embeds(prompts_dir or latents_dir, model_config.text_len)
+    frozen = Frozen(
+        teacher=_load_params(config.init_from, config.teacher_dtype, mesh),
+        negative_prompt_embeds=jax.device_put(jnp.asarray(negative), replicated(mesh)),
+    )
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    generator_step = make_generator_step(config, networks, optimizers)
+    fake_score_step = make_fake_score_step(config, networks, optimizers, latents_shape=info.latents_shape)
+    return Run(
+        config=config,
+        mesh=mesh,
+        model_config=model_config,
+        info=info,
+        latents_dir=latents_dir,
+        prompts_dir=prompts_dir,
+        networks=networks,
+        optimizers=optimizers,
+        frozen=frozen,
+        abstract=abstract,
+        generator_step=compile_step(generator_step, shardings, mesh),
+        fake_score_step=compile_step(fake_score_step, shardings, mesh),
+    )
+
+
+def _load_params(path: str, dtype: str, mesh: Mesh) -> Params:
+    dit = convert.load_dit(
+        path,
+        dtype=jnp.dtype(dtype),
+        sharding=lambda name, shape: NamedSharding(mesh, spec_for(name, shape, mesh)),
+    )
+    return nnx.to_pure_dict(nnx.state(dit))
+
+
+def _data_folders(config, workdir: Path) -> tuple[Path, Path | None]:
+    if config.data.latents:
+        return Path(config.data.latents), Path(config.data.prompts) if config.data.prompts else None
+    world, weights = config.data.shapes_world, config.init_from
+    vae = video_encoder(convert.load_vae(weights))
+    text = text_encoder(convert.load_umt5(weights), convert.load_tokenizer(weights))
+    return encode_shapes_world(
+        workdir / "data",
+        vae=vae,
+        text=text,
+        clips=world.clips,
+        prompts=world.prompts,
+        frames=world.frames,
+        fps=world.fps,
+        height=world.height,
+        width=world.width,
+    )
+
+
+def _checked_info(latents_dir: Path, model: WanDiTConfig, weights: str) -> LatentsInfo:
+    info = read_metadata(latents_dir)
+    if not isinstance(info, LatentsInfo):
+        raise UserError(f"config.data.latents={latents_dir}: is a set of prompts, not of latents")
+    *sizes, channels = info.latents_shape
+    if channels != model.in_dim or info.text_dim != model.text_dim:
+        raise UserError(
+            f"config.data.latents={latents_dir}: has {channels} channels and text_dim {info.text_dim}, the model of "
+            f"init_from={weights} takes {model.in_dim} and {model.text_dim}; encode the videos with its weights"
+        )
+    if any(size % patch for size, patch in zip(sizes, model.patch_size, strict=True)):
+        raise UserError(
+            f"config.data.latents={latents_dir}: the model's patch {model.patch_size} does not divide latents of "
+            f"{tuple(sizes)}; encode with a height and width that are multiples of 16"
+        )
+    return info

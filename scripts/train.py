@@ -1,0 +1,39 @@
+"""Distil a Wan2.1 model into a few-step student.
+
+    python scripts/train.py --config configs/tiny.py --workdir runs/tiny
+    python scripts/train.py --config configs/wan13b.py --config.init_from=/weights/Wan2.1-T2V-1.3B \
+        --config.data.latents=/data/latents --config.data.prompts=/data/prompts --workdir /runs/wan13b
+
+The same command goes on from the last checkpoint of the workdir. `--explain` prints every field of the config.
+"""
+
+import pathlib
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from avd_jax.errors import UserError, report_user_errors
+from avd_jax.training.config import describe, parse_flags
+from avd_jax.training.loop import train
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "config file; set a field with --config.FIELD=VALUE")
+WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run: config, checkpoints, metrics, samples")
+EXPLAIN = flags.DEFINE_bool("explain", False, "print every field of the config with its help, and stop")
+
+
+@report_user_errors
+def main(argv):
+    """Train, or explain the config."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected argument {argv[1]!r}")
+    if EXPLAIN.value:
+        print(describe(CONFIG.value))
+        return 0
+    if not WORKDIR.value:
+        raise UserError("--workdir is missing: name the folder of the run")
+    return train(CONFIG.value, pathlib.Path(WORKDIR.value))
+
+
+if __name__ == "__main__":
+    flags.mark_flag_as_required("config")
+    app.run(main, flags_parser=parse_flags)
