@@ -1,0 +1,1 @@
+"""Videos from prompts: the samplers as compiled functions, and the run that writes video files."""

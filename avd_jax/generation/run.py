@@ -1,0 +1,214 @@
+"""A run of generation: texts, latents, pixels, files; it goes on where an earlier run of the same command stopped.
+
+Beside `<prompt>-<hash of it>-<seed>-<hash of the settings>.mp4` stands a `.json` with everything that makes the video
+again. Other settings or other weights give another name, so nothing is overwritten, and a video that is there is not
+made again. The `.json` comes first and the video appears only once it is complete: where a video is, both are whole.
+"""
+
+import gc
+import hashlib
+import importlib.metadata
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from avd_jax.convert.weights import load_module
+from avd_jax.data.atomic import write_text
+from avd_jax.data.encoding import text_encoder
+from avd_jax.data.prompts import file_stem
+from avd_jax.data.video import contact_sheet, read_video, write_video
+from avd_jax.errors import UserError
+from avd_jax.generation.pipeline import (
+    as_network,
+    latents_shape,
+    make_student_sampler,
+    make_teacher_sampler,
+    sample_keys,
+)
+from avd_jax.generation.settings import Job, Settings, to_record
+from avd_jax.generation.weights import Parts, open_parts
+from avd_jax.parallel.mesh import batch_sharding, batch_shards, replicated
+from avd_jax.parallel.rules import spec_for
+
+SHEET_ROWS = 12
+THUMBNAIL_HEIGHT = 160
+_PACKAGES = ("avd_jax", "jax", "jaxlib", "flax", "av")
+
+
+def generate(
+    settings: Settings,
+    jobs: Sequence[Job],
+    out: Path,
+    *,
+    mesh: Mesh,
+    batch_size: int,
+    command: str,
+    fingerprints: dict[str, str] | None = None,
+    on_progress: Callable[[int], object] = lambda done: None,
+) -> tuple[list[Path], int]:
+    """Make the videos that are not there yet, and contact sheets of all of them.
+
+    Args:
+      settings: from `resolve` or `from_record_file`.
+      jobs: the videos, each once.
+      out: folder for the files; made if missing.
+      mesh: its data and fsdp axes share out each batch, its fsdp axis the transformer's parameters.
+      batch_size: videos to sample together, rounded up to a multiple of the mesh's batch shards. One program serves
+        all batches; the last is filled up and the surplus dropped.
+      command: what the user typed, for the record.
+      fingerprints: what the weights must be, to make a video again; None for any.
+      on_progress: called with the number of further videos that are done.
+
+    Returns:
+      the videos' paths in the order of the jobs, and how many of them were made now.
+
+    Raises:
+      UserError: weights that are missing or do not fit, a size that the networks cannot make, a folder that cannot be
+        written, values that are not finite.
+    """
+    parts = open_parts(settings)
+    shape = latents_shape(
+        frames=settings.frames,
+        height=settings.height,
+        width=settings.width,
+        dit=parts.transformer.config,
+        vae=parts.vae.config,
+    )
+    found = parts.fingerprints()
+    for component, expected in (fingerprints or {}).items():
+        if found.get(component) != expected:
+            raise UserError(f"{settings.weights}: its {component} is not the one that made the video; name the same")
+    digest = settings.digest(found)
+    videos = {job: out / f"{file_stem(job.prompt, job.seed)}-{digest}.mp4" for job in jobs}
+    todo = [job for job, video in videos.items() if not (video.is_file() and _record_of(video).is_file())]
+    _check_folder(out)
+    on_progress(len(videos) - len(todo))
+    shards = batch_shards(mesh)
+    size = -(-min(batch_size, len(todo)) // shards) * shards
+    made_with = {"fingerprints": found, "command": command} | _environment(mesh, size)
+    for job, pixels in _sample(settings, parts, todo, shape, mesh, size) if todo else ():
+        with _reporting(videos[job]):
+            record = json.dumps(to_record(settings, job) | made_with, indent=2, ensure_ascii=False)
+            write_text(_record_of(videos[job]), record + "\n")
+            write_video(videos[job], pixels, fps=settings.fps)
+        on_progress(1)
+    _write_sheets(videos, settings, out, made=set(todo))
+    return list(videos.values()), len(todo)
+
+
+def _sample(settings, parts: Parts, jobs, shape, mesh: Mesh, size: int) -> Iterator[tuple[Job, np.ndarray]]:
+    """Yield each job with its video [F H W 3] in [-1, 1]."""
+    embeds = _encode_texts(settings, parts, jobs)
+    gc.collect()  # the text encoder is larger than the transformer, and its modules are cycles of references
+    dtype = jnp.dtype(settings.dtype)
+    dit = load_module(parts.transformer, dtype, lambda path, leaf: NamedSharding(mesh, spec_for(path, leaf, mesh)))
+    vae = load_module(parts.vae, jnp.float32, lambda path, leaf: replicated(mesh))  # as Wan runs it
+    network, params = as_network(dit)
+    if settings.solver == "student":
+        sampler, negative = make_student_sampler(network, shape, timesteps=settings.timesteps), ()
+    else:
+        guidance = {"shift": settings.shift, "guidance_scale": settings.guidance_scale}
+        sampler = make_teacher_sampler(network, shape, num_steps=settings.steps, **guidance)
+        negative = (jax.device_put(embeds[settings.negative_prompt], replicated(mesh)),)
+
+    def start(batch: list[Job]) -> jax.Array:
+        rows = batch + batch[-1:] * (size - len(batch))
+        keys = jax.device_put(sample_keys([job.seed for job in rows]), batch_sharding(mesh))
+        prompt_embeds = jax.device_put(np.stack([embeds[job.prompt] for job in rows]), batch_sharding(mesh))
+        return vae.decode(sampler(params, keys, prompt_embeds, *negative))
+
+    batches = [jobs[i : i + size] for i in range(0, len(jobs), size)]
+    running = start(batches[0])
+    for batch, following in zip(batches, [*batches[1:], None], strict=True):
+        # The device works on the next batch while this one is written.
+        done, running = running, start(following) if following else None
+        for row, job in enumerate(batch):
+            pixels = np.asarray(done[row])
+            if not np.isfinite(pixels).all():
+                raise UserError(
+                    f"{job.prompt[:60]!r}, seed {job.seed}: not finite; try --dtype float32, or check the weights"
+                )
+            yield job, pixels
+
+
+def _encode_texts(settings: Settings, parts: Parts, jobs: Sequence[Job]) -> dict[str, np.ndarray]:
+    """Return text -> embeddings [512 text_dim], zero behind the last token; the text encoder is freed on return."""
+    texts = dict.fromkeys(job.prompt for job in jobs)
+    if settings.negative_prompt is not None:
+        texts[settings.negative_prompt] = None
+    encoder = text_encoder(load_module(parts.text_encoder, jnp.dtype(settings.dtype)), parts.tokenizer)
+    embeds = {}
+    for text in texts:
+        # One at a time: a batch's last bits would depend on what else the run generates.
+        (found,) = encoder.encode([text])
+        embeds[text] = np.pad(found, ((0, encoder.text_len - len(found)), (0, 0)))
+    return embeds
+
+
+def _environment(mesh: Mesh, size: int) -> dict:
+    devices = f"{mesh.devices.size} x {mesh.devices.flat[0].device_kind}"
+    versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    return {"versions": versions, "devices": devices, "batch_size": size}
+
+
+class _Thumbnails(Sequence):
+    """Videos of a sheet, each read back small only when it is drawn."""
+
+    def __init__(self, videos: Sequence[Path], settings: Settings):
+        self._videos, self._settings = videos, settings
+
+    def __len__(self) -> int:
+        return len(self._videos)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        settings = self._settings
+        width = round(THUMBNAIL_HEIGHT * settings.width / settings.height)
+        return read_video(
+            self._videos[index], frames=settings.frames, fps=settings.fps, height=THUMBNAIL_HEIGHT, width=width
+        )
+
+
+def _write_sheets(videos: dict[Job, Path], settings: Settings, out: Path, *, made: set[Job]) -> None:
+    """Write one PNG for every few videos, named by a hash of their names, where it is not there yet."""
+    jobs = list(videos)
+    for first in range(0, len(jobs), SHEET_ROWS):
+        rows = jobs[first : first + SHEET_ROWS]
+        names = "\n".join(videos[job].name for job in rows)
+        sheet = out / f"sheet-{hashlib.sha256(names.encode()).hexdigest()[:8]}.png"
+        if sheet.is_file() and made.isdisjoint(rows):
+            continue
+        captions = [f"{job.prompt} (seed {job.seed})" for job in rows]
+        with _reporting(sheet):
+            contact_sheet(
+                _Thumbnails([videos[job] for job in rows], settings),
+                sheet,
+                captions,
+                thumbnail_height=THUMBNAIL_HEIGHT,
+            )
+
+
+def _record_of(video: Path) -> Path:
+    return video.with_suffix(".json")
+
+
+def _check_folder(out: Path) -> None:
+    """Make the folder and try to write there, before minutes of work are spent."""
+    with _reporting(out):
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+
+
+@contextmanager
+def _reporting(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error}); choose another --out") from error

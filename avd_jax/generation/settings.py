@@ -1,0 +1,270 @@
+"""What a user may ask for, and the settings that it resolves to: all that decides a video beside prompt and seed."""
+
+import hashlib
+import json
+import math
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import jax
+from beartype.door import is_bearable
+
+from avd_jax.convert.layouts import read_json, student_settings
+from avd_jax.data.prompts import WAN_NEGATIVE_PROMPT, read_prompts
+from avd_jax.diffusion.student import StudentSchedule
+from avd_jax.diffusion.unipc import unipc_schedule
+from avd_jax.errors import UserError, closest
+from avd_jax.generation.pipeline import MAX_SEED
+
+SOLVERS = ("student", "unipc")
+DTYPES = ("float32", "bfloat16")
+
+# Wan2.1's own defaults for text to video at 480p.
+WAN_SIZE = {"frames": 81, "height": 480, "width": 832, "fps": 16.0}
+WAN_STEPS, WAN_SHIFT, WAN_GUIDANCE_SCALE = 50, 5.0, 5.0
+
+Number = float | int
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user asks for; None stands for the default, which `resolve` fills in.
+
+    Attributes:
+      weights: VAE, text encoder, tokenizer, and the transformer where there is no checkpoint.
+      checkpoint: a student transformer: training run, export, or AVD's model.pt.
+      which: network of a training checkpoint, "generator" or "ema".
+      solver: one of SOLVERS.
+      steps, shift, guidance_scale, negative_prompt: of the unipc solver only.
+      frames, height, width, fps: of the videos.
+      dtype: of the parameters and the computation of transformer and text encoder.
+    """
+
+    weights: str | None = None
+    checkpoint: str | None = None
+    which: str | None = None
+    solver: str | None = None
+    steps: int | None = None
+    shift: float | None = None
+    guidance_scale: float | None = None
+    negative_prompt: str | None = None
+    frames: int | None = None
+    height: int | None = None
+    width: int | None = None
+    fps: float | None = None
+    dtype: str | None = None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides a video beside its prompt and seed, nothing left open; attributes as in `Options`.
+
+    Attributes:
+      timesteps: what the network is told at each step.
+      shift, guidance_scale, negative_prompt: None for a student, which has none.
+    """
+
+    weights: str
+    checkpoint: str | None
+    which: str
+    solver: str
+    steps: int
+    timesteps: tuple[Number, ...]
+    shift: Number | None
+    guidance_scale: Number | None
+    negative_prompt: str | None
+    frames: int
+    height: int
+    width: int
+    fps: Number
+    dtype: str
+
+    def __post_init__(self):
+        for name in ("frames", "height", "width", "steps"):
+            _check_positive(name, getattr(self, name))
+        _check("fps", self.fps, 0.1 <= self.fps <= 1000, "give a number from 0.1 to 1000")
+        _check("solver", self.solver, self.solver in SOLVERS, f"give one of {', '.join(SOLVERS)}")
+        _check("dtype", self.dtype, self.dtype in DTYPES, f"give one of {', '.join(DTYPES)}")
+        if self.solver == "unipc":
+            _check_shift(self.shift)
+            _check("guidance_scale", self.guidance_scale, math.isfinite(self.guidance_scale), "give a finite number")
+            _check_text("negative_prompt", self.negative_prompt)
+
+    def digest(self, fingerprints: Mapping[str, str]) -> str:
+        """Return the short hash that stands in file names.
+
+        Where the weights lie does not count, only what is in them: `fingerprints`, one a component.
+        """
+        counted = {name: value for name, value in asdict(self).items() if name not in ("weights", "checkpoint")}
+        text = json.dumps({**counted, "fingerprints": dict(fingerprints)}, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One video to make."""
+
+    prompt: str
+    seed: int
+
+
+def resolve(options: Options, *, note: Callable[[str], object] = print) -> Settings:
+    """Fill in every default.
+
+    The size is the one that the student was trained at, where its checkpoint says so, else Wan's. A student has the
+    timesteps of its checkpoint; `note` gets a line where it records none, and they are taken to be the authors'.
+
+    Raises:
+      UserError: naming the option that is wrong, or that does not go with the others.
+    """
+    if not options.weights:
+        raise UserError("--weights is missing: the folder with the VAE, the text encoder and its tokenizer")
+    source = options.checkpoint or options.weights
+    student = student_settings(source)
+    solver = options.solver or ("student" if options.checkpoint else "unipc")
+    size = {name: _first(getattr(options, name), (student or {}).get(name), WAN_SIZE[name]) for name in WAN_SIZE}
+    # A CPU gains nothing from bfloat16.
+    dtype = options.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    shared = {
+        "weights": options.weights,
+        "checkpoint": options.checkpoint,
+        "which": options.which or "generator",
+        "solver": solver,
+        "dtype": dtype,
+        **size,
+    }
+    if solver == "student":
+        for name in ("steps", "shift", "guidance_scale", "negative_prompt"):
+            if getattr(options, name) is not None:
+                raise UserError(
+                    f"--{name}: a student's steps are fixed by the schedule it was trained for, and it has no "
+                    f"guidance; leave --{name} out, or use --solver unipc"
+                )
+        timesteps = _student_timesteps(source, student, named=bool(options.checkpoint), note=note)
+        none = {"shift": None, "guidance_scale": None, "negative_prompt": None}
+        return Settings(**shared, **none, steps=len(timesteps), timesteps=timesteps)
+    steps, shift = _first(options.steps, WAN_STEPS), _first(options.shift, WAN_SHIFT)
+    _check_positive("steps", steps)  # before the schedule is made of them
+    _check_shift(shift)
+    return Settings(
+        **shared,
+        steps=steps,
+        timesteps=tuple(unipc_schedule(steps, shift)[0].tolist()),
+        shift=shift,
+        guidance_scale=_first(options.guidance_scale, WAN_GUIDANCE_SCALE),
+        negative_prompt=_first(options.negative_prompt, WAN_NEGATIVE_PROMPT),
+    )
+
+
+def make_jobs(*, prompt: str | None, prompts: str | None, seeds: Sequence[str], samples: int) -> list[Job]:
+    """Return the videos that are asked for, prompt by prompt, each once.
+
+    Args:
+      prompt: one prompt, or None.
+      prompts: a file of prompts (see `read_prompts`), or None.
+      seeds: whole numbers as texts.
+      samples: videos for each given seed s: those of the seeds s, s + 1, ..., s + samples - 1.
+
+    Raises:
+      UserError: naming what is missing or wrong.
+    """
+    if (prompt is None) == (prompts is None):
+        raise UserError("give either --prompt with a text, or --prompts with a file of them")
+    if prompt is not None and not prompt.strip():
+        raise UserError("--prompt is empty; describe the video")
+    texts = read_prompts(prompts) if prompts is not None else [prompt.strip()]
+    for text in texts:
+        _check_text("prompt", text)
+    _check_positive("samples", samples)
+    if not seeds:
+        raise UserError("--seed is empty; give whole numbers such as 0,1,2")
+    numbers = [seed + i for seed in map(_seed, seeds) for i in range(samples)]
+    if max(numbers) > MAX_SEED:
+        raise UserError(f"--seed with --samples goes up to {max(numbers)}; seeds end at {MAX_SEED}")
+    return list(dict.fromkeys(Job(text, number) for text in texts for number in numbers))
+
+
+def to_record(settings: Settings, job: Job) -> dict:
+    """Return what `from_record_file` reads, as JSON takes it."""
+    return {"prompt": job.prompt, "seed": job.seed, "settings": asdict(settings)}
+
+
+def from_record_file(path: str, *, weights: str | None, checkpoint: str | None) -> tuple[Settings, Job, dict]:
+    """Read the JSON file beside a video.
+
+    Args:
+      path: the file.
+      weights, checkpoint: where they lie now, if not where the file says.
+
+    Returns:
+      Its settings, its prompt and seed, and the fingerprints of the weights that made it.
+
+    Raises:
+      UserError: not such a file, or one of its entries is not what it should be.
+    """
+    record = read_json(Path(path))
+    hints = typing.get_type_hints(Settings)
+    expected = {"prompt": str, "seed": int, "settings": dict, "fingerprints": dict[str, str]}
+    _check_entries(path, record, expected)
+    entries = record["settings"] | {"timesteps": tuple(record["settings"].get("timesteps", ()))}
+    entries |= {name: value for name, value in (("weights", weights), ("checkpoint", checkpoint)) if value}
+    _check_entries(path, entries, hints)
+    for name in ("shift", "guidance_scale", "negative_prompt"):
+        if (entries[name] is None) != (entries["solver"] == "student"):
+            raise UserError(f"{path}: {name}={entries[name]!r} does not go with solver={entries['solver']!r}")
+    _check("seed", record["seed"], 0 <= record["seed"] <= MAX_SEED, f"give 0 to {MAX_SEED}")
+    settings = Settings(**{field.name: entries[field.name] for field in fields(Settings)})
+    return settings, Job(record["prompt"], record["seed"]), record["fingerprints"]
+
+
+def _student_timesteps(source: str, student: dict | None, *, named: bool, note: Callable) -> tuple[float, ...]:
+    if student is None:
+        if not named:
+            raise UserError(f"--solver student: {source} holds no student; name one with --checkpoint")
+        timesteps = StudentSchedule().timesteps
+        shown = ", ".join(f"{t:g}" for t in timesteps)
+        note(f"{source} records no timesteps; taking those of the authors' students: {shown}")
+        return timesteps
+    if not is_bearable(student.get("timesteps"), list[Number]):
+        raise UserError(f"{source}: its student settings hold no list of timesteps; export or save the student again")
+    return StudentSchedule(tuple(student["timesteps"])).timesteps
+
+
+def _check_entries(path: str, entries: Mapping, hints: Mapping) -> None:
+    for name, hint in hints.items():
+        if name not in entries:
+            raise UserError(f"{path}: has no {name!r}{closest(name, entries)}; give a .json that lies beside a video")
+        if not is_bearable(entries[name], hint) or isinstance(entries[name], bool):
+            raise UserError(f"{path}: {name}={entries[name]!r} is not of the right type; restore the file")
+
+
+def _seed(text: str) -> int:
+    if not text.strip().isdecimal() or int(text) > MAX_SEED:
+        raise UserError(f"--seed {text!r}: give whole numbers from 0 to {MAX_SEED}, separated by commas")
+    return int(text)
+
+
+def _check(name: str, value, holds: bool, what: str) -> None:
+    if not holds:
+        raise UserError(f"--{name} {value}: {what}")
+
+
+def _check_positive(name: str, value: int) -> None:
+    _check(name, value, value >= 1, "give at least 1")
+
+
+def _check_shift(shift: float) -> None:
+    _check("shift", shift, 0 < shift < math.inf, "give a number above 0")
+
+
+def _check_text(name: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"--{name} {text!r}: is not valid UTF-8; write it in UTF-8") from None
+
+
+def _first(*values):
+    return next(value for value in values if value is not None)

@@ -1,0 +1,93 @@
+"""Generate videos from prompts, with a few-step student or with Wan's own sampling.
+
+  python scripts/generate.py --checkpoint runs/avd --weights runs/wan --prompt "Panda playing the guitar" --out out
+  python scripts/generate.py --weights runs/wan --solver unipc --steps 50 --guidance_scale 5 --prompts prompts.txt \
+      --seed 0,1,2 --out out
+  python scripts/generate.py --from_json out/VIDEO.json --out again
+
+--weights is a folder in any known layout with VAE, text encoder and tokenizer, and the transformer where no
+--checkpoint names one. --out gets an .mp4 and a .json for each video, and contact sheets. A file's name ends in the
+seed and a hash of the settings: other settings never overwrite a video, and the same command goes on after an
+interruption. A prompt and seed give the same video in every batch and on any number of devices, up to rounding.
+"""
+
+import shlex
+import sys
+from pathlib import Path
+
+from absl import app, flags, logging
+from tqdm import tqdm
+
+from avd_jax.errors import UserError, report_user_errors
+from avd_jax.generation.run import generate
+from avd_jax.generation.settings import DTYPES, SOLVERS, Options, from_record_file, make_jobs, resolve
+from avd_jax.parallel.mesh import make_mesh
+
+WEIGHTS = flags.DEFINE_string("weights", None, "VAE, text encoder, tokenizer (and transformer), in any known layout.")
+CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Student: a training run or checkpoint, an export, a model.pt.")
+PROMPT = flags.DEFINE_string("prompt", None, "What to show.")
+PROMPTS = flags.DEFINE_string("prompts", None, "File of prompts: text with one a line, .jsonl or .csv.")
+FROM_JSON = flags.DEFINE_string("from_json", None, "The .json beside a video, to make that video again.")
+OUT = flags.DEFINE_string("out", None, "Folder for the videos.")
+SEED = flags.DEFINE_list("seed", ["0"], "Seeds, separated by commas; every prompt is sampled with each.")
+SAMPLES = flags.DEFINE_integer("samples", 1, "Videos for each seed s: the seeds s, s+1, ... so many.")
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 1, "Videos to sample together, at least one on every device.")
+FSDP = flags.DEFINE_integer("fsdp", 1, "Devices that share one copy of the transformer.")
+# These decide the video, and have no default here: it depends on the weights.
+flags.DEFINE_enum("solver", None, SOLVERS, "Default: student with a --checkpoint, else unipc.")
+flags.DEFINE_enum("which", None, ["generator", "ema"], "Network of a training run. Default: generator.")
+flags.DEFINE_integer("steps", None, "Steps of unipc. Default: 50.")
+flags.DEFINE_float("shift", None, "Timestep shift of unipc. Default: 5.")
+flags.DEFINE_float("guidance_scale", None, "Guidance of unipc, Wan's convention. Default: 5.")
+flags.DEFINE_string("negative_prompt", None, "What unipc's guidance avoids. Default: Wan's.")
+flags.DEFINE_integer("frames", None, "Frames of a video, 4n+1. Default: what a student was trained at, else 81.")
+flags.DEFINE_integer("height", None, "Pixels, a multiple of 16. Default: what a student was trained at, else 480.")
+flags.DEFINE_integer("width", None, "Pixels, a multiple of 16. Default: what a student was trained at, else 832.")
+flags.DEFINE_float("fps", None, "Frames per second. Default: what a student was trained at, else 16.")
+flags.DEFINE_enum("dtype", None, DTYPES, "Of the networks, VAE excepted. Default: bfloat16, on a CPU float32.")
+
+DECISIVE = ("solver", "which", "steps", "shift", "guidance_scale", "negative_prompt")
+DECISIVE += ("frames", "height", "width", "fps", "dtype")
+
+
+@report_user_errors
+def main(argv: list[str]) -> None:
+    """Resolve the flags, make what is missing, and say where it is."""
+    logging.set_verbosity(logging.ERROR)  # Orbax reports every step that it takes
+    if len(argv) > 1:
+        raise UserError(f"{argv[1]!r} is not a flag; every argument has a name, and prompts need quotes (see --help)")
+    if not OUT.value:
+        raise UserError("--out is missing: the folder for the videos")
+    if BATCH_SIZE.value < 1:
+        raise UserError(f"--batch_size {BATCH_SIZE.value}: give at least 1")
+    given = {name: flags.FLAGS[name].value for name in DECISIVE}
+    if FROM_JSON.value:
+        unused = [name for name, value in given.items() if value is not None]
+        unused += [flag.name for flag in (PROMPT, PROMPTS, SEED, SAMPLES) if flag.present]
+        if unused:
+            raise UserError(f"--{unused[0]}: --from_json takes it from {FROM_JSON.value}; leave it out")
+        paths = {"weights": WEIGHTS.value, "checkpoint": CHECKPOINT.value}
+        settings, job, fingerprints = from_record_file(FROM_JSON.value, **paths)
+        jobs = [job]
+    else:
+        asked = {"prompt": PROMPT.value, "prompts": PROMPTS.value, "seeds": SEED.value, "samples": SAMPLES.value}
+        jobs, fingerprints = make_jobs(**asked), None
+        settings = resolve(Options(weights=WEIGHTS.value, checkpoint=CHECKPOINT.value, **given))
+    with tqdm(total=len(jobs), unit="video") as bar:
+        videos, made = generate(
+            settings,
+            jobs,
+            Path(OUT.value),
+            mesh=make_mesh(fsdp=FSDP.value),
+            batch_size=BATCH_SIZE.value,
+            command=shlex.join(sys.argv),
+            fingerprints=fingerprints,
+            on_progress=bar.update,
+        )
+    print(
+        f"{OUT.value}: {made} made, {len(videos) - made} there already, {settings.steps} steps each ({settings.solver})"
+    )
+
+
+if __name__ == "__main__":
+    app.run(main)
