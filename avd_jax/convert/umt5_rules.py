@@ -66,11 +66,14 @@ def _rule(source: str, target: str, layout: str, config: UMT5Config) -> Rule:
     return Rule(source, target, layout, {"h": config.num_heads} if "(h k)" in layout else {})
 
 
-def config_from_native(shapes: Mapping[str, tuple[int, ...]]) -> UMT5Config:
+def config_from_native(
+    shapes: Mapping[str, tuple[int, ...]], *, name: str = "models_t5_umt5-xxl-enc-bf16.pth"
+) -> UMT5Config:
     """Return the sizes of Wan's .pth, which has no config beside it.
 
     Args:
       shapes: key -> shape of the file's tensors.
+      name: what the messages call the file, usually its path.
 
     Raises:
       UserError: when a key that the sizes are read from is missing, so the file is no umT5 encoder.
@@ -78,7 +81,7 @@ def config_from_native(shapes: Mapping[str, tuple[int, ...]]) -> UMT5Config:
 
     def shape(key: str) -> tuple[int, ...]:
         if len(shapes.get(key, ())) != 2:
-            raise UserError(f"not a umT5 text encoder in Wan's layout: it has no matrix {key!r}")
+            raise UserError(f"{name}: no matrix {key!r} in it; it is not a umT5 text encoder with Wan's keys")
         return tuple(shapes[key])
 
     vocab_size, dim = shape("token_embedding.weight")
@@ -95,24 +98,28 @@ def config_from_native(shapes: Mapping[str, tuple[int, ...]]) -> UMT5Config:
     )
 
 
-def config_from_diffusers(config_json: Mapping[str, Any]) -> UMT5Config:
-    """Return the sizes in `text_encoder/config.json`, parsed.
+def config_from_diffusers(config_json: Mapping[str, Any], *, name: str = "config.json") -> UMT5Config:
+    """Return the sizes in `text_encoder/config.json`.
+
+    Args:
+      config_json: the file's entries.
+      name: what the messages call the file, usually its path.
 
     Raises:
       UserError: naming a missing or wrong field, or the architecture when it is not a gated-GELU umT5.
     """
     if config_json.get("model_type") != "umt5":
-        raise UserError(f"text encoder config: model_type is {config_json.get('model_type')!r}, expected 'umt5'")
+        raise UserError(f"{name}: model_type is {config_json.get('model_type')!r}; only 'umt5' text encoders are known")
     activation = config_json.get("feed_forward_proj", "gated-gelu")
     if activation != "gated-gelu":
-        raise UserError(f"text encoder config: feed_forward_proj is {activation!r}, only 'gated-gelu' is supported")
+        raise UserError(f"{name}: feed_forward_proj is {activation!r}, only 'gated-gelu' is known")
     values = {}
     for ours, theirs in _CONFIG_FIELDS.items():
         if theirs not in config_json:
-            raise UserError(f"text encoder config: field {theirs!r} is missing")
+            raise UserError(f"{name}: the field {theirs!r} is missing; it is no umT5 config")
         value, kind = config_json[theirs], (float if ours == "eps" else int)
         if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0 or kind(value) != value:
-            raise UserError(f"text encoder config: field {theirs!r} is {value!r}, expected a positive {kind.__name__}")
+            raise UserError(f"{name}: the field {theirs!r} is {value!r}; it must be a positive {kind.__name__}")
         values[ours] = kind(value)
     return UMT5Config(**values)
 

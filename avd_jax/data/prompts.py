@@ -96,7 +96,7 @@ def _from_csv(path: Path, text: str) -> Iterator[str]:
         for row in rows:
             yield _field(path, rows.line_num, row)
     except csv.Error as error:
-        raise UserError(f"{path}: line {rows.line_num} is not CSV ({error}); quote the prompts") from error
+        raise UserError(f"{path}: line {rows.line_num + 1} is not CSV ({error}); quote the prompts") from error
 
 
 def _field(path: Path, number: int, record: dict) -> str:
