@@ -72,7 +72,6 @@ FIELDS: dict[str, tuple[object, str]] = {
     "sample.vae": ("", "weights of the VAE that decodes the samples; empty: those beside init_from"),
     "sample.teacher_steps": (50, "UniPC steps of the teacher's videos that stand beside them; 0: no teacher"),
     "sample.teacher_shift": (5.0, "timestep shift of the teacher's solver"),
-    "sample.fps": (16, "frames a second of the sample videos"),
 }
 
 

@@ -20,6 +20,7 @@ from avd_jax.training.config import describe, flatten, validate
 from avd_jax.training.cost import cycle_cost
 from avd_jax.training.metrics import MetricsWriter
 from avd_jax.training.run import Run, build_run
+from avd_jax.training.samples import SampleWriter
 from avd_jax.training.state import TrainState
 
 # What may differ when a run goes on: how long it is, and what is kept of it. All else decides its parameters.
@@ -70,9 +71,9 @@ class _Loop:
         self.clock = time.monotonic()
 
     def go(self, state: TrainState) -> int:
-        first = step = int(state.step)
+        step = int(state.step)
         while step < self.config.num_steps and not self.stop.signal:
-            if self.samples and step == first:
+            if self.samples and step == 0:
                 self.samples.write(step, state)
             state, metrics, fake_metrics = self._cycle(state, step)
             self._fetch()  # of the step before, while the devices work on this one

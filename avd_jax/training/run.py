@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
 from avd_jax import convert
@@ -156,17 +157,21 @@ def _data_folders(config, workdir: Path) -> tuple[Path, Path | None]:
     world, weights = config.data.shapes_world, config.init_from
     vae = video_encoder(convert.load_vae(weights))
     text = text_encoder(convert.load_umt5(weights), convert.load_tokenizer(weights))
-    return encode_shapes_world(
-        workdir / "data",
-        vae=vae,
-        text=text,
-        clips=world.clips,
-        prompts=world.prompts,
-        frames=world.frames,
-        fps=world.fps,
-        height=world.height,
-        width=world.width,
-    )
+    folder = workdir / "data"
+    if jax.process_index() == 0:
+        encode_shapes_world(
+            folder,
+            vae=vae,
+            text=text,
+            clips=world.clips,
+            prompts=world.prompts,
+            frames=world.frames,
+            fps=world.fps,
+            height=world.height,
+            width=world.width,
+        )
+    multihost_utils.sync_global_devices("shapes_world")
+    return folder / "latents", folder / "prompts"
 
 
 def _checked_info(latents_dir: Path, model: WanDiTConfig, weights: str) -> LatentsInfo:
