@@ -15,11 +15,12 @@ import shlex
 import sys
 from pathlib import Path
 
+import jax
 from absl import app, flags, logging
 from tqdm import tqdm
 
 from avd_jax.errors import UserError, report_user_errors
-from avd_jax.generation.run import generate
+from avd_jax.generation.run import generate, make_plan
 from avd_jax.generation.settings import DTYPES, SOLVERS, Options, from_record_file, make_jobs, resolve
 from avd_jax.parallel.mesh import make_mesh
 
@@ -60,6 +61,9 @@ def main(argv: list[str]) -> None:
         raise UserError("--out is missing: the folder for the videos")
     if BATCH_SIZE.value < 1:
         raise UserError(f"--batch_size {BATCH_SIZE.value}: give at least 1")
+    if FSDP.value < 1 or jax.device_count() % FSDP.value:
+        raise UserError(f"--fsdp {FSDP.value}: give a divisor of the number of devices, which is {jax.device_count()}")
+    notes: list[str] = []
     given = {name: flags.FLAGS[name].value for name in DECISIVE}
     if FROM_JSON.value:
         unused = [name for name, value in given.items() if value is not None]
@@ -72,21 +76,15 @@ def main(argv: list[str]) -> None:
     else:
         asked = {"prompt": PROMPT.value, "prompts": PROMPTS.value, "seeds": SEED.value, "samples": SAMPLES.value}
         jobs, fingerprints = make_jobs(**asked), None
-        settings = resolve(Options(weights=WEIGHTS.value, checkpoint=CHECKPOINT.value, **given))
-    with tqdm(total=len(jobs), unit="video") as bar:
-        videos, made = generate(
-            settings,
-            jobs,
-            Path(OUT.value),
-            mesh=make_mesh(fsdp=FSDP.value),
-            batch_size=BATCH_SIZE.value,
-            command=shlex.join(sys.argv),
-            fingerprints=fingerprints,
-            on_progress=bar.update,
-        )
-    print(
-        f"{OUT.value}: {made} made, {len(videos) - made} there already, {settings.steps} steps each ({settings.solver})"
-    )
+        settings = resolve(Options(weights=WEIGHTS.value, checkpoint=CHECKPOINT.value, **given), note=notes.append)
+    plan = make_plan(settings, jobs, Path(OUT.value), fingerprints=fingerprints)
+    for note in notes:
+        print(note)
+    there = len(jobs) - len(plan.todo)
+    with tqdm(total=len(jobs), initial=there, unit="video") as bar:
+        run = {"mesh": make_mesh(fsdp=FSDP.value), "batch_size": BATCH_SIZE.value, "command": shlex.join(sys.argv)}
+        generate(plan, **run, on_progress=bar.update)
+    print(f"{OUT.value}: {len(plan.todo)} made, {there} there already ({settings.solver}, {settings.steps} steps)")
 
 
 if __name__ == "__main__":

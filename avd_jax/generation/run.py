@@ -10,8 +10,9 @@ import hashlib
 import importlib.metadata
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
@@ -22,10 +23,12 @@ from jax.sharding import Mesh, NamedSharding
 from avd_jax.convert.weights import load_module
 from avd_jax.data.atomic import write_text
 from avd_jax.data.encoding import text_encoder
+from avd_jax.data.latents import pad_prompt_embeds
 from avd_jax.data.prompts import file_stem
 from avd_jax.data.video import contact_sheet, read_video, write_video
 from avd_jax.errors import UserError
 from avd_jax.generation.pipeline import (
+    LatentsShape,
     as_network,
     latents_shape,
     make_student_sampler,
@@ -42,69 +45,97 @@ THUMBNAIL_HEIGHT = 160
 _PACKAGES = ("avd_jax", "jax", "jaxlib", "flax", "av")
 
 
-def generate(
-    settings: Settings,
-    jobs: Sequence[Job],
-    out: Path,
-    *,
-    mesh: Mesh,
-    batch_size: int,
-    command: str,
-    fingerprints: dict[str, str] | None = None,
-    on_progress: Callable[[int], object] = lambda done: None,
-) -> tuple[list[Path], int]:
-    """Make the videos that are not there yet, and contact sheets of all of them.
+@dataclass(frozen=True)
+class Plan:
+    """What there is to do; everything that can be checked before the work has been.
+
+    Attributes:
+      settings: of all videos.
+      parts: opened weights.
+      fingerprints: component -> what identifies its weights.
+      shape: (F, H, W, C) of the latents of a video.
+      videos: every video that is asked for -> its file.
+      todo: those that are not there yet.
+    """
+
+    settings: Settings
+    parts: Parts
+    fingerprints: dict[str, str]
+    shape: LatentsShape
+    videos: dict[Job, Path]
+    todo: list[Job]
+
+
+def make_plan(
+    settings: Settings, jobs: Sequence[Job], out: Path, *, fingerprints: Mapping[str, str] | None = None
+) -> Plan:
+    """Open the weights and see what is missing in `out`, a folder that is made.
 
     Args:
       settings: from `resolve` or `from_record_file`.
       jobs: the videos, each once.
-      out: folder for the files; made if missing.
+      out: folder for the files.
+      fingerprints: what the weights must be, to make a video again; None for any.
+
+    Raises:
+      UserError: weights that are missing or do not fit, a size that the networks cannot make, or a folder that cannot
+        be written.
+    """
+    parts = open_parts(settings)
+    configs = {"dit": parts.transformer.config, "vae": parts.vae.config}
+    shape = latents_shape(frames=settings.frames, height=settings.height, width=settings.width, **configs)
+    found = parts.fingerprints()
+    for component, expected in (fingerprints or {}).items():
+        if found.get(component) != expected:
+            source = settings.checkpoint if settings.checkpoint and component == "transformer" else settings.weights
+            raise UserError(f"{source}: this is not the {component} that made the video; name the same weights")
+    digest = settings.digest(found)
+    videos = {job: out / f"{file_stem(job.prompt, job.seed)}-{digest}.mp4" for job in jobs}
+    todo = [job for job, video in videos.items() if not (video.is_file() and _record_of(video).is_file())]
+    with _reporting(out):
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):  # better known now than after minutes of work
+            pass
+    return Plan(settings, parts, found, shape, videos, todo)
+
+
+def generate(
+    plan: Plan,
+    *,
+    mesh: Mesh,
+    batch_size: int,
+    command: str,
+    on_progress: Callable[[int], object] = lambda done: None,
+) -> None:
+    """Make the videos that are to do, and contact sheets of all.
+
+    Args:
+      plan: from `make_plan`.
       mesh: its data and fsdp axes share out each batch, its fsdp axis the transformer's parameters.
       batch_size: videos to sample together, rounded up to a multiple of the mesh's batch shards. One program serves
         all batches; the last is filled up and the surplus dropped.
       command: what the user typed, for the record.
-      fingerprints: what the weights must be, to make a video again; None for any.
       on_progress: called with the number of further videos that are done.
 
-    Returns:
-      the videos' paths in the order of the jobs, and how many of them were made now.
-
     Raises:
-      UserError: weights that are missing or do not fit, a size that the networks cannot make, a folder that cannot be
-        written, values that are not finite.
+      UserError: a full disk, or values that are not finite.
     """
-    parts = open_parts(settings)
-    shape = latents_shape(
-        frames=settings.frames,
-        height=settings.height,
-        width=settings.width,
-        dit=parts.transformer.config,
-        vae=parts.vae.config,
-    )
-    found = parts.fingerprints()
-    for component, expected in (fingerprints or {}).items():
-        if found.get(component) != expected:
-            raise UserError(f"{settings.weights}: its {component} is not the one that made the video; name the same")
-    digest = settings.digest(found)
-    videos = {job: out / f"{file_stem(job.prompt, job.seed)}-{digest}.mp4" for job in jobs}
-    todo = [job for job, video in videos.items() if not (video.is_file() and _record_of(video).is_file())]
-    _check_folder(out)
-    on_progress(len(videos) - len(todo))
+    settings, videos, todo = plan.settings, plan.videos, plan.todo
     shards = batch_shards(mesh)
     size = -(-min(batch_size, len(todo)) // shards) * shards
-    made_with = {"fingerprints": found, "command": command} | _environment(mesh, size)
-    for job, pixels in _sample(settings, parts, todo, shape, mesh, size) if todo else ():
+    made_with = {"fingerprints": plan.fingerprints, "command": command} | _environment(mesh, size)
+    for job, pixels in _sample(plan, mesh, size) if todo else ():
         with _reporting(videos[job]):
             record = json.dumps(to_record(settings, job) | made_with, indent=2, ensure_ascii=False)
             write_text(_record_of(videos[job]), record + "\n")
             write_video(videos[job], pixels, fps=settings.fps)
         on_progress(1)
-    _write_sheets(videos, settings, out, made=set(todo))
-    return list(videos.values()), len(todo)
+    _write_sheets(plan)
 
 
-def _sample(settings, parts: Parts, jobs, shape, mesh: Mesh, size: int) -> Iterator[tuple[Job, np.ndarray]]:
-    """Yield each job with its video [F H W 3] in [-1, 1]."""
+def _sample(plan: Plan, mesh: Mesh, size: int) -> Iterator[tuple[Job, np.ndarray]]:
+    """Yield each job that is to do with its video [F H W 3], nominally in [-1, 1]."""
+    settings, parts, shape, jobs = plan.settings, plan.parts, plan.shape, plan.todo
     embeds = _encode_texts(settings, parts, jobs)
     gc.collect()  # the text encoder is larger than the transformer, and its modules are cycles of references
     dtype = jnp.dtype(settings.dtype)
@@ -139,7 +170,7 @@ def _sample(settings, parts: Parts, jobs, shape, mesh: Mesh, size: int) -> Itera
 
 
 def _encode_texts(settings: Settings, parts: Parts, jobs: Sequence[Job]) -> dict[str, np.ndarray]:
-    """Return text -> embeddings [512 text_dim], zero behind the last token; the text encoder is freed on return."""
+    """Return text -> embeddings [text_len text_dim], zero behind the last token; the encoder is freed on return."""
     texts = dict.fromkeys(job.prompt for job in jobs)
     if settings.negative_prompt is not None:
         texts[settings.negative_prompt] = None
@@ -147,8 +178,7 @@ def _encode_texts(settings: Settings, parts: Parts, jobs: Sequence[Job]) -> dict
     embeds = {}
     for text in texts:
         # One at a time: a batch's last bits would depend on what else the run generates.
-        (found,) = encoder.encode([text])
-        embeds[text] = np.pad(found, ((0, encoder.text_len - len(found)), (0, 0)))
+        embeds[text] = pad_prompt_embeds(encoder.encode([text])[0], parts.transformer.config.text_len)
     return embeds
 
 
@@ -175,35 +205,23 @@ class _Thumbnails(Sequence):
         )
 
 
-def _write_sheets(videos: dict[Job, Path], settings: Settings, out: Path, *, made: set[Job]) -> None:
+def _write_sheets(plan: Plan) -> None:
     """Write one PNG for every few videos, named by a hash of their names, where it is not there yet."""
-    jobs = list(videos)
+    jobs = list(plan.videos)
     for first in range(0, len(jobs), SHEET_ROWS):
         rows = jobs[first : first + SHEET_ROWS]
-        names = "\n".join(videos[job].name for job in rows)
-        sheet = out / f"sheet-{hashlib.sha256(names.encode()).hexdigest()[:8]}.png"
-        if sheet.is_file() and made.isdisjoint(rows):
+        files = [plan.videos[job] for job in rows]
+        digest = hashlib.sha256("\n".join(file.name for file in files).encode()).hexdigest()[:8]
+        sheet = files[0].with_name(f"sheet-{digest}.png")
+        if sheet.is_file() and set(plan.todo).isdisjoint(rows):
             continue
         captions = [f"{job.prompt} (seed {job.seed})" for job in rows]
         with _reporting(sheet):
-            contact_sheet(
-                _Thumbnails([videos[job] for job in rows], settings),
-                sheet,
-                captions,
-                thumbnail_height=THUMBNAIL_HEIGHT,
-            )
+            contact_sheet(_Thumbnails(files, plan.settings), sheet, captions, thumbnail_height=THUMBNAIL_HEIGHT)
 
 
 def _record_of(video: Path) -> Path:
     return video.with_suffix(".json")
-
-
-def _check_folder(out: Path) -> None:
-    """Make the folder and try to write there, before minutes of work are spent."""
-    with _reporting(out):
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
-            pass
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import numpy as np
 from avd_jax.convert.architectures import UMT5, WAN_DIT, WAN_VAE
 from avd_jax.convert.loading import load_tokenizer
 from avd_jax.convert.weights import Weights, open_weights
-from avd_jax.data.tokenizer import TEXT_LENGTH, Tokenizer
+from avd_jax.data.tokenizer import Tokenizer
 from avd_jax.errors import UserError
 from avd_jax.generation.settings import Settings
 
@@ -54,7 +54,6 @@ def open_parts(settings: Settings) -> Parts:
         ("in_dim", dit.in_dim, "z_dim of the VAE", vae.z_dim),
         ("out_dim", dit.out_dim, "z_dim of the VAE", vae.z_dim),
         ("text_dim", dit.text_dim, "width of the text encoder", umt5.dim),
-        ("text_len", dit.text_len, "length of the tokenizer's texts", TEXT_LENGTH),
     ):
         if has != needs:
             raise UserError(
