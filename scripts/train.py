@@ -4,15 +4,16 @@
     python scripts/train.py --config configs/wan13b.py --config.init_from=/weights/Wan2.1-T2V-1.3B \
         --config.data.latents=/data/latents --config.data.prompts=/data/prompts --workdir /runs/wan13b
 
-The same command goes on from the last checkpoint of the workdir. `--explain` prints every field of the config.
+The same command goes on from the last checkpoint of the workdir.
 """
 
 import pathlib
 
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
-from avd_jax.errors import UserError, report_user_errors
+from avd_jax import command_line
+from avd_jax.errors import UserError
 from avd_jax.training.config import describe, parse_flags
 from avd_jax.training.loop import train
 
@@ -21,11 +22,8 @@ WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run: config, check
 EXPLAIN = flags.DEFINE_bool("explain", False, "print every field of the config with its help, and stop")
 
 
-@report_user_errors
-def main(argv):
+def main() -> int:
     """Train, or explain the config."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}")
     if EXPLAIN.value:
         print(describe(CONFIG.value))
         return 0
@@ -36,4 +34,4 @@ def main(argv):
 
 if __name__ == "__main__":
     flags.mark_flag_as_required("config")
-    app.run(main, flags_parser=parse_flags)
+    command_line.run(main, parse_flags=parse_flags)

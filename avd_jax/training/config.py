@@ -13,7 +13,7 @@ import ml_collections
 from absl import app
 
 from avd_jax.diffusion.student import StudentSchedule
-from avd_jax.errors import UserError, closest, report_user_errors
+from avd_jax.errors import UserError, closest
 from avd_jax.models.wan_dit import REMAT_POLICIES
 
 FIELDS: dict[str, tuple[object, str]] = {
@@ -60,7 +60,7 @@ FIELDS: dict[str, tuple[object, str]] = {
     "remat": ("block", "what the backward pass keeps of a block: " + ", ".join(REMAT_POLICIES)),
     "mesh.data": (-1, "devices along the data axis; -1: all that the others leave"),
     "mesh.fsdp": (1, "devices along the axis that shards parameters and batch"),
-    "mesh.seq": (1, "devices along the axis that shards tokens"),
+    "mesh.seq": (1, "devices along the axis that shards tokens; only 1 yet"),
     "log_every": (1, "generator updates between two lines of metrics.jsonl"),
     "checkpoint_every": (100, "generator updates between two checkpoints; 0: only at the end and on SIGTERM"),
     "checkpoint.keep": (2, "newest checkpoints to keep"),
@@ -89,7 +89,6 @@ def default_config() -> ml_collections.ConfigDict:
     return config.lock()
 
 
-@report_user_errors
 def parse_flags(argv: Sequence[str]) -> list[str]:
     """Parse the flags of a script that has a `--config` file: the `flags_parser` of `absl.app.run`.
 
@@ -158,6 +157,7 @@ def validate(config) -> None:
     _check(
         flat, "score.min_timestep", bounds, f"and score.max_timestep={flat['score.max_timestep']} must rise in 0..1000"
     )
+    _check(flat, "mesh.seq", flat["mesh.seq"] == 1, "must be 1: tokens cannot be sharded yet")
     _check(flat, "score.shift", flat["score.shift"] > 0, "must be positive")
     parts, batch = flat["accumulation_steps"], flat["batch_size"]
     _check(flat, "accumulation_steps", batch % parts == 0, f"must divide batch_size={batch}")

@@ -1,0 +1,28 @@
+# Targets that set up what they need: tiny, test, parity, format. Python 3.11 or 3.12; PYTHON=... chooses one.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3; do $$p -c \
+  'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done)
+
+.PHONY: tiny test parity format
+
+tiny: .venv/installed
+	.venv/bin/python scripts/train.py --config configs/tiny.py --workdir runs/tiny
+
+test: .venv/installed
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/python -m pytest -n 2 --dist loadfile
+
+parity: .venv-parity/installed
+	.venv-parity/bin/python -m pytest tests/parity
+
+format: .venv/installed
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+.venv/installed: EXTRAS = dev
+.venv-parity/installed: EXTRAS = dev,parity
+.venv/installed .venv-parity/installed: requirements.txt pyproject.toml
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or 3.12 found; name one with PYTHON=/path/to/python3.12"; exit 1; }
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet --disable-pip-version-check --editable ".[$(EXTRAS)]"
+	touch $@

@@ -1,0 +1,34 @@
+"""What every script does with its command line: required flags, no stray arguments, quiet logs, one-line errors."""
+
+from collections.abc import Callable, Sequence
+
+from absl import app, flags, logging
+
+from avd_jax.errors import UserError, report_user_errors
+
+
+def run(
+    main: Callable[[], int | None],
+    *,
+    required: Sequence[flags.FlagHolder] = (),
+    parse_flags: Callable[[list[str]], list[str]] = app.parse_flags_with_usage,
+) -> None:
+    """Run a script's `main()` and exit with the status it returns; a UserError is one line and status 1.
+
+    Args:
+      main: the script's work, once the flags are parsed.
+      required: flags that must be given.
+      parse_flags: `flags_parser` of `absl.app.run`.
+    """
+
+    @report_user_errors
+    def checked_main(argv: Sequence[str]) -> int | None:
+        logging.set_verbosity(logging.ERROR)  # Orbax reports every step that it takes
+        if len(argv) > 1:
+            raise UserError(f"{argv[1]!r} is not a flag; every argument has a name (see --help)")
+        for flag in required:
+            if not flag.value:
+                raise UserError(f"--{flag.name} is missing: {flag.help[0].lower()}{flag.help[1:]}")
+        return main()
+
+    app.run(checked_main, flags_parser=report_user_errors(parse_flags))
