@@ -30,7 +30,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"{argv[1]!r} is not a flag; every argument has a name (see --help).")
     for flag in (SRC, DST):
         if not flag.value:
-            raise UserError(f"--{flag.name} is missing: {flag.help[0].lower()}{flag.help[1:]}")
+            raise UserError(f"--{flag.name} is missing: {flags.FLAGS[flag.name].help}")
     found, missing = convert.find_components(SRC.value, COMPONENTS.value)
     for component in found:
         convert.check_writable(Path(DST.value) / component, overwrite=OVERWRITE.value)

@@ -30,7 +30,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"{argv[1]!r} is not a flag; every argument has a name (see --help).")
     for flag in (CHECKPOINT, LAYOUT, DST):
         if not flag.value:
-            raise UserError(f"--{flag.name} is missing: {flag.help[0].lower()}{flag.help[1:]}")
+            raise UserError(f"--{flag.name} is missing: {flags.FLAGS[flag.name].help}")
     student = convert.export_dit(
         CHECKPOINT.value,
         Path(DST.value),

@@ -1,6 +1,7 @@
 """The networks that can be converted: how each is built, and where its tables and sizes come from."""
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -52,10 +53,9 @@ class Architecture:
         """Return the module without arrays."""
         return nnx.eval_shape(lambda: self.build(config, dtype, **options))
 
-    def leaves(self, config, dtype=jnp.float32) -> dict[str, jax.ShapeDtypeStruct]:
-        """Return dotted path -> shape and dtype of every leaf."""
-        state = nnx.state(self.abstract(config, dtype))
-        return {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in flat_state(state).items()}
+    def leaves(self, config) -> dict[str, jax.ShapeDtypeStruct]:
+        """Return dotted path -> shape of every leaf (as float32)."""
+        return dict(_leaves(self, config))
 
     def record(self, config) -> dict:
         """Return what names this network in our config.json and in a checkpoint's meta data."""
@@ -88,6 +88,12 @@ class Architecture:
         return self.config_class(**values)
 
 
+@functools.lru_cache(maxsize=8)  # tracing a constructor takes a second, and loading needs the result several times
+def _leaves(architecture: Architecture, config) -> dict[str, jax.ShapeDtypeStruct]:
+    state = nnx.state(architecture.abstract(config))
+    return {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in flat_state(state).items()}
+
+
 def _as_tuple(value):
     return tuple(_as_tuple(item) for item in value) if isinstance(value, list) else value
 
@@ -100,7 +106,19 @@ def layer_of(rules: Sequence[Rule], key: str) -> tuple[int, str] | None:
     return None
 
 
+_DIT_COUNTS = (
+    *("dim", "ffn_dim", "num_heads", "num_layers", "in_dim", "out_dim", "freq_dim", "text_dim", "text_len"),
+    *("num_attention_heads", "attention_head_dim", "in_channels", "out_channels"),
+)
+
+
 def _dit_from_json(entries: dict, name: str) -> WanDiTConfig:
+    for field in _DIT_COUNTS:
+        if field in entries and (type(entries[field]) is not int or entries[field] < 1):
+            raise UserError(f"{name}: the field {field!r} is {entries[field]!r}, expected a positive whole number")
+    patch = entries.get("patch_size", [1, 2, 2])
+    if not isinstance(patch, list) or len(patch) != 3 or not all(type(size) is int and size > 0 for size in patch):
+        raise UserError(f"{name}: the field 'patch_size' is {patch!r}, expected three positive whole numbers")
     if "num_attention_heads" in entries or entries.get("_class_name") == "WanTransformer3DModel":
         return dit_rules.config_from_diffusers(entries, name=name)
     return dit_rules.config_from_native(entries, name=name)

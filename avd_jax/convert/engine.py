@@ -109,7 +109,7 @@ def resolve(
     missing = [key for key in expected if key not in sources]
     extra = unknown + [p.key for path in pieces for p in pieces[path] if p.key not in expected]
     if missing or extra:
-        raise UserError(_key_mismatch(name, missing, extra, expected, sources))
+        raise UserError(_key_mismatch(name, missing, extra))
     misshapen = [
         f"{key} has shape {tuple(sources[key])}, expected {shape}"
         for key, shape in expected.items()
@@ -208,13 +208,13 @@ def tensors_to_torch(
                 yield rule.source.replace("{}", layer), np.ascontiguousarray(rule.to_torch(array))
 
 
-def _key_mismatch(name, missing, extra, expected, sources) -> str:
+def _key_mismatch(name: str, missing: list[str], extra: list[str]) -> str:
     parts = []
     if missing:
-        parts.append("missing: " + _first([key + closest(key, extra or sources) for key in missing]))
+        parts.append("missing: " + _first([key + closest(key, extra) for key in missing]))
     if extra:
-        parts.append("not known: " + _first([key + closest(key, missing or expected) for key in extra]))
-    return f"{name}: the keys do not fit the model; {'; '.join(parts)}."
+        parts.append("not known: " + _first([key + closest(key, missing) for key in extra]))
+    return f"{name}: the keys do not fit the model; {'; '.join(parts)}. It is incomplete, or another model's."
 
 
 def _first(items: list[str], count: int = 4) -> str:

@@ -115,12 +115,15 @@ def student_settings(path: str | Path) -> dict | None:
       The settings, or None for weights that are no student's.
     """
     path = Path(path)
-    if path.is_dir() and (step := training_step(path)) is not None:
-        return read_json(step / "meta" / "metadata").get("student")
     folder = path.parent if path.is_file() else path
-    for candidate in (folder, folder.parent) if folder.name == "transformer" else (folder,):
+    folders = [folder, folder / WAN_DIT.component]
+    if folder.name == WAN_DIT.component:
+        folders.append(folder.parent)
+    for candidate in folders:
         if (candidate / STUDENT_FILE).is_file():
             return read_json(candidate / STUDENT_FILE)
+    if path.is_dir() and (step := training_step(path)) is not None:
+        return read_json(step / "meta" / "metadata").get("student")
     return None
 
 
@@ -181,8 +184,6 @@ def _in_folder(path: Path, architecture: Architecture, key: str) -> TorchFiles |
             return OrbaxTree(folder, entries[OUR_KEY], folder / "config.json", several_networks=False)
         if (folder / "_METADATA").is_file() and not (folder.parent / "meta").is_dir():
             raise UserError(f"{folder}: an Orbax checkpoint without its config.json; convert the weights again")
-    if architecture is WAN_DIT and (step := training_step(path)) is not None:
-        return _checkpoint_item(step, key)
     for folder in (path / architecture.component, path):
         if folder.is_dir() and (folder != path or _is_own_folder(path, architecture)):
             files = _weight_files(folder)
@@ -194,6 +195,8 @@ def _in_folder(path: Path, architecture: Architecture, key: str) -> TorchFiles |
             file = path / (_NATIVE_NAMES[architecture.component] + suffix)
             if file.is_file():
                 return TorchFiles((file,), None, single=False)
+    if architecture is WAN_DIT and (step := training_step(path)) is not None:
+        return _checkpoint_item(step, key)
     if architecture is WAN_DIT and (path / "model.pt").is_file():
         config = path / "config.json"
         return TorchFiles((path / "model.pt",), config if config.is_file() else None, single=False)

@@ -40,6 +40,35 @@ class _LazyLeafHandler(ocp.type_handlers.NumpyHandler):
         return []
 
 
+class _OneByOne:
+    """Opens and reads leaf after leaf: when a read fails beside others, theirs end in tracebacks on closed loops."""
+
+    async def metadata(self, infos):
+        found = []
+        for info in infos:
+            found += await super().metadata([info])
+        return found
+
+    async def deserialize(self, infos, args=None):
+        arrays = []
+        for i, info in enumerate(infos):
+            arrays += await super().deserialize([info], args and [args[i]])
+        return arrays
+
+
+class _NumpyReader(_OneByOne, ocp.type_handlers.NumpyHandler):
+    """Reads NumPy arrays."""
+
+
+class _ArrayReader(_OneByOne, ocp.type_handlers.ArrayHandler):
+    """Reads sharded arrays."""
+
+
+def _reader() -> ocp.PyTreeCheckpointHandler:
+    registry = ocp.type_handlers.create_type_handler_registry((np.ndarray, _NumpyReader()), (jax.Array, _ArrayReader()))
+    return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
+
+
 def write_leaves(folder: Path, leaves: Mapping[str, jax.ShapeDtypeStruct], load: Callable[[str], np.ndarray]) -> None:
     """Write a PyTree checkpoint to `folder`, loading one leaf at a time.
 
@@ -66,7 +95,7 @@ def read_structure(folder: Path) -> dict[str, jax.ShapeDtypeStruct]:
     if not (folder / "_METADATA").is_file():
         raise UserError(f"{folder}: not a complete Orbax checkpoint (no _METADATA); write it again")
     try:
-        tree = ocp.PyTreeCheckpointHandler().metadata(epath.Path(folder.absolute())).tree
+        tree = _reader().metadata(epath.Path(folder.absolute())).tree
         return {path: jax.ShapeDtypeStruct(leaf.shape, np.dtype(leaf.dtype)) for path, leaf in flat_state(tree).items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder}: the Orbax checkpoint is damaged ({_line(error)}); write it again") from None
@@ -104,7 +133,7 @@ def read_sharded(
 
 def _restore(folder: Path, leaves: Mapping[str, jax.ShapeDtypeStruct], restore_args: Mapping) -> dict:
     try:
-        with ocp.PyTreeCheckpointer() as checkpointer:
+        with ocp.Checkpointer(_reader()) as checkpointer:
             tree = checkpointer.restore(
                 folder.absolute(),
                 args=ocp.args.PyTreeRestore(

@@ -171,7 +171,7 @@ def _cast(leaves: dict[str, jax.ShapeDtypeStruct], dtype) -> dict[str, jax.Shape
 def _open_tensors(found: TorchFiles, architecture: Architecture, key: str, name: str) -> dict[str, tuple]:
     """Return key without prefix -> (file, key in the file, shape and dtype)."""
     first = found.files[0]
-    if first.suffix == ".json":
+    if first.name.endswith(".safetensors.index.json"):
         files = open_shards(first)
     elif first.suffix == ".safetensors":
         files = [SafetensorsFile(path) for path in found.files]

@@ -1,0 +1,119 @@
+"""The engine by itself: a small table read in both directions, its parts, and what it refuses."""
+
+import jax
+import numpy as np
+import pytest
+
+from avd_jax.convert.engine import (
+    Rule,
+    leaves_from_torch,
+    read_shards,
+    resolve,
+    source_shapes,
+    tensors_to_torch,
+)
+from avd_jax.errors import UserError
+
+RULES = [
+    Rule("proj.weight", "proj.kernel", "(h k) i -> i h k", {"h": 2}),
+    Rule("layers.{}.w", "layers.kernel", "o i -> i o"),
+    Rule("list.{}.b", "list.{}.bias"),
+    Rule("rotary", "rotary", "(h p two) -> h (two p)", {"h": 2, "two": 2}),
+    Rule("counter", None),
+]
+SHAPES = {
+    "proj.kernel": (3, 2, 4),
+    "layers.kernel": (3, 5, 6),
+    "list.0.bias": (7,),
+    "list.1.bias": (8,),
+    "rotary": (2, 6),
+}
+TARGETS = {path: jax.ShapeDtypeStruct(shape, np.dtype(np.float32)) for path, shape in SHAPES.items()}
+
+
+@pytest.fixture
+def tensors():
+    rng = np.random.default_rng(0)
+    return {key: rng.standard_normal(shape, dtype=np.float32) for key, shape in source_shapes(RULES, TARGETS)}
+
+
+def shapes_of(tensors):
+    return {key: array.shape for key, array in tensors.items()}
+
+
+def to_flax(tensors):
+    pieces = resolve(RULES, shapes_of(tensors), TARGETS, name="file")
+    return dict(leaves_from_torch(pieces, TARGETS, tensors.__getitem__))
+
+
+def test_source_shapes_are_those_of_the_file(tensors):
+    assert shapes_of(tensors) == {
+        "proj.weight": (8, 3),
+        **{f"layers.{i}.w": (6, 5) for i in range(3)},
+        "list.0.b": (7,),
+        "list.1.b": (8,),
+        "rotary": (12,),
+    }
+
+
+def test_layouts_are_the_stated_ones(tensors):
+    leaves = to_flax(tensors)
+    np.testing.assert_array_equal(leaves["layers.kernel"][2], tensors["layers.2.w"].T)
+    np.testing.assert_array_equal(leaves["proj.kernel"][:, 1, 3], tensors["proj.weight"][7])
+    np.testing.assert_array_equal(leaves["rotary"][1], tensors["rotary"][6:][[0, 2, 4, 1, 3, 5]])
+
+
+def test_back_is_exact(tensors):
+    back = dict(tensors_to_torch(RULES, to_flax(tensors).items()))
+    assert back.keys() == tensors.keys()
+    for key, array in tensors.items():
+        assert back[key].flags.c_contiguous
+        np.testing.assert_array_equal(back[key], array)
+
+
+def read_parts(tensors, path, indices):
+    """Return the parts, and the keys that were read for them."""
+    read = []
+
+    def count(key):
+        read.append(key)
+        return tensors[key]
+
+    pieces = resolve(RULES, shapes_of(tensors), TARGETS, name="file")
+    return read_shards(pieces[path], TARGETS[path], count, indices), read
+
+
+def test_parts_are_those_of_the_whole_and_each_tensor_is_read_once(tensors):
+    for path, leaf in to_flax(tensors).items():
+        middle = tuple(slice(size // 3, size - size // 4) for size in leaf.shape)
+        first = (slice(0, 1), *(slice(None) for _ in leaf.shape[1:]))
+        parts, read = read_parts(tensors, path, [middle, first])
+        np.testing.assert_array_equal(parts[0], leaf[middle])
+        np.testing.assert_array_equal(parts[1], leaf[first])
+        assert len(read) == len(set(read))
+
+
+def test_layers_outside_the_part_are_not_read(tensors):
+    _, read = read_parts(tensors, "layers.kernel", [(slice(1, 2), slice(None), slice(None))])
+    assert read == ["layers.1.w"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda shapes: shapes.pop("layers.1.w"), "missing: layers.1.w"),
+        (lambda shapes: shapes.update({"layers.3.w": (6, 5)}), "not known: layers.3.w"),
+        (lambda shapes: shapes.update({"other": (1,)}), "not known: other"),
+        (lambda shapes: shapes.update({"rotary": (11,)}), r"rotary has shape \(11,\), expected \(12,\)"),
+        (lambda shapes: shapes.update({"proj.weight": (3, 8)}), r"proj.weight has shape \(3, 8\), expected \(8, 3\)"),
+    ],
+)
+def test_strictness(change, message, tensors):
+    shapes = shapes_of(tensors)
+    change(shapes)
+    with pytest.raises(UserError, match=message):
+        resolve(RULES, shapes, TARGETS, name="file")
+
+
+def test_known_and_unneeded_keys_may_be_there_or_not(tensors):
+    resolve(RULES, shapes_of(tensors) | {"counter": ()}, TARGETS, name="file")

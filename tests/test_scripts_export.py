@@ -1,0 +1,110 @@
+"""scripts/export.py as a user runs it, and what it writes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import convert_cases as cases
+import ml_dtypes
+import numpy as np
+import pytest
+
+from avd_jax import convert
+from avd_jax.convert.architectures import WAN_DIT
+from avd_jax.convert.weights import open_weights
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*arguments):
+    command = [sys.executable, str(ROOT / "scripts" / "export.py"), *map(str, arguments)]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+
+def same_tensors(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    for key, array in theirs.items():
+        assert (ours[key].dtype, ours[key].shape) == (array.dtype, array.shape)
+        assert ours[key].tobytes() == array.tobytes()
+
+
+@pytest.fixture(scope="module")
+def training_run(tmp_path_factory):
+    return cases.training_run(tmp_path_factory.mktemp("run"), ema=True)
+
+
+def test_exports_a_trained_student_to_diffusers(training_run, tmp_path):
+    out = tmp_path / "out" / "student"
+    done = run("--checkpoint", training_run, "--layout", "diffusers", "--dst", out)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"{out}: a student of 4 steps in diffusers layout")
+    same_tensors(
+        cases.read_all(out / "transformer" / cases.WEIGHTS),
+        cases.read_all(cases.DIFFUSERS / "transformer" / cases.WEIGHTS),
+    )
+    written, expected = (
+        json.loads((folder / "transformer" / "config.json").read_text()) for folder in (out, cases.DIFFUSERS)
+    )
+    del written["_diffusers_version"], expected["_diffusers_version"]
+    assert written == expected
+    scheduler = json.loads((out / "scheduler" / "scheduler_config.json").read_text())
+    assert scheduler["stochastic_sampling"] is True
+    assert convert.student_settings(out) == convert.student_settings(out / "transformer") == cases.STUDENT
+    card = (out / "README.md").read_text()
+    for stated in ("1000, 900, 757, 522", "arXiv 2603.21864", "sigmas=[1.0, 0.9, 0.757, 0.522]", "learning_rate", "4"):
+        assert stated in card
+
+    again = run("--checkpoint", training_run, "--layout", "diffusers", "--dst", out)
+    assert (again.returncode, again.stdout) == (1, "")
+    assert again.stderr.startswith(f"error: {out}: already exists; pass --overwrite")
+    assert again.stderr.count("\n") == 1
+
+
+def test_exports_the_ema_in_bfloat16_to_wans_layout(training_run, tmp_path):
+    out = tmp_path / "student"
+    arguments = ("--layout=native", "--dtype=bfloat16", "--which=ema")
+    done = run("--checkpoint", training_run / "checkpoints" / "10", "--dst", out, *arguments)
+    assert done.returncode == 0, done.stderr
+    fixture = cases.read_all(cases.NATIVE / cases.WEIGHTS)
+    same_tensors(
+        cases.read_all(out / cases.WEIGHTS),
+        {key: (value + 2).astype(ml_dtypes.bfloat16) for key, value in fixture.items()},
+    )
+    config = json.loads((out / "config.json").read_text())
+    assert config.items() >= json.loads((cases.NATIVE / "config.json").read_text()).items()
+    assert convert.student_settings(out) == cases.STUDENT
+
+
+def test_native_to_orbax_to_native_is_exact_in_the_sources_dtype(tmp_path):
+    tensors = {
+        key: value.astype(ml_dtypes.bfloat16) if "ffn" in key else value
+        for key, value in cases.read_all(cases.NATIVE / cases.WEIGHTS).items()
+    }
+    source = cases.copy(cases.NATIVE, tmp_path / "source")
+    cases.write_all(source, tensors)
+    convert.save_orbax(open_weights(source, WAN_DIT), tmp_path / "ours" / "transformer")
+    assert convert.export_dit(tmp_path / "ours", tmp_path / "native", layout="native", max_shard_bytes=20_000) is None
+    shards = sorted((tmp_path / "native").glob("*.safetensors"))
+    assert len(shards) > 2
+    same_tensors({key: value for shard in shards for key, value in cases.read_all(shard).items()}, tensors)
+    assert "no few-step student" in (tmp_path / "native" / "README.md").read_text()
+    loaded, expected = (cases.leaves_of(convert.load_dit(path)) for path in (tmp_path / "native", source))
+    for path, leaf in loaded.items():
+        np.testing.assert_array_equal(leaf, expected[path])
+
+
+def test_a_student_keeps_its_settings_through_conversions(training_run, tmp_path):
+    exported, ours = tmp_path / "exported", tmp_path / "ours" / "transformer"
+    convert.export_dit(training_run, exported, layout="native")
+    convert.save_orbax(open_weights(exported, WAN_DIT), ours, student=convert.student_settings(exported))
+    assert convert.student_settings(tmp_path / "ours") == convert.student_settings(ours) == cases.STUDENT
+
+
+def test_a_network_that_is_not_there_is_one_line(tmp_path):
+    done = run("--checkpoint", cases.NATIVE, "--which=ema", "--layout=native", "--dst", tmp_path / "out")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith(f"error: {cases.NATIVE}: holds no 'ema'")
+    assert not (tmp_path / "out").exists()
