@@ -1,0 +1,124 @@
+"""The transformer against diffusers' WanTransformer3DModel, live: velocity both ways, and sampling from an export."""
+
+import functools
+import itertools
+import json
+
+import diffusers
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import torch
+from flax import nnx
+
+from avd_jax import convert
+from avd_jax.convert.architectures import WAN_DIT
+from avd_jax.diffusion.flow import add_noise
+
+STUDENT = {"timesteps": [1000.0, 900.0, 757.0, 522.0], "shift": 5.0, "guidance_scale": 5.0, "num_steps": 4}
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    model = diffusers.WanTransformer3DModel(
+        num_attention_heads=3, attention_head_dim=64, text_dim=24, ffn_dim=72, num_layers=3
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
+
+
+@pytest.fixture
+def folder(model, tmp_path):
+    model.save_pretrained(tmp_path / "hub" / "transformer")
+    return tmp_path / "hub"
+
+
+def inputs(seed=0, shape=(2, 3, 8, 6), length=512):
+    rng = np.random.default_rng(seed)
+    latents = rng.standard_normal((*shape, 16), dtype=np.float32)
+    prompt_embeds = rng.standard_normal((shape[0], length, 24), dtype=np.float32)
+    return latents, np.array([999.0, 12.25], np.float32)[: shape[0]], prompt_embeds
+
+
+def velocity_of(model, latents, timesteps, prompt_embeds):
+    channels_first = torch.from_numpy(np.moveaxis(latents, -1, 1).copy())
+    with torch.no_grad():
+        velocity = model(channels_first, torch.from_numpy(timesteps), torch.from_numpy(prompt_embeds)).sample
+    return np.moveaxis(velocity.numpy(), 1, -1)
+
+
+def relative_error(actual, expected):
+    return float(np.sqrt(np.mean(np.square(np.asarray(actual) - expected)) / np.mean(np.square(expected))))
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 8, 6), (1, 1, 4, 10), (2, 5, 2, 2)])
+def test_velocity(model, folder, shape):
+    dit = convert.load_dit(folder)
+    assert relative_error(dit(*inputs(1, shape)), velocity_of(model, *inputs(1, shape))) < 1e-4
+
+
+def test_short_texts_are_padded_as_the_pipeline_pads_them(model, folder):
+    latents, timesteps, prompt_embeds = inputs(2, length=9)
+    padded = np.pad(prompt_embeds, ((0, 0), (0, 503), (0, 0)))
+    ours = convert.load_dit(folder)(latents, timesteps, prompt_embeds)
+    assert relative_error(ours, velocity_of(model, latents, timesteps, padded)) < 1e-4
+
+
+@pytest.fixture
+def exported(folder, tmp_path):
+    """A student in diffusers' layout, exported from a training checkpoint."""
+    dit = convert.load_dit(folder)
+    meta = {"architecture": WAN_DIT.record(dit.config), "student": STUDENT, "step": 3}
+    with ocp.CheckpointManager(tmp_path / "run" / "checkpoints") as manager:
+        params = nnx.to_pure_dict(nnx.state(dit, nnx.Param))
+        arguments = ocp.args.Composite(generator=ocp.args.StandardSave(params), meta=ocp.args.JsonSave(meta))
+        manager.save(3, args=arguments)
+        manager.wait_until_finished()
+    convert.export_dit(tmp_path / "run", tmp_path / "student", layout="diffusers", max_shard_bytes=500_000)
+    return tmp_path / "student"
+
+
+def test_an_export_loads_in_diffusers_and_predicts_the_same(model, exported):
+    loaded, report = diffusers.WanTransformer3DModel.from_pretrained(
+        exported, subfolder="transformer", output_loading_info=True
+    )
+    assert not any(report.values()), report
+    assert (exported / "transformer" / "diffusion_pytorch_model.safetensors.index.json").is_file()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+
+
+def test_sampling_from_an_export_as_its_model_card_says(exported):
+    """diffusers' whole pipeline on the card's scheduler makes the rollout that PAPER.md describes."""
+    card = (exported / "README.md").read_text()
+    sigmas = json.loads(card.split("sigmas=")[1].split(")")[0])
+    transformer = diffusers.WanTransformer3DModel.from_pretrained(exported, subfolder="transformer")
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(exported, subfolder="scheduler")
+    scheduler.set_timesteps = functools.partial(scheduler.set_timesteps, sigmas=sigmas)
+    pipeline = diffusers.WanPipeline(
+        tokenizer=None, text_encoder=None, transformer=transformer, vae=None, scheduler=scheduler
+    )
+    _, _, prompt_embeds = inputs(4, (1, 3, 8, 6))
+    arguments = {"height": 64, "width": 48, "num_frames": 9, "guidance_scale": 1.0, "output_type": "latent"}
+    result = pipeline(
+        prompt_embeds=torch.from_numpy(prompt_embeds),
+        num_inference_steps=len(sigmas),
+        generator=torch.Generator().manual_seed(7),
+        **arguments,
+    ).frames
+
+    noise = torch.Generator().manual_seed(7)
+
+    def draw():
+        return np.moveaxis(torch.randn(1, 16, 3, 8, 6, generator=noise).numpy(), 1, -1)
+
+    dit = nnx.jit(convert.load_dit(exported))
+    timesteps = np.array([*convert.student_settings(exported)["timesteps"], 0.0], np.float32)
+    x = draw()
+    for now, following in itertools.pairwise(timesteps):
+        x0 = x - now / 1000 * dit(x, now[None], prompt_embeds)
+        x = add_noise(x0=x0, noise=draw(), sigmas=following[None] / 1000)
+    assert relative_error(np.moveaxis(np.asarray(x), -1, 1), result.numpy()) < 1e-3
