@@ -12,6 +12,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from clu import parameter_overview
 
 from avd_jax.data.atomic import write_text
 from avd_jax.errors import UserError
@@ -43,6 +44,8 @@ def train(config, workdir: Path) -> int:
     _print_cost(config)
     with _StopSignals() as stop:
         run = build_run(config, workdir)
+        overview = parameter_overview.get_parameter_overview(run.abstract.generator, include_stats=False)
+        write_text(workdir / "parameters.txt", f"{overview}\n")
         checkpoints = Checkpoints(workdir, config.checkpoint)
         state, key, batches = _start(run, checkpoints)
         first_step = int(state.step)
