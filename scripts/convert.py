@@ -1,4 +1,4 @@
-"""Convert weights in any known layout to our own, which loads sharded and needs no PyTorch.
+"""Convert weights in any known layout to our own, which loads sharded and fast.
 
   python scripts/convert.py --src=Wan2.1-T2V-1.3B --dst=runs/wan
 
@@ -10,10 +10,10 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags, logging
+from absl import flags, logging
 
-from avd_jax import convert
-from avd_jax.errors import UserError, report_user_errors
+from avd_jax import command_line, convert
+from avd_jax.errors import UserError
 
 SRC = flags.DEFINE_string("src", None, "Weights to convert, in any known layout.")
 DST = flags.DEFINE_string("dst", None, "Folder for the converted weights.")
@@ -22,12 +22,9 @@ COMPONENTS = flags.DEFINE_list("components", None, "Of transformer, vae, text_en
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace components that --dst has from an earlier conversion.")
 
 
-@report_user_errors
-def main(argv: list[str]) -> None:
+def main() -> None:
     """Find and check all components first, then write them one by one."""
-    logging.set_verbosity(logging.ERROR)  # Orbax reports every step that it takes
-    if len(argv) > 1:
-        raise UserError(f"{argv[1]!r} is not a flag; every argument has a name (see --help).")
+    logging.set_verbosity(logging.FATAL)  # Orbax logs tracebacks of errors that we report in a line
     for flag in (SRC, DST):
         if not flag.value:
             raise UserError(f"--{flag.name} is missing: {flags.FLAGS[flag.name].help}")
@@ -51,4 +48,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command_line.run(main)

@@ -9,10 +9,10 @@ Beside the weights lie config.json, a model card, and avd_student.json with the 
 from pathlib import Path
 
 import jax.numpy as jnp
-from absl import app, flags, logging
+from absl import flags, logging
 
-from avd_jax import convert
-from avd_jax.errors import UserError, report_user_errors
+from avd_jax import command_line, convert
+from avd_jax.errors import UserError
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Training run or checkpoint, or weights in any known layout.")
 LAYOUT = flags.DEFINE_enum("layout", None, convert.LAYOUTS, "Wan's own layout, or diffusers'.")
@@ -22,12 +22,9 @@ WHICH = flags.DEFINE_enum("which", "generator", ["generator", "ema"], "Which wei
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace an earlier export in --dst.")
 
 
-@report_user_errors
-def main(argv: list[str]) -> None:
+def main() -> None:
     """Open, check and write."""
-    logging.set_verbosity(logging.ERROR)  # Orbax reports every step that it takes
-    if len(argv) > 1:
-        raise UserError(f"{argv[1]!r} is not a flag; every argument has a name (see --help).")
+    logging.set_verbosity(logging.FATAL)  # Orbax logs tracebacks of errors that we report in a line
     for flag in (CHECKPOINT, LAYOUT, DST):
         if not flag.value:
             raise UserError(f"--{flag.name} is missing: {flags.FLAGS[flag.name].help}")
@@ -44,4 +41,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command_line.run(main)

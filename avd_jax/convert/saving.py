@@ -55,7 +55,7 @@ def save_orbax(
 def save_tokenizer(tokenizer, folder: Path, *, overwrite: bool = False) -> None:
     """Write a tokenizer to `folder`; errors as in `save_orbax`."""
     with _complete_folder(
-        folder, overwrite=overwrite, ours=lambda path: (path / "tokenizer.json").is_file()
+        folder, overwrite=overwrite, ours=lambda path: [child.name for child in path.iterdir()] == ["tokenizer.json"]
     ) as temporary:
         tokenizer.save(temporary)
 
@@ -137,9 +137,12 @@ def _complete_folder(folder: Path, *, overwrite: bool, ours: Callable[[Path], bo
             os.rename(folder, replaced)
         os.rename(temporary, folder)
         shutil.rmtree(replaced, ignore_errors=True)
-    except (OSError, ValueError) as error:  # Orbax reports a full disk as a ValueError
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
-        raise UserError(f"{folder}: cannot be written: {reason}; free some space, or choose another folder") from None
+    except (OSError, ValueError) as error:
+        if "No space left" in str(error):  # Orbax reports it as a ValueError
+            raise UserError(f"{folder}: cannot be written: the disk is full; free some space") from None
+        if isinstance(error, ValueError):
+            raise
+        raise UserError(f"{folder}: cannot be written: {error.strerror or error}; choose another folder") from None
     finally:
         _remove(temporary)
 
