@@ -232,7 +232,9 @@ class WanDiT(nnx.Module):
         self.head = Head(config, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
 
     @typechecked
-    def __call__(self, latents: Latents, timesteps: Timesteps, prompt_embeds: PromptEmbeds) -> Latents:
+    def __call__(
+        self, latents: Latents, timesteps: Timesteps, prompt_embeds: PromptEmbeds
+    ) -> Float[Array, "batch frames height width out_channels"]:
         """Predict the velocity `noise - x0` of noisy latents.
 
         Args:

@@ -1,0 +1,67 @@
+"""Rotary embedding against complex numbers on interleaved pairs, as Wan writes it, and what it is for."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from avd_jax.models import rope
+
+
+def wan_rotation(x, grid):
+    """Rotate interleaved pairs (2i, 2i + 1) of [B H N K] by complex multiplication, in float64."""
+    head_dim = x.shape[-1]
+    rows = head_dim - 4 * (head_dim // 6), 2 * (head_dim // 6), 2 * (head_dim // 6)  # channels an axis
+    turns = [np.outer(np.arange(n), 10_000.0 ** -(np.arange(0, d, 2) / d)) for n, d in zip(grid, rows, strict=True)]
+    angles = [
+        np.concatenate([turns[0][f], turns[1][h], turns[2][w]])
+        for f in range(grid[0])
+        for h in range(grid[1])
+        for w in range(grid[2])
+    ]
+    pairs = x.astype(np.float64).reshape(*x.shape[:-1], head_dim // 2, 2)
+    rotated = (pairs[..., 0] + 1j * pairs[..., 1]) * np.exp(1j * np.asarray(angles))
+    return np.stack([rotated.real, rotated.imag], axis=-1).reshape(x.shape)
+
+
+@pytest.mark.parametrize("head_dim", [4, 12, 64, 128])
+def test_wan_rotation_up_to_the_order_of_channels(head_dim):
+    grid = 3, 2, 5
+    x = np.random.default_rng(0).standard_normal((2, 3, 30, head_dim)).astype(np.float32)
+    half_split = np.concatenate([x[..., 0::2], x[..., 1::2]], axis=-1)
+    rotated = np.asarray(rope.rotate(half_split, *rope.rotation(*grid, head_dim)))
+    expected = wan_rotation(x, grid)
+    np.testing.assert_allclose(rotated[..., : head_dim // 2], expected[..., 0::2], atol=1e-6)
+    np.testing.assert_allclose(rotated[..., head_dim // 2 :], expected[..., 1::2], atol=1e-6)
+
+
+def test_pairs_of_wan():
+    assert rope.axis_pairs(128) == (22, 21, 21)
+    assert all(sum(rope.axis_pairs(k)) == k // 2 for k in range(2, 130, 2))
+
+
+def test_scores_depend_on_the_distance_only():
+    grid, head_dim = (6, 5, 4), 24
+    rng = np.random.default_rng(1)
+    query, key = (np.broadcast_to(rng.standard_normal(head_dim, np.float32), (1, 1, 120, head_dim)) for _ in range(2))
+    table = rope.rotation(*grid, head_dim)
+    rotated = [np.asarray(rope.rotate(jnp.asarray(x), *table), np.float64)[0, 0] for x in (query, key)]
+    scores = (rotated[0] @ rotated[1].T).reshape(*grid, *grid)
+    assert abs(scores[3, 2, 1, 1, 1, 0] - scores[5, 4, 3, 3, 3, 2]) < 1e-5
+    assert abs(scores[0, 0, 0, 2, 0, 0] - scores[3, 4, 3, 5, 4, 3]) < 1e-5
+    assert abs(scores[0, 0, 0, 2, 0, 0] - scores[0, 0, 0, 0, 2, 0]) > 1e-3, "each axis has channels of its own"
+
+
+def test_far_positions_keep_their_digits():
+    cos, sin = rope.rotation(20_000, 1, 1, 8)
+    exact = np.outer(np.arange(20_000), 10_000.0 ** (-np.arange(2) / 2))
+    np.testing.assert_allclose(cos[:, :2], np.cos(exact), atol=1e-7)
+    np.testing.assert_allclose(sin[:, :2], np.sin(exact), atol=1e-7)
+
+
+def test_half_precision_is_rotated_in_float32():
+    x = np.random.default_rng(2).standard_normal((1, 2, 60, 16)).astype(jnp.bfloat16)
+    table = rope.rotation(60, 1, 1, 16)
+    rotated = rope.rotate(x, *table)
+    assert rotated.dtype == jnp.bfloat16
+    exact = np.asarray(rope.rotate(x.astype(np.float32), *table))
+    np.testing.assert_allclose(np.asarray(rotated, np.float32), exact, rtol=2**-8, atol=1e-6)
