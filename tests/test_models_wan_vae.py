@@ -215,6 +215,11 @@ def test_latents_that_do_not_fit(tiny, shape):
         tiny.decode(jnp.zeros(shape))
 
 
+def test_bytes_are_no_video(tiny):
+    with pytest.raises(UserError, match="video is uint8"):
+        tiny.encode(np.zeros((1, 1, 4, 6, 3), np.uint8))
+
+
 def test_config_of_the_wrong_length():
     with pytest.raises(UserError, match="latents_mean has 16 values; give 4"):
         WanVAEConfig(z_dim=4)

@@ -169,11 +169,11 @@ class WanVAE(nnx.Module):
           latents [B 1 + (F - 1)/4 H/8 W/8 z_dim], float32.
 
         Raises:
-          UserError: naming the size that does not fit.
+          UserError: naming the size or the dtype that does not fit.
         """
         video = jnp.asarray(video)
         stride, side = self.config.temporal_stride, self.config.spatial_stride
-        _check_axes("video", video, "channels", RGB)
+        _check_clip("video", video, "channels", RGB)
         if (video.shape[1] - 1) % stride:
             raise UserError(f"video has {video.shape[1]} frames; give a multiple of {stride} and one more")
         for name, size in zip(("height", "width"), video.shape[2:4], strict=True):
@@ -191,14 +191,16 @@ class WanVAE(nnx.Module):
           video [B 4(F - 1) + 1 8H 8W 3], float32, nominally in [-1, 1] but not clipped: clip where pixels are written.
 
         Raises:
-          UserError: when the latents' axes or channels do not fit.
+          UserError: when the latents' axes, channels or dtype do not fit.
         """
         latents = jnp.asarray(latents)
-        _check_axes("latents", latents, "z_dim", self.config.z_dim)
+        _check_clip("latents", latents, "z_dim", self.config.z_dim)
         return _decode(*nnx.split(self), latents)
 
 
-def _check_axes(name: str, array, channels_name: str, channels: int) -> None:
+def _check_clip(name: str, array, channels_name: str, channels: int) -> None:
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise UserError(f"{name} is {array.dtype}; give floating-point values")
     if array.ndim != 5 or array.shape[-1] != channels or 0 in array.shape:
         raise UserError(
             f"{name} has shape {array.shape}; give [batch frames height width {channels_name}={channels}], none empty"
