@@ -2,8 +2,8 @@
 
     L_G = L_KL + 2.0 w L_reg + 0.05 L_temp        (Eq. 9; the weights are in the config)
 
-Randomness is per example: example `b` of the global batch draws from `fold_in(key, b)`, so neither the number of
-devices nor the cut into accumulation parts changes what it sees. The step at which the student's rollout stops is one
+Randomness is per example: example `b` of the global batch has a key of its own, so neither the number of devices nor
+the cut into accumulation parts changes what it sees. The step at which the student's rollout stops is one
 for the batch.
 """
 
@@ -21,8 +21,9 @@ from avd_jax.losses.distribution_matching import distribution_matching_loss, flo
 from avd_jax.losses.temporal import temporal_loss
 from avd_jax.training.networks import Networks, Params
 
-# Streams of an example's key.
-_ROLLOUT, _SCORE, _REGRESSION, _STOP = range(4)
+# Streams of an update's key, and of an example's.
+_STOP, _EXAMPLES = range(2)
+_ROLLOUT, _SCORE, _REGRESSION = range(3)
 
 
 @jax.tree_util.register_dataclass
@@ -41,7 +42,7 @@ def stop_step(config, key):
 
 def example_keys(key, examples):
     """Return one key for each example number of the global batch."""
-    return jax.vmap(partial(jax.random.fold_in, key))(examples)
+    return jax.vmap(partial(jax.random.fold_in, jax.random.fold_in(key, _EXAMPLES)))(examples)
 
 
 def student_x0(config, networks: Networks, params: Params, prompt_embeds, keys, stop, shape):

@@ -1,0 +1,54 @@
+"""The device mesh on eight CPU devices."""
+
+import jax
+import numpy as np
+import pytest
+
+from avd_jax.errors import UserError
+from avd_jax.parallel.mesh import batch_sharding, batch_shards, make_mesh, replicated
+
+
+@pytest.mark.parametrize(
+    ("sizes", "shape"),
+    [
+        ({}, (8, 1, 1)),
+        ({"fsdp": 4}, (2, 4, 1)),
+        ({"data": 1, "fsdp": -1}, (1, 8, 1)),
+        ({"data": 2, "fsdp": 2, "seq": 2}, (2, 2, 2)),
+        ({"data": 4, "seq": -1}, (4, 1, 2)),
+    ],
+)
+def test_sizes(sizes, shape):
+    mesh = make_mesh(**sizes)
+    assert tuple(mesh.shape.values()) == shape
+    assert list(mesh.shape) == ["data", "fsdp", "seq"]
+    assert {device.id for device in mesh.devices.flat} == set(range(8))
+
+
+def test_some_of_the_devices():
+    assert make_mesh(devices=jax.devices()[:2]).devices.size == 2
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"fsdp": 3}, "fsdp=3 .*does not multiply to the 8 devices"),
+        ({"fsdp": 16}, "fsdp=16 .*does not multiply to the 8 devices"),
+        ({"data": 1}, "data=1 x fsdp=1 x seq=1 does not multiply to the 8 devices here; set config.mesh"),
+        ({"fsdp": -1}, "at most one of them -1"),
+        ({"fsdp": 0}, "must be positive"),
+        ({"seq": -2}, "must be positive"),
+    ],
+)
+def test_sizes_that_do_not_fit(sizes, message):
+    with pytest.raises(UserError, match=message):
+        make_mesh(**sizes)
+
+
+def test_the_batch_is_cut_along_data_and_fsdp():
+    mesh = make_mesh(data=2, fsdp=2, seq=2)
+    assert batch_shards(mesh) == 4
+    batch = jax.device_put(np.arange(24).reshape(8, 3), batch_sharding(mesh))
+    assert {shard.data.shape for shard in batch.addressable_shards} == {(2, 3)}
+    whole = jax.device_put(np.arange(24).reshape(8, 3), replicated(mesh))
+    assert {shard.data.shape for shard in whole.addressable_shards} == {(8, 3)}

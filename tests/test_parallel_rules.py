@@ -1,0 +1,89 @@
+"""Sharding rules: they cover every leaf of the full-size state, moments and EMA too, and shard all that is large."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import PartitionSpec as P
+from training_cases import make_config
+
+from avd_jax.errors import UserError
+from avd_jax.models.wan_dit import WAN_1_3B, WAN_14B
+from avd_jax.parallel.mesh import AXES
+from avd_jax.parallel.rules import LARGE_LEAF, RULES, dotted, shardings, spec_for, tree_shardings
+from avd_jax.training.networks import make_network
+from avd_jax.training.state import init_state, make_optimizers
+
+
+def mesh(*, fsdp, data=1):
+    return AbstractMesh((data, fsdp, 1), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+@functools.cache
+def state(config):
+    """The shapes of the whole training state of a model."""
+    network = make_network(config, dtype="bfloat16", param_dtype="float32", remat="none")
+    settings = make_config(ema_decay=0.99)
+    optimizers = make_optimizers(settings)
+    return jax.eval_shape(lambda params: init_state(settings, optimizers, params), network.abstract_params())
+
+
+@pytest.mark.parametrize(("config", "fsdp"), [(WAN_1_3B, 8), (WAN_1_3B, 64), (WAN_14B, 128)])
+def test_everything_large_is_cut_into_as_many_parts_as_the_axis_has(config, fsdp):
+    tree = state(config)
+    specs = tree_shardings(tree, mesh(fsdp=fsdp))
+    seen, per_device, whole = set(), 0, 0
+    for (keys, leaf), sharding in zip(jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(specs), strict=True):
+        local = sharding.shard_shape(leaf.shape)
+        size = functools.reduce(lambda a, b: a * b, local, 1)
+        per_device, whole = per_device + size, whole + leaf.size
+        if leaf.size >= 2 * LARGE_LEAF:
+            assert size * fsdp == leaf.size, f"{dotted(keys)} {leaf.shape} is held whole"
+            seen.add(dotted(keys).split(".")[0])
+    assert seen == {"generator", "fake_score", "ema", "generator_optimizer", "fake_score_optimizer"}
+    assert per_device < 1.1 * whole / fsdp
+
+
+def test_moments_and_ema_follow_their_parameters():
+    specs = {
+        dotted(keys): sharding.spec
+        for keys, sharding in jax.tree_util.tree_leaves_with_path(tree_shardings(state(WAN_1_3B), mesh(fsdp=4)))
+    }
+    for path, spec in specs.items():
+        if path.startswith("generator."):
+            name = path.removeprefix("generator.")
+            copies = [spec for other, spec in specs.items() if other.endswith(f".{name}")]
+            assert len(copies) == 7, "two networks with two moments each, and the EMA"
+            assert copies == [spec] * 7, path
+
+
+def test_the_layer_axis_stays_whole():
+    assert spec_for("blocks.self_attn.q.kernel", (30, 1536, 12, 128), mesh(fsdp=4)) == P(None, "fsdp", None, None)
+    assert spec_for("blocks.ffn_2.kernel", (30, 8960, 1536), mesh(fsdp=4)) == P(None, None, "fsdp")
+    assert spec_for("generator_optimizer.1.0.mu.head.head.kernel", (1536, 64), mesh(fsdp=4)) == P("fsdp", None)
+
+
+def test_every_rule_is_used():
+    paths = [f".{dotted(keys)}" for keys, _ in jax.tree_util.tree_leaves_with_path(state(WAN_1_3B).generator)]
+    for pattern, _ in RULES:
+        assert any(re.search(pattern, path) for path in paths), pattern
+
+
+def test_what_is_small_stays_whole_where_the_mesh_does_not_divide_it():
+    assert spec_for("blocks.ffn_0.kernel", (2, 24, 40), mesh(fsdp=7)) == P()
+    assert spec_for("step", (), mesh(fsdp=7)) == P()
+
+
+def test_what_is_large_must_be_covered():
+    with pytest.raises(UserError, match=r"no sharding rule matches blocks.new.table \(1024, 1024\); add a line to"):
+        spec_for("blocks.new.table", (1024, 1024), mesh(fsdp=2))
+    with pytest.raises(UserError, match=r"blocks.ffn_0.kernel .*: 1536 is not divisible by mesh axis fsdp=7"):
+        spec_for("blocks.ffn_0.kernel", (30, 1536, 8960), mesh(fsdp=7))
+
+
+def test_flat_leaves():
+    leaves = {"a.q.kernel": jax.ShapeDtypeStruct((8, 2, 4), jnp.float32)}
+    assert shardings(leaves, mesh(fsdp=4))["a.q.kernel"].spec == P("fsdp", None, None)

@@ -1,0 +1,129 @@
+"""Tiny networks, weights and sets to train on; helpers of the test_training_* and test_scripts_train files."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from convert_cases import write_all
+
+from avd_jax.convert import dit_rules
+from avd_jax.convert.architectures import WAN_DIT
+from avd_jax.convert.engine import source_shapes
+from avd_jax.data import latents as sets
+from avd_jax.data.set_writer import SetWriter
+from avd_jax.models.wan_dit import WanDiTConfig
+from avd_jax.training.config import default_config
+
+DIT = WanDiTConfig(
+    dim=24, ffn_dim=40, num_heads=2, num_layers=2, in_dim=4, out_dim=4, freq_dim=32, text_dim=16, text_len=8
+)
+LATENTS_SHAPE = 3, 4, 4, 4
+
+
+def make_config(**fields):
+    """Return the default config in float32 with some fields set; dots in a field's name are written as `__`."""
+    config = default_config()
+    settings = {"compute_dtype": "float32", "teacher_dtype": "float32", "remat": "none"} | fields
+    for name, value in settings.items():
+        *parents, leaf = name.split("__")
+        node = config
+        for parent in parents:
+            node = node[parent]
+        node[leaf] = value
+    return config
+
+
+def linear_params(seed: int = 0, channels: int = 4) -> dict:
+    """Return parameters of `linear_network`."""
+    rng = np.random.default_rng(seed)
+    return {
+        "mix": jnp.asarray(0.4 * rng.standard_normal((channels, channels)), jnp.float32),
+        "time": jnp.asarray(rng.standard_normal(channels), jnp.float32),
+        "text": jnp.asarray(rng.standard_normal(channels), jnp.float32),
+    }
+
+
+def linear_network(params, latents, timesteps, prompt_embeds):
+    """Return a velocity that is linear in everything but the timestep's product with the latents."""
+    sigmas = (timesteps / 1000)[:, None, None, None, None]
+    text = jnp.mean(prompt_embeds.astype(jnp.float32), axis=(1, 2))[:, None, None, None, None]
+    return (1 + sigmas) * (latents @ params["mix"]) + sigmas * params["time"] + text * params["text"]
+
+
+def recording(network: Callable, calls: list, name: str) -> Callable:
+    """Return `network` that notes, when it runs, (name, params, latents, timesteps, prompt_embeds, velocity)."""
+
+    def note(*call):
+        calls.append((name, *jax.tree.map(np.array, call)))
+
+    def recorded(params, latents, timesteps, prompt_embeds):
+        velocity = network(params, latents, timesteps, prompt_embeds)
+        jax.debug.callback(note, params, latents, timesteps, prompt_embeds, velocity)
+        return velocity
+
+    return recorded
+
+
+def make_batch(size: int = 4, *, seed: int = 0, shape=LATENTS_SHAPE, text_len: int = 8, text_dim: int = 16) -> dict:
+    """Return a batch of the generator's update."""
+    rng = np.random.default_rng(seed)
+    embeds = rng.standard_normal((2, size, text_len, text_dim)).astype(np.float32)
+    return {
+        "prompt_embeds": jnp.asarray(embeds[0]),
+        "caption_embeds": jnp.asarray(embeds[1]),
+        "latents": jnp.asarray(rng.standard_normal((size, *shape)), jnp.float32),
+    }
+
+
+def write_weights(folder: Path, config: WanDiTConfig = DIT, *, seed: int = 0) -> Path:
+    """Write random weights of a transformer in Wan's own layout."""
+    rng = np.random.default_rng(seed)
+    tensors = {
+        key: (rng.standard_normal(shape) * max(np.prod(shape[1:]), 1) ** -0.5).astype(np.float32)
+        for key, shape in source_shapes(dit_rules.native_rules(config), WAN_DIT.leaves(config))
+    }
+    write_all(folder, tensors)
+    sizes = {name: getattr(config, name) for name in config.__dataclass_fields__}
+    entries = {"_class_name": "WanModel", "model_type": "t2v", **sizes, "patch_size": list(config.patch_size)}
+    (folder / "config.json").write_text(json.dumps(entries))
+    return folder
+
+
+def write_sets(folder: Path, *, clips: int = 5, prompts: int = 7, shape=LATENTS_SHAPE, text_dim: int = 16, bad=()):
+    """Write a set of latents and one of prompts, random; the latents of the clips in `bad` are not finite."""
+    rng = np.random.default_rng(0)
+    frames, height, width, _ = shape
+    sizes = {"text_len": 8, "text_dim": text_dim, "text_encoder": "aaaa"}
+    info = sets.LatentsInfo(
+        **sizes, frames=4 * frames - 3, height=8 * height, width=8 * width, fps=16.0, latents_shape=shape, vae="bbbb"
+    )
+    negative = rng.standard_normal((3, text_dim))
+
+    writer = SetWriter(folder / "latents", info, [str(i) for i in range(clips)], inputs_per_shard=100)
+    records = [
+        sets.latents_record(
+            clip_id=str(i),
+            caption=f"caption {i}",
+            latents=np.full(shape, np.nan) if i in bad else rng.standard_normal(shape),
+            prompt_embeds=rng.standard_normal((i % 3 + 1, text_dim)),
+            fps=16.0,
+            source="",
+        )
+        for i in range(clips)
+    ]
+    writer.write_shard(0, records, {})
+    writer.finish("", negative)
+
+    writer = SetWriter(
+        folder / "prompts", sets.PromptsInfo(**sizes), [str(i) for i in range(prompts)], inputs_per_shard=100
+    )
+    records = [
+        sets.prompts_record(text=f"prompt {i}", prompt_embeds=rng.standard_normal((i % 4 + 1, text_dim)))
+        for i in range(prompts)
+    ]
+    writer.write_shard(0, records, {})
+    writer.finish("", negative)
+    return folder / "latents", folder / "prompts"
