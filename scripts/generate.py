@@ -16,10 +16,11 @@ import sys
 from pathlib import Path
 
 import jax
-from absl import app, flags, logging
+from absl import flags
 from tqdm import tqdm
 
-from avd_jax.errors import UserError, report_user_errors
+from avd_jax import command_line
+from avd_jax.errors import UserError
 from avd_jax.generation.run import generate, make_plan
 from avd_jax.generation.settings import DTYPES, SOLVERS, Options, from_record_file, make_jobs, resolve
 from avd_jax.parallel.mesh import make_mesh
@@ -51,14 +52,8 @@ DECISIVE = ("solver", "which", "steps", "shift", "guidance_scale", "negative_pro
 DECISIVE += ("frames", "height", "width", "fps", "dtype")
 
 
-@report_user_errors
-def main(argv: list[str]) -> None:
+def main() -> None:
     """Resolve the flags, make what is missing, and say where it is."""
-    logging.set_verbosity(logging.ERROR)  # Orbax reports every step that it takes
-    if len(argv) > 1:
-        raise UserError(f"{argv[1]!r} is not a flag; every argument has a name, and prompts need quotes (see --help)")
-    if not OUT.value:
-        raise UserError("--out is missing: the folder for the videos")
     if BATCH_SIZE.value < 1:
         raise UserError(f"--batch_size {BATCH_SIZE.value}: give at least 1")
     if FSDP.value < 1 or jax.device_count() % FSDP.value:
@@ -88,4 +83,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command_line.run(main, required=(OUT,))

@@ -205,17 +205,21 @@ def from_record_file(path: str, *, weights: str | None, checkpoint: str | None) 
       UserError: not such a file, or one of its entries is not what it should be.
     """
     record = read_json(Path(path))
-    hints = typing.get_type_hints(Settings)
+    hints = typing.get_type_hints(Settings) | {"timesteps": list[Number]}  # JSON has no tuples
     expected = {"prompt": str, "seed": int, "settings": dict, "fingerprints": dict[str, str]}
     _check_entries(path, record, expected)
-    entries = record["settings"] | {"timesteps": tuple(record["settings"].get("timesteps", ()))}
+    entries = dict(record["settings"])
     entries |= {name: value for name, value in (("weights", weights), ("checkpoint", checkpoint)) if value}
     _check_entries(path, entries, hints)
     for name in ("shift", "guidance_scale", "negative_prompt"):
         if (entries[name] is None) != (entries["solver"] == "student"):
             raise UserError(f"{path}: {name}={entries[name]!r} does not go with solver={entries['solver']!r}")
-    _check("seed", record["seed"], 0 <= record["seed"] <= MAX_SEED, f"give 0 to {MAX_SEED}")
-    settings = Settings(**{field.name: entries[field.name] for field in fields(Settings)})
+    entries["timesteps"] = tuple(entries["timesteps"])
+    try:
+        _check("seed", record["seed"], 0 <= record["seed"] <= MAX_SEED, f"give 0 to {MAX_SEED}")
+        settings = Settings(**{field.name: entries[field.name] for field in fields(Settings)})
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     return settings, Job(record["prompt"], record["seed"]), record["fingerprints"]
 
 
