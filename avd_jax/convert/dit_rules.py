@@ -125,6 +125,8 @@ def config_from_diffusers(entries: dict, *, name: str) -> WanDiTConfig:
             out_dim=entries["out_channels"],
             freq_dim=entries["freq_dim"],
             text_dim=entries["text_dim"],
+            # Ours: diffusers leaves the padding to its pipeline, which has Wan's 512 tokens.
+            text_len=entries.get("text_len", WanDiTConfig.text_len),
             patch_size=tuple(entries["patch_size"]),
             eps=entries["eps"],
         )
@@ -135,8 +137,9 @@ def config_from_diffusers(entries: dict, *, name: str) -> WanDiTConfig:
 
 
 def config_to_diffusers(config: WanDiTConfig) -> dict:
-    """Return the entries of diffusers' `transformer/config.json`."""
-    return {
+    """Return the entries of diffusers' `transformer/config.json`, and `text_len` where it is not Wan's 512."""
+    text_len = {} if config.text_len == WanDiTConfig.text_len else {"text_len": config.text_len}
+    return text_len | {
         "_class_name": "WanTransformer3DModel",
         "_diffusers_version": "0.33.0",
         "added_kv_proj_dim": None,

@@ -1,0 +1,271 @@
+"""Training one network on one loss: what the VAE's training and the transformer's pretraining share.
+
+State, update and host loop; run folder, checkpoints, signals and logs are those of the distillation (`loop.py`). A run
+that is stopped or killed goes on from its last checkpoint and ends with the same parameters, bit for bit.
+"""
+
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from jax.sharding import Mesh
+
+from avd_jax.errors import UserError
+from avd_jax.parallel.mesh import replicated
+from avd_jax.parallel.rules import tree_shardings
+from avd_jax.training.checkpoint import Checkpoints
+from avd_jax.training.config import flatten
+from avd_jax.training.loop import _claim, _jsonable, _StopSignals
+from avd_jax.training.metrics import MetricsWriter
+from avd_jax.training.networks import Params
+
+Loss = Callable[[Params, Mapping, jax.Array], tuple[jax.Array, dict]]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class FitState:
+    """What an update reads and replaces.
+
+    Attributes:
+      step: updates made, int32.
+      params: float32 masters.
+      ema: running mean of the parameters.
+      optimizer: AdamW's state.
+      skipped_in_row: updates skipped for a non-finite loss since the last good one, int32.
+    """
+
+    step: jax.Array
+    params: Params
+    ema: Params
+    optimizer: optax.OptState
+    skipped_in_row: jax.Array
+
+
+def make_optimizer(config) -> optax.GradientTransformation:
+    """Build AdamW under a linear warm-up and a cosine decay to zero, behind a clip of the gradient's global norm."""
+    settings = config.optimizer
+    rate = optax.warmup_cosine_decay_schedule(
+        0.0, settings.learning_rate, settings.warmup_steps, max(config.num_steps, settings.warmup_steps + 1)
+    )
+    return optax.chain(
+        optax.clip_by_global_norm(settings.max_grad_norm),
+        optax.adamw(rate, b1=settings.beta1, b2=settings.beta2, weight_decay=settings.weight_decay),
+    )
+
+
+def init_state(optimizer: optax.GradientTransformation, params: Params) -> FitState:
+    """Start from `params`; a pure function of arrays."""
+    return FitState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        ema=jax.tree.map(jnp.copy, params),  # with buffers of its own, which the step may reuse
+        optimizer=optimizer.init(params),
+        skipped_in_row=jnp.zeros((), jnp.int32),
+    )
+
+
+def abstract_state(optimizer: optax.GradientTransformation, abstract_params: Params, mesh: Mesh) -> FitState:
+    """Return the state's shapes, dtypes and shardings."""
+    shapes = jax.eval_shape(partial(init_state, optimizer), abstract_params)
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        tree_shardings(shapes, mesh),
+    )
+
+
+def make_step(loss: Loss, optimizer: optax.GradientTransformation, ema_decay: float) -> Callable:
+    """Return the update `(state, batch, key) -> (state, metrics)`; a non-finite one changes only the counters.
+
+    `loss(params, batch, key)` gives a scalar and a dict of further scalars to log.
+    """
+
+    def step(state: FitState, batch: Mapping, key: jax.Array) -> tuple[FitState, dict]:
+        (value, parts), gradient = jax.value_and_grad(loss, has_aux=True)(state.params, batch, key)
+        norm = optax.global_norm(gradient)
+        updates, moments = optimizer.update(gradient, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, updates)
+        # A short run's mean must not remember its random start: the decay grows to its final value.
+        decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
+        ema = optax.incremental_update(params, state.ema, 1 - decay)
+        good = jnp.isfinite(value) & jnp.isfinite(norm)
+        updated = replace(state, params=params, ema=ema, optimizer=moments)
+        kept = jax.tree.map(partial(jnp.where, good), updated, state)
+        skipped = jnp.where(good, 0, state.skipped_in_row + 1)
+        return replace(kept, step=state.step + 1, skipped_in_row=skipped), {
+            "loss/total": value,
+            **parts,
+            "grad_norm": norm,
+            "skipped/in_row": skipped,
+        }
+
+    return step
+
+
+def compile_step(step: Callable, abstract: FitState, mesh: Mesh) -> Callable:
+    """Jit an update over the mesh; the old state's memory is reused, metrics are global."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A run put together.
+
+    Attributes:
+      config: validated.
+      architecture: name and sizes of the network, as checkpoints record them.
+      abstract: the state's shapes, dtypes and shardings.
+      init: makes the first state.
+      step: the compiled update.
+      batches: yields what `step` takes, on the devices; `get_state` and `set_state` give and set its JSON position.
+      on_checkpoint: called with (step, state) after each checkpoint, such as to write samples.
+    """
+
+    config: object
+    architecture: dict
+    abstract: FitState
+    init: Callable[[], FitState]
+    step: Callable
+    batches: Iterator
+    on_checkpoint: Callable[[int, FitState], object] = lambda step, state: None
+
+
+def fit(build: Callable[[], Fit], config, workdir: Path) -> tuple[int, FitState]:
+    """Train, or go on training, in `workdir`; `build` puts the run together once the workdir is claimed.
+
+    Returns:
+      The exit status, 0 or 128 + the number of the signal that stopped the run, and the last state.
+
+    Raises:
+      UserError: the workdir holds another run, or the loss stays non-finite.
+    """
+    _claim(config, workdir)
+    with _StopSignals() as stop:
+        run = build()
+        checkpoints = _FitCheckpoints(workdir, config.checkpoint)
+        key, state = jax.random.key(config.seed), None
+        latest = checkpoints.latest_step()
+        if latest is None:
+            state = run.init()
+        else:
+            meta = checkpoints.meta(latest)
+            if meta["architecture"] != _jsonable(run.architecture):
+                raise UserError(f"{checkpoints.folder / str(latest)}: is of another architecture; use its own config")
+            run.batches.set_state(meta["data"])
+            state = checkpoints.restore(latest, run.abstract)
+        writer = MetricsWriter(workdir, first_step=int(state.step), num_steps=config.num_steps)
+        try:
+            return _loop(run, state, key, checkpoints, writer, stop)
+        finally:
+            writer.close()
+
+
+def _loop(run: Fit, state: FitState, key, checkpoints, writer, stop) -> tuple[int, FitState]:
+    config, step = run.config, int(state.step)
+    clock, logged_step, pending = time.monotonic(), step, None
+
+    def save():
+        meta = {
+            "architecture": run.architecture,
+            "step": step,
+            "settings": _jsonable(flatten(config)),
+            "data": run.batches.get_state(),
+        }
+        checkpoints.save(step, state, meta, {})
+
+    while step < config.num_steps and not stop.signal:
+        state, metrics = run.step(state, next(run.batches), jax.random.fold_in(key, step))
+        step += 1
+        if pending is not None:  # fetched while the devices work on the next step
+            at, values = pending[0], {name: float(value) for name, value in jax.device_get(pending[1]).items()}
+            now = time.monotonic()
+            values["time/step_seconds"] = (now - clock) / (at - logged_step)
+            clock, logged_step, pending = now, at, None
+            writer.advance(at)
+            writer.write(at, values)
+            if values["skipped/in_row"] >= config.max_nonfinite:
+                save()
+                checkpoints.wait()
+                raise UserError(
+                    f"the loss was not finite in {int(values['skipped/in_row'])} updates in a row "
+                    f"(config.max_nonfinite); stopped after step {step}; a lower optimizer.learning_rate may help"
+                )
+        if step % config.log_every == 0:
+            pending = (step, metrics)
+        if config.checkpoint_every and step % config.checkpoint_every == 0:
+            save()
+            run.on_checkpoint(step, state)
+    save()
+    checkpoints.wait()
+    if stop.signal and step < config.num_steps:
+        name = signal.Signals(stop.signal).name
+        writer.message(f"stopped by {name} after step {step}, which is saved; the same command goes on from it")
+        return 128 + stop.signal, state
+    writer.message(f"done: {step} steps, checkpoints in {checkpoints.folder}")
+    return 0, state
+
+
+class _FitCheckpoints(Checkpoints):
+    """Checkpoints of a FitState: `generator` and `ema`, which `load_dit` finds, `optimizers`, `progress`, `meta`."""
+
+    def save(self, step: int, state: FitState, meta: Mapping, metrics: Mapping[str, float]) -> None:
+        if step in self._manager.all_steps():
+            return
+        items = {name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()}
+        with self._reporting(step):
+            self._manager.save(step, args=ocp.args.Composite(meta=ocp.args.JsonSave(dict(meta)), **items))
+
+    def restore(self, step: int, abstract: FitState) -> FitState:
+        items = {name: ocp.args.StandardRestore(tree) for name, tree in _items(abstract).items()}
+        try:
+            restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+        except Exception as error:  # Orbax raises what its parsers do
+            raise self._damaged(step, error) from error
+        return FitState(
+            params=restored["generator"],
+            ema=restored["ema"],
+            optimizer=restored["optimizers"],
+            **restored["progress"],
+        )
+
+
+def _items(state: FitState) -> dict:
+    return {
+        "generator": state.params,
+        "ema": state.ema,
+        "optimizers": state.optimizer,
+        "progress": {"step": state.step, "skipped_in_row": state.skipped_in_row},
+    }
+
+
+class CountedBatches:
+    """Endless batches made from their number: `make(number)` -> a batch on the devices."""
+
+    def __init__(self, make: Callable[[int], Mapping[str, np.ndarray]]):
+        self._make, self._number = make, 0
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        batch = self._make(self._number)
+        self._number += 1
+        return batch
+
+    def get_state(self) -> dict:
+        """Return the position."""
+        return {"batch": self._number}
+
+    def set_state(self, state: Mapping) -> None:
+        """Go on from a position."""
+        self._number = state["batch"]

@@ -1,0 +1,245 @@
+"""Flow matching: training a WanDiT from scratch, or fine-tuning one, on encoded videos.
+
+    L = |v(xt, t, c) - (noise - x0)|^2,    xt = (1 - sigma) x0 + sigma noise,    t = 1000 sigma
+
+as Wan2.1 itself is trained (arXiv 2503.20314): timesteps are uniform, then shifted. In a share of the examples the
+prompt gives way to the negative prompt, the one that guidance subtracts, so that the model knows it.
+"""
+
+import dataclasses
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
+
+from avd_jax import convert
+from avd_jax.data.encoding import encode_shapes_world, text_encoder, video_encoder
+from avd_jax.data.latents import LatentsInfo, read_metadata, read_negative_prompt_embeds
+from avd_jax.data.pipeline import training_batches
+from avd_jax.diffusion.flow import add_noise, sample_timesteps, sigma_of_timestep
+from avd_jax.errors import UserError, closest
+from avd_jax.losses.distribution_matching import flow_matching_loss
+from avd_jax.models.wan_dit import REMAT_POLICIES, WanDiT, WanDiTConfig
+from avd_jax.parallel.mesh import batch_sharding, batch_shards, make_mesh
+from avd_jax.parallel.rules import spec_for
+from avd_jax.training.fields import check_names
+from avd_jax.training.fitting import (
+    Fit,
+    FitState,
+    abstract_state,
+    compile_step,
+    fit,
+    init_state,
+    make_optimizer,
+    make_step,
+)
+from avd_jax.training.networks import Network, Params, make_network
+from avd_jax.training.objectives import example_keys
+
+FIELDS: dict[str, tuple[object, str]] = {
+    "seed": (0, "decides the initial weights, the order of the data and all noise"),
+    "num_steps": (10000, "updates in the run; the learning rate falls to zero over them"),
+    "batch_size": (16, "examples an update, over all devices"),
+    "init_from": ("", "weights to fine-tune, in any layout; empty: a new model of the sizes below"),
+    "model.dim": (128, "width of the tokens, without init_from"),
+    "model.ffn_dim": (512, "hidden width of the feed-forward layers, without init_from"),
+    "model.num_heads": (4, "attention heads, without init_from"),
+    "model.num_layers": (4, "blocks, without init_from"),
+    "model.text_len": (32, "tokens of a prompt that the model sees, without init_from"),
+    "data.latents": ("", "folder of encoded videos (scripts/encode.py --videos)"),
+    "data.weights": ("", "without data.latents: folder with VAE, umT5 and tokenizer, to encode moving shapes with"),
+    "data.shapes_world.clips": (1200, "and so many clips of them"),
+    "data.shapes_world.frames": (17, "video frames a clip, 4n + 1"),
+    "data.shapes_world.height": (64, "pixels, a multiple of 16"),
+    "data.shapes_world.width": (64, "pixels, a multiple of 16"),
+    "data.shapes_world.fps": (16, "frames a second"),
+    "timestep.shift": (3.0, "timestep shift of the random timesteps"),
+    "timestep.min": (0.0, "lower bound of these timesteps, of 1000"),
+    "timestep.max": (1000.0, "upper bound of these timesteps, of 1000"),
+    "prompt_dropout": (0.1, "share of the examples that see the negative prompt instead of their own"),
+    "optimizer.learning_rate": (1e-3, "AdamW's highest learning rate"),
+    "optimizer.warmup_steps": (200, "updates over which it rises from zero"),
+    "optimizer.beta1": (0.9, "AdamW's decay of the first moment"),
+    "optimizer.beta2": (0.99, "AdamW's decay of the second moment"),
+    "optimizer.weight_decay": (0.0, "AdamW's decoupled weight decay"),
+    "optimizer.max_grad_norm": (1.0, "gradients are scaled down to this global norm"),
+    "ema_decay": (0.999, "decay of the running mean of the weights, which is what is used afterwards"),
+    "compute_dtype": ("float32", "dtype of matrix products; masters and moments are float32"),
+    "remat": ("none", "what the backward pass keeps of a block: " + ", ".join(REMAT_POLICIES)),
+    "mesh.data": (-1, "devices along the data axis; -1: all that the others leave"),
+    "mesh.fsdp": (1, "devices along the axis that shards parameters and batch"),
+    "mesh.seq": (1, "devices along the axis that shards tokens"),
+    "log_every": (50, "updates between two lines of metrics.jsonl"),
+    "checkpoint_every": (500, "updates between two checkpoints; 0: only at the end and on SIGTERM"),
+    "checkpoint.keep": (2, "newest checkpoints to keep"),
+    "checkpoint.best_metric": ("", "not used here"),
+    "checkpoint.best_mode": ("min", "not used here"),
+    "max_nonfinite": (10, "updates in a row that may be skipped for a non-finite loss before the run stops"),
+}
+
+
+def validate(config) -> None:
+    """Check what can be checked without files (UserError names the field)."""
+    flat = check_names(config, FIELDS)
+    for name in ("num_steps", "batch_size", "log_every", "max_nonfinite", "checkpoint.keep"):
+        if flat[name] < 1:
+            raise UserError(f"config.{name}={flat[name]} must be at least 1")
+    for name, choices in (("compute_dtype", ("float32", "bfloat16")), ("remat", tuple(REMAT_POLICIES))):
+        if flat[name] not in choices:
+            raise UserError(
+                f"config.{name}={flat[name]!r} must be one of {', '.join(choices)}{closest(flat[name], choices)}"
+            )
+    if not 0 <= flat["prompt_dropout"] <= 1:
+        raise UserError(f"config.prompt_dropout={flat['prompt_dropout']} must be a share, 0 to 1")
+    if not 0 <= flat["timestep.min"] <= flat["timestep.max"] <= 1000:
+        raise UserError(f"config.timestep.min={flat['timestep.min']} and timestep.max must rise in 0..1000")
+    if not (flat["data.latents"] or flat["data.weights"]):
+        raise UserError(
+            "config.data.latents is empty: give the folder that scripts/encode.py wrote, or data.weights to encode "
+            "moving shapes with"
+        )
+
+
+def pretraining_loss(
+    config, network, negative_prompt_embeds, params: Params, batch, key
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Return the loss of a batch of `latents` [B F H W C] and `caption_embeds` [B L D], and its parts.
+
+    Example b draws from `fold_in(key, b)`: the number of devices changes nothing.
+    """
+    latents, settings = batch["latents"].astype(jnp.float32), config.timestep
+    keys = example_keys(key, jnp.arange(latents.shape[0]))
+    draw = partial(sample_timesteps, shift=settings.shift, minimum=settings.min, maximum=settings.max)
+
+    def drawn(key):
+        time_key, noise_key, drop_key = jax.random.split(key, 3)
+        noise = jax.random.normal(noise_key, latents.shape[1:])
+        return draw(time_key, 1)[0], noise, jax.random.bernoulli(drop_key, config.prompt_dropout)
+
+    timesteps, noise, dropped = jax.vmap(drawn)(keys)
+    embeds = jnp.where(dropped[:, None, None], negative_prompt_embeds, batch["caption_embeds"])
+    xt = add_noise(x0=latents, noise=noise, sigmas=sigma_of_timestep(timesteps))
+    losses = flow_matching_loss(velocity=network(params, xt, timesteps, embeds), x0=latents, noise=noise)
+    return jnp.mean(losses), {}
+
+
+def pretrain(config, workdir: Path) -> tuple[int, FitState, WanDiTConfig]:
+    """Train, or go on training, in `workdir`; status and errors as in `fit`."""
+    validate(config)
+    sizes: list[WanDiTConfig] = []
+
+    def build() -> Fit:
+        mesh = make_mesh(**config.mesh)
+        if config.batch_size % batch_shards(mesh):
+            raise UserError(f"config.batch_size={config.batch_size} must be a multiple of {batch_shards(mesh)} shards")
+        folder = _data_folder(config, workdir)
+        info = read_metadata(folder)
+        if not isinstance(info, LatentsInfo):
+            raise UserError(f"config.data.latents={folder}: is a set of prompts, not of latents")
+        model = _model_config(config, info, folder)
+        sizes.append(model)
+        network = make_network(model, dtype=config.compute_dtype, param_dtype="float32", remat=config.remat)
+        negative = jnp.asarray(read_negative_prompt_embeds(folder, model.text_len))
+        optimizer = make_optimizer(config)
+        abstract = abstract_state(optimizer, network.abstract_params(), mesh)
+        loss = partial(pretraining_loss, config, network, negative)
+        return Fit(
+            config=config,
+            architecture={"name": "wan_dit", "config": dataclasses.asdict(model)},
+            abstract=abstract,
+            init=lambda: _init(config, model, optimizer, abstract, mesh),
+            step=compile_step(make_step(loss, optimizer, config.ema_decay), abstract, mesh),
+            batches=_Batches(folder, config, model, mesh),
+        )
+
+    status, state = fit(build, config, workdir)
+    return status, state, sizes[0]
+
+
+def trained_dit(model: WanDiTConfig, params: Params) -> WanDiT:
+    """Return the transformer of `params` as a module."""
+    network: Network = make_network(model, dtype="float32", param_dtype="float32", remat="none")
+    state = jax.tree.map(lambda leaf: leaf, network.abstract)
+    nnx.replace_by_pure_dict(state, params)
+    return nnx.merge(network.graphdef, state)
+
+
+class _Batches:
+    """Batches of latents and captions on the devices, with the position of `training_batches`."""
+
+    def __init__(self, folder: Path, config, model: WanDiTConfig, mesh):
+        self._sharding = batch_sharding(mesh)
+        self._batches = training_batches(
+            folder,
+            None,
+            batch_size=config.batch_size,
+            prompt_batches=1,
+            seed=config.seed,
+            text_len=model.text_len,
+            shard_index=jax.process_index(),
+            shard_count=jax.process_count(),
+        )
+        self.get_state, self.set_state = self._batches.get_state, self._batches.set_state
+
+    def __iter__(self):
+        return self
+
+    def __next__(self) -> dict[str, jax.Array]:
+        batch = next(self._batches)
+        put = partial(jax.make_array_from_process_local_data, self._sharding)
+        return {name: put(batch[name]) for name in ("latents", "caption_embeds")}
+
+
+def _model_config(config, info: LatentsInfo, folder: Path) -> WanDiTConfig:
+    channels = info.latents_shape[-1]
+    if not config.init_from:
+        return WanDiTConfig(**config.model, in_dim=channels, out_dim=channels, text_dim=info.text_dim)
+    model = convert.dit_config(config.init_from)
+    if (model.in_dim, model.text_dim) != (channels, info.text_dim):
+        raise UserError(
+            f"{folder}: has {channels} channels and text_dim {info.text_dim}, the model of init_from="
+            f"{config.init_from} takes {model.in_dim} and {model.text_dim}; encode the videos with its weights"
+        )
+    return model
+
+
+def _init(config, model: WanDiTConfig, optimizer, abstract: FitState, mesh) -> FitState:
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    if config.init_from:
+        dit = convert.load_dit(
+            config.init_from,
+            dtype=jnp.float32,
+            sharding=lambda name, shape: NamedSharding(mesh, spec_for(name, shape, mesh)),
+        )
+        params = nnx.to_pure_dict(nnx.state(dit))
+        return jax.jit(partial(init_state, optimizer), out_shardings=shardings)(params)
+
+    def new():
+        return init_state(optimizer, nnx.to_pure_dict(nnx.state(WanDiT(model, rngs=nnx.Rngs(config.seed)))))
+
+    return jax.jit(new, out_shardings=shardings)()
+
+
+def _data_folder(config, workdir: Path) -> Path:
+    if config.data.latents:
+        return Path(config.data.latents)
+    world, weights = config.data.shapes_world, config.data.weights
+    if jax.process_index() == 0:
+        encode_shapes_world(
+            workdir / "data",
+            vae=video_encoder(convert.load_vae(weights)),
+            text=text_encoder(convert.load_umt5(weights), convert.load_tokenizer(weights)),
+            clips=world.clips,
+            prompts=1,
+            frames=world.frames,
+            fps=world.fps,
+            height=world.height,
+            width=world.width,
+            batch_size=8,
+        )
+    multihost_utils.sync_global_devices("shapes_world")
+    return workdir / "data" / "latents"

@@ -1,0 +1,218 @@
+"""Training a WanVAE from scratch on the built-in world of shapes (`data/shapes_world.py`).
+
+    L = |x' - x| + gradient |D x' - D x| + kl KL(q(z | x) || N(0, 1))
+
+with x' decoded from a sample of q, D the differences of neighbouring pixels, and means over all elements. Small random
+crops of few frames are enough: the network is convolutional, and a step costs as many times less.
+"""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from avd_jax.data import shapes_world
+from avd_jax.errors import UserError
+from avd_jax.models.wan_vae import WanVAE, WanVAEConfig
+from avd_jax.parallel.mesh import batch_sharding, make_mesh
+from avd_jax.training.fields import check_names
+from avd_jax.training.fitting import (
+    CountedBatches,
+    Fit,
+    FitState,
+    abstract_state,
+    compile_step,
+    fit,
+    init_state,
+    make_optimizer,
+    make_step,
+)
+from avd_jax.training.networks import Params
+
+FIRST_LOG_VARIANCE = -6.0
+
+FIELDS: dict[str, tuple[object, str]] = {
+    "seed": (0, "decides the initial weights, the crops and the latent noise"),
+    "num_steps": (4000, "updates in the run; the learning rate falls to zero over them"),
+    "batch_size": (4, "crops an update"),
+    "model.base_dim": (8, "channels at full resolution"),
+    "model.dim_mult": ((1, 3, 6, 6), "channels of each level, in base_dim"),
+    "model.num_res_blocks": (1, "residual blocks a level of the encoder; the decoder has one more"),
+    "data.first_clip": (1_000_000, "number of the first clip of the built-in world; later work uses the ones below"),
+    "data.frames": (17, "frames of a whole clip, 4n + 1"),
+    "data.height": (64, "pixels of a whole clip"),
+    "data.width": (64, "pixels of a whole clip"),
+    "data.crop_frames": (9, "frames of a crop, 4n + 1"),
+    "data.crop_size": (32, "pixels of a crop's sides, a multiple of 8"),
+    "loss.gradient": (0.5, "weight of the differences of neighbouring pixels"),
+    "loss.kl": (1e-4, "weight of the divergence from a normal distribution"),
+    "optimizer.learning_rate": (2e-3, "AdamW's highest learning rate"),
+    "optimizer.warmup_steps": (50, "updates over which it rises from zero"),
+    "optimizer.beta1": (0.9, "AdamW's decay of the first moment"),
+    "optimizer.beta2": (0.99, "AdamW's decay of the second moment"),
+    "optimizer.weight_decay": (0.0, "AdamW's decoupled weight decay"),
+    "optimizer.max_grad_norm": (1.0, "gradients are scaled down to this global norm"),
+    "ema_decay": (0.995, "decay of the running mean of the weights, which is what is used afterwards"),
+    "log_every": (20, "updates between two lines of metrics.jsonl"),
+    "checkpoint_every": (250, "updates between two checkpoints"),
+    "checkpoint.keep": (2, "newest checkpoints to keep"),
+    "checkpoint.best_metric": ("", "not used here"),
+    "checkpoint.best_mode": ("min", "not used here"),
+    "max_nonfinite": (10, "updates in a row that may be skipped for a non-finite loss before the run stops"),
+}
+
+
+def validate(config) -> None:
+    """Check the values (UserError names the field)."""
+    flat = check_names(config, FIELDS)
+    for name in ("num_steps", "batch_size", "log_every", "max_nonfinite", "model.base_dim", "model.num_res_blocks"):
+        if flat[name] < 1:
+            raise UserError(f"config.{name}={flat[name]} must be at least 1")
+    for name in ("data.frames", "data.crop_frames"):
+        if flat[name] % 4 != 1:
+            raise UserError(f"config.{name}={flat[name]} is not 4n + 1")
+    size = flat["data.crop_size"]
+    if size < 8 or size % 8 or size > min(flat["data.height"], flat["data.width"]):
+        raise UserError(f"config.data.crop_size={size} must be a multiple of 8, and no larger than the clip")
+    if flat["data.crop_frames"] > flat["data.frames"]:
+        raise UserError(f"config.data.crop_frames={flat['data.crop_frames']} is more than data.frames")
+
+
+def model_config(config) -> WanVAEConfig:
+    """Return the VAE's sizes, with latent statistics that normalise nothing."""
+    sizes = config.model
+    return WanVAEConfig(
+        base_dim=sizes.base_dim,
+        dim_mult=tuple(sizes.dim_mult),
+        num_res_blocks=sizes.num_res_blocks,
+        latents_mean=(0.0,) * WanVAEConfig.z_dim,
+        latents_std=(1.0,) * WanVAEConfig.z_dim,
+    )
+
+
+def posterior(vae: WanVAE, video: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return mean and log-variance of the latents of video [B F H W 3], both [B f h w z_dim] and not normalised."""
+    moments = vae.conv1(_in_two_parts(vae.encoder, video)).astype(jnp.float32)
+    mean, log_variance = jnp.split(moments, 2, axis=-1)
+    return mean, jnp.clip(log_variance, -20.0, 10.0)
+
+
+def decode(vae: WanVAE, latents: jax.Array) -> jax.Array:
+    """Return the video [B F H W 3] of latents [B f h w z_dim] that are not normalised."""
+    return _in_two_parts(vae.decoder, vae.conv2(latents)).astype(jnp.float32)
+
+
+def _in_two_parts(network, frames):
+    """Apply `network` to the first frame and to all others at once: what the VAE does group by group, with less memory
+    and more steps one after another.
+    """
+    first, past = network(frames[:, :1], None)
+    if frames.shape[1] == 1:
+        return first
+    return jnp.concatenate([first, network(frames[:, 1:], past)[0]], axis=1)
+
+
+def vae_loss(vae: WanVAE, video: jax.Array, key: jax.Array, *, gradient: float, kl: float) -> tuple[jax.Array, dict]:
+    """Return the loss of video [B F H W 3] and its parts, with the PSNR in dB (of pixels in [-1, 1])."""
+    mean, log_variance = posterior(vae, video)
+    noise = jax.random.normal(key, mean.shape)
+    error = decode(vae, mean + jnp.exp(0.5 * log_variance) * noise) - video
+    l1 = jnp.mean(jnp.abs(error))
+    edges = jnp.mean(jnp.abs(jnp.diff(error, axis=2))) + jnp.mean(jnp.abs(jnp.diff(error, axis=3)))
+    divergence = 0.5 * jnp.mean(jnp.square(mean) + jnp.exp(log_variance) - log_variance - 1)
+    psnr = 10 * jnp.log10(4 / jnp.mean(jnp.square(error)))
+    parts = {"loss/l1": l1, "loss/gradient": edges, "loss/kl": divergence, "psnr": psnr}
+    return l1 + gradient * edges + kl * divergence, parts
+
+
+def crops(config, number: int) -> np.ndarray:
+    """Return batch `number`: random crops of clips of the world, [batch_size crop_frames crop_size crop_size 3]."""
+    data, batch = config.data, config.batch_size
+    rng = np.random.default_rng([config.seed, number])
+    out = np.empty((batch, data.crop_frames, data.crop_size, data.crop_size, 3), np.float32)
+    for i in range(batch):
+        index = data.first_clip + number * batch + i
+        video, _ = shapes_world.clip(index, frames=data.frames, height=data.height, width=data.width)
+        sizes = (data.crop_frames, data.crop_size, data.crop_size)
+        starts = [rng.integers(0, whole - part + 1) for whole, part in zip(video.shape, sizes, strict=False)]
+        cut = tuple(slice(start, start + part) for start, part in zip(starts, sizes, strict=True))
+        out[i] = video[cut]
+    return out
+
+
+def train_vae(config, workdir: Path) -> tuple[int, FitState]:
+    """Train, or go on training, a VAE in `workdir`; status and errors as in `fit`."""
+    validate(config)
+
+    def build() -> Fit:
+        mesh = make_mesh(devices=jax.devices()[: math.gcd(config.batch_size, jax.device_count())])
+        sizes, optimizer = model_config(config), make_optimizer(config)
+        graphdef, abstract_weights = nnx.split(nnx.eval_shape(lambda: WanVAE(sizes, nnx.Rngs(0))))
+        template = nnx.to_pure_dict(abstract_weights)
+
+        def loss(params: Params, video, key):
+            vae = nnx.merge(graphdef, _state(abstract_weights, params))
+            return vae_loss(vae, video, key, gradient=config.loss.gradient, kl=config.loss.kl)
+
+        abstract = abstract_state(optimizer, template, mesh)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+
+        @jax.jit
+        def init():
+            vae = WanVAE(sizes, nnx.Rngs(config.seed))
+            # Little noise at the start: with a deviation of 1 the decoder first learns to do without the latents.
+            vae.conv1.bias[...] = vae.conv1.bias[...].at[sizes.z_dim :].set(FIRST_LOG_VARIANCE)
+            params = nnx.to_pure_dict(nnx.state(vae))
+            return jax.lax.with_sharding_constraint(init_state(optimizer, params), shardings)
+
+        def make_batch(number: int):
+            return jax.device_put(crops(config, number), batch_sharding(mesh))
+
+        return Fit(
+            config=config,
+            architecture={"name": "wan_vae", "config": dataclasses.asdict(sizes)},
+            abstract=abstract,
+            init=init,
+            step=compile_step(make_step(loss, optimizer, config.ema_decay), abstract, mesh),
+            batches=CountedBatches(make_batch),
+        )
+
+    return fit(build, config, workdir)
+
+
+def trained_vae(config, params: Params, *, clips: int = 64, batch_size: int = 4) -> WanVAE:
+    """Return the VAE of `params` with the mean and deviation of its latents, measured on clips that are new to it.
+
+    Channels that carry nothing keep a deviation of a tenth of the largest: they must not be blown up to noise.
+    """
+    data, sizes = config.data, model_config(config)
+    graphdef, abstract_weights = nnx.split(nnx.eval_shape(lambda: WanVAE(sizes, nnx.Rngs(0))))
+    encode = jax.jit(lambda params, video: nnx.merge(graphdef, _state(abstract_weights, params)).encode(video))
+    latents = []
+    for start in range(0, clips, batch_size):
+        videos = [
+            shapes_world.clip(
+                data.first_clip - clips + start + i, frames=data.frames, height=data.height, width=data.width
+            )
+            for i in range(batch_size)
+        ]
+        latents.append(np.asarray(encode(params, np.stack([video for video, _ in videos]))))
+    values = np.concatenate(latents).reshape(-1, sizes.z_dim)
+    deviation = values.std(0)
+    deviation = np.maximum(deviation, 0.1 * deviation.max())
+    measured = dataclasses.replace(
+        sizes, latents_mean=tuple(map(float, values.mean(0))), latents_std=tuple(map(float, deviation))
+    )
+    vae = WanVAE(measured, nnx.Rngs(0))
+    nnx.update(vae, _state(abstract_weights, params))
+    return vae
+
+
+def _state(abstract: nnx.State, params: Params) -> nnx.State:
+    state = jax.tree.map(lambda leaf: leaf, abstract)  # a copy: the next line fills it in place
+    nnx.replace_by_pure_dict(state, params)
+    return state

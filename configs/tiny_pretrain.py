@@ -1,0 +1,16 @@
+"""The tiny teacher of weights/tiny, trained from scratch by flow matching on the built-in world of shapes.
+
+    python scripts/pretrain.py --config configs/tiny_pretrain.py --workdir runs/tiny_pretrain --out weights/tiny
+
+It needs the VAE, tokenizer and text encoder of weights/tiny (configs/tiny_vae.py, scripts/make_tiny_text_encoder.py).
+"""
+
+from avd_jax.training.fields import config_from
+from avd_jax.training.pretraining import FIELDS
+
+
+def get_config():
+    """Return the config."""
+    config = config_from(FIELDS)
+    config.data.weights = "weights/tiny"
+    return config

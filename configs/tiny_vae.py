@@ -1,0 +1,15 @@
+"""The tiny VAE of weights/tiny, trained from scratch on the built-in world of shapes.
+
+python scripts/train_vae.py --config configs/tiny_vae.py --workdir runs/tiny_vae --out weights/tiny
+"""
+
+from avd_jax.training.fields import config_from
+from avd_jax.training.vae_training import FIELDS
+
+
+def get_config():
+    """Return the config."""
+    config = config_from(FIELDS)
+    config.num_steps = 1200
+    config.optimizer.learning_rate = 1.2e-3
+    return config

@@ -1,0 +1,76 @@
+"""Make the text side of a tiny model: a tokenizer trained on the captions of the world of shapes, a random small umT5.
+
+    python scripts/make_tiny_text_encoder.py --out weights/tiny
+
+The encoder is not trained: its embeddings tell words and neighbourhoods apart, and the transformer learns what they
+mean. The same command gives the same tokenizer; other versions of JAX give another, equally good encoder.
+"""
+
+import pathlib
+
+import jax
+import tokenizers
+from absl import app, flags
+from flax import nnx
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from avd_jax.data import shapes_world
+from avd_jax.data.tokenizer import TOKENIZER_FILE, Tokenizer
+from avd_jax.errors import UserError, report_user_errors
+from avd_jax.models.umt5 import UMT5Config, UMT5Encoder
+from avd_jax.training.shipping import write_json, write_text_encoder
+
+OUT = flags.DEFINE_string("out", None, "folder that gets tokenizer/ and text_encoder/")
+CAPTIONS = flags.DEFINE_integer("captions", 4000, "captions that the tokenizer is trained on", lower_bound=1)
+SEED = flags.DEFINE_integer("seed", 0, "of the encoder's weights")
+
+SPECIAL_TOKENS = ("<pad>", "</s>", "<unk>")  # their ids are T5's
+LETTERS = [*"abcdefghijklmnopqrstuvwxyz0123456789.,;:!?'-"]
+VOCAB_SIZE = 320
+
+
+def make_tokenizer(captions: list[str]) -> tokenizers.Tokenizer:
+    """Train a lower-case tokenizer that gives each word of the captions a token, spells others and ends with </s>."""
+    tokenizer = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation()])
+    tokenizer.decoder = decoders.Metaspace()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE, special_tokens=list(SPECIAL_TOKENS), initial_alphabet=LETTERS, show_progress=False
+    )
+    tokenizer.train_from_iterator(captions, trainer)
+    end = tokenizer.token_to_id("</s>")
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", end)])
+    return tokenizer
+
+
+def make_encoder(vocab_size: int, seed: int) -> UMT5Encoder:
+    """Make a random encoder whose embeddings and queries have the scale that T5 starts from."""
+    config = UMT5Config(vocab_size=vocab_size, dim=64, ffn_dim=128, num_heads=4, head_dim=16, num_layers=2)
+    encoder = UMT5Encoder(config, nnx.Rngs(seed))
+    embedding = encoder.token_embedding.embedding
+    embedding[...] = jax.random.normal(jax.random.key(seed + 1), embedding.shape)
+    query = encoder.blocks.attn.q.kernel
+    query[...] = query[...] * config.head_dim**-0.5
+    return encoder
+
+
+@report_user_errors
+def main(argv):
+    """Write both."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected argument {argv[1]!r}")
+    if not OUT.value:
+        raise UserError("--out is missing: name the folder to write")
+    out = pathlib.Path(OUT.value)
+    serialized = make_tokenizer([shapes_world.caption(i) for i in range(CAPTIONS.value)]).to_str(pretty=True)
+    tokenizer = Tokenizer(serialized.encode())
+    tokenizer.save(out / "tokenizer")
+    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    write_json(out / "tokenizer" / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **special})
+    write_text_encoder(make_encoder(tokenizer.vocab_size, SEED.value), out)
+    print(f"{out / 'tokenizer' / TOKENIZER_FILE}: {tokenizer.vocab_size} tokens; {out / 'text_encoder'}")
+
+
+if __name__ == "__main__":
+    app.run(main)

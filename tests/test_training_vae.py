@@ -1,0 +1,120 @@
+"""Training a VAE: the loss sees the VAE's own network, falls, and a run goes on bit for bit."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from avd_jax import convert
+from avd_jax.data import shapes_world
+from avd_jax.errors import UserError
+from avd_jax.models.wan_vae import WanVAE, WanVAEConfig
+from avd_jax.training.fields import config_from
+from avd_jax.training.shipping import write_vae
+from avd_jax.training.vae_training import FIELDS, crops, decode, posterior, train_vae, trained_vae, vae_loss
+
+SIZES = WanVAEConfig(base_dim=4, dim_mult=(1, 1, 1, 1), num_res_blocks=1)
+
+
+def tiny_config(**changes):
+    config = config_from(FIELDS)
+    config.model.base_dim, config.model.dim_mult, config.model.num_res_blocks = 4, (1, 1, 1, 1), 1
+    config.num_steps, config.batch_size, config.log_every, config.checkpoint_every = 4, 1, 1, 0
+    config.data.crop_frames, config.data.crop_size = 5, 16
+    config.optimizer.warmup_steps = 1
+    config.update(changes)
+    return config
+
+
+@pytest.fixture(scope="module")
+def vae():
+    return WanVAE(SIZES, nnx.Rngs(0))
+
+
+def test_the_trained_network_is_the_one_that_is_used(vae):
+    video = shapes_world.clip(0, frames=9, height=16, width=16)[0][None]
+    mean, log_variance = posterior(vae, video)
+    assert mean.shape == log_variance.shape == (1, 3, 2, 2, 16)
+    normalised = (np.asarray(mean) - np.array(SIZES.latents_mean)) / np.array(SIZES.latents_std)
+    np.testing.assert_allclose(vae.encode(video), normalised, atol=2e-5)
+    np.testing.assert_allclose(decode(vae, mean), vae.decode(vae.encode(video)), atol=2e-5)
+
+
+def test_loss_of_a_perfect_and_of_a_shifted_copy(vae, monkeypatch):
+    video = jnp.asarray(shapes_world.clip(1, frames=5, height=16, width=16)[0][None])
+    monkeypatch.setattr("avd_jax.training.vae_training.decode", lambda *_: video + 0.1)
+    loss, parts = vae_loss(vae, video, jax.random.key(0), gradient=0.5, kl=0.0)
+    assert float(loss) == pytest.approx(0.1, abs=1e-5)  # a constant error has no gradient
+    assert float(parts["loss/gradient"]) < 1e-5
+    assert float(parts["psnr"]) == pytest.approx(10 * np.log10(4 / 0.01), abs=1e-2)
+
+
+def test_divergence_is_zero_for_a_normal_posterior(vae, monkeypatch):
+    video = jnp.zeros((1, 5, 16, 16, 3))
+    monkeypatch.setattr("avd_jax.training.vae_training.posterior", lambda *_: (jnp.zeros((1, 2, 2, 2, 16)),) * 2)
+    assert float(vae_loss(vae, video, jax.random.key(0), gradient=0, kl=1)[1]["loss/kl"]) == 0
+
+
+def test_crops_are_cut_from_the_world_and_fixed_by_their_number():
+    config = tiny_config(batch_size=2)
+    batch = crops(config, 3)
+    assert batch.shape == (2, 5, 16, 16, 3)
+    np.testing.assert_array_equal(batch, crops(config, 3))
+    assert np.abs(batch - crops(config, 4)).max() > 0.1
+    whole, _ = shapes_world.clip(config.data.first_clip + 6, frames=17, height=64, width=64)
+    windows = np.lib.stride_tricks.sliding_window_view(whole, batch[0].shape)
+    assert (windows[:, :, :, 0] == batch[0]).all((-4, -3, -2, -1)).any()
+
+
+def test_a_stopped_run_goes_on_bit_for_bit(tmp_path):
+    status, whole = train_vae(tiny_config(), tmp_path / "whole")
+    assert status == 0
+    config = tiny_config(checkpoint_every=2)
+    train_vae(config, tmp_path / "parts")
+    for later in (3, 4):  # a killed run has the first checkpoint only
+        step = tmp_path / "parts" / "checkpoints" / str(later)
+        if step.exists():
+            step.rename(tmp_path / f"gone{later}")
+    _, resumed = train_vae(config, tmp_path / "parts")
+    jax.tree.map(np.testing.assert_array_equal, resumed, whole)
+    lines = [json.loads(line) for line in (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()]
+    assert all(np.isfinite(line["loss/total"]) for line in lines)
+    with pytest.raises(UserError, match="other settings"):
+        train_vae(tiny_config(seed=1), tmp_path / "whole")
+
+
+def test_written_weights_are_read_back_with_their_statistics(tmp_path, vae):
+    params = nnx.to_pure_dict(nnx.state(vae))
+    config = tiny_config()
+    config.data.height = config.data.width = 16
+    config.data.frames = 5
+    trained = trained_vae(config, params, clips=4, batch_size=2)
+    write_vae(trained, tmp_path)
+    loaded = convert.load_vae(tmp_path)
+    assert loaded.config == trained.config
+    videos = [shapes_world.clip(config.data.first_clip - 4 + i, frames=5, height=16, width=16)[0] for i in range(4)]
+    latents = np.asarray(loaded.encode(np.stack(videos)))
+    np.testing.assert_allclose(latents.mean((0, 1, 2, 3)), 0, atol=1e-4)
+    deviation = latents.std((0, 1, 2, 3))
+    assert deviation.max() == pytest.approx(1, abs=1e-3)
+    assert deviation.max() < 1.001
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("data.crop_size", 12, "crop_size=12"),
+        ("data.crop_size", 72, "no larger"),
+        ("data.crop_frames", 4, "4n"),
+        ("data.crop_frames", 21, "more than"),
+        ("num_steps", 0, "at least 1"),
+    ],
+)
+def test_wrong_values_are_named(tmp_path, field, value, message):
+    config = tiny_config()
+    config.update_from_flattened_dict({field: value})
+    with pytest.raises(UserError, match=message):
+        train_vae(config, tmp_path)
