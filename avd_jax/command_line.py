@@ -23,12 +23,12 @@ def run(
 
     @report_user_errors
     def checked_main(argv: Sequence[str]) -> int | None:
-        logging.set_verbosity(logging.ERROR)  # Orbax reports every step that it takes
+        logging.set_verbosity(logging.FATAL)  # Orbax reports every step that it takes, and errors that we report
         if len(argv) > 1:
-            raise UserError(f"{argv[1]!r} is not a flag; every argument has a name (see --help)")
+            raise UserError(f"{argv[1]!r} is not a flag; every argument has a name, and text needs quotes (see --help)")
         for flag in required:
             if not flag.value:
-                raise UserError(f"--{flag.name} is missing: {flag.help[0].lower()}{flag.help[1:]}")
+                raise UserError(f"--{flag.name} is missing: {flags.FLAGS[flag.name].help}")
         return main()
 
     app.run(checked_main, flags_parser=report_user_errors(parse_flags))

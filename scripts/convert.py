@@ -10,10 +10,9 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
-from absl import flags, logging
+from absl import flags
 
 from avd_jax import command_line, convert
-from avd_jax.errors import UserError
 
 SRC = flags.DEFINE_string("src", None, "Weights to convert, in any known layout.")
 DST = flags.DEFINE_string("dst", None, "Folder for the converted weights.")
@@ -24,10 +23,6 @@ OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace components that --dst
 
 def main() -> None:
     """Find and check all components first, then write them one by one."""
-    logging.set_verbosity(logging.FATAL)  # Orbax logs tracebacks of errors that we report in a line
-    for flag in (SRC, DST):
-        if not flag.value:
-            raise UserError(f"--{flag.name} is missing: {flags.FLAGS[flag.name].help}")
     found, missing = convert.find_components(SRC.value, COMPONENTS.value)
     for component in found:
         convert.check_writable(Path(DST.value) / component, overwrite=OVERWRITE.value)
@@ -48,4 +43,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    command_line.run(main, required=(SRC, DST))

@@ -10,12 +10,12 @@ to try mended videos give a new --out.
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags
+from absl import flags
 from tqdm import tqdm
 
-from avd_jax import convert
+from avd_jax import command_line, convert
 from avd_jax.data import encoding, inputs, prompts
-from avd_jax.errors import UserError, report_user_errors
+from avd_jax.errors import UserError
 
 VIDEOS = flags.DEFINE_string("videos", None, "Folder of video files.")
 CAPTIONS = flags.DEFINE_string("captions", None, "JSON lines with the keys `file` and `caption`.")
@@ -38,9 +38,6 @@ def check_flags() -> None:
         raise UserError("give either --prompts, or --videos and --captions.")
     if not PROMPTS.value and not (VIDEOS.value and CAPTIONS.value):
         raise UserError(f"--{'videos' if CAPTIONS.value else 'captions'} is missing beside its counterpart.")
-    for flag, what in ((WEIGHTS, "the folder with the VAE and umT5"), (OUT, "the folder to write the set to")):
-        if not flag.value:
-            raise UserError(f"--{flag.name} is missing: {what}.")
     if FRAMES.value < 1 or FRAMES.value % 4 != 1:
         raise UserError(f"--frames {FRAMES.value} is not 4n+1; try {max(0, FRAMES.value // 4) * 4 + 1}.")
     for flag in (HEIGHT, WIDTH):
@@ -48,11 +45,8 @@ def check_flags() -> None:
             raise UserError(f"--{flag.name} {flag.value} is not a multiple of 16; try {max(1, flag.value // 16) * 16}.")
 
 
-@report_user_errors
-def main(argv: list[str]) -> None:
+def main() -> None:
     """Encode one set and report what was left out."""
-    if len(argv) > 1:
-        raise UserError(f"{argv[1]!r} is not a flag; every argument has a name (see --help).")
     check_flags()
     size = {"frames": FRAMES.value, "fps": FPS.value, "height": HEIGHT.value, "width": WIDTH.value}
     if PROMPTS.value:
@@ -81,4 +75,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command_line.run(main, required=(WEIGHTS, OUT))

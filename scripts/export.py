@@ -9,10 +9,9 @@ Beside the weights lie config.json, a model card, and avd_student.json with the 
 from pathlib import Path
 
 import jax.numpy as jnp
-from absl import flags, logging
+from absl import flags
 
 from avd_jax import command_line, convert
-from avd_jax.errors import UserError
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Training run or checkpoint, or weights in any known layout.")
 LAYOUT = flags.DEFINE_enum("layout", None, convert.LAYOUTS, "Wan's own layout, or diffusers'.")
@@ -24,10 +23,6 @@ OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace an earlier export in 
 
 def main() -> None:
     """Open, check and write."""
-    logging.set_verbosity(logging.FATAL)  # Orbax logs tracebacks of errors that we report in a line
-    for flag in (CHECKPOINT, LAYOUT, DST):
-        if not flag.value:
-            raise UserError(f"--{flag.name} is missing: {flags.FLAGS[flag.name].help}")
     student = convert.export_dit(
         CHECKPOINT.value,
         Path(DST.value),
@@ -41,4 +36,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    command_line.run(main, required=(CHECKPOINT, LAYOUT, DST))

@@ -143,7 +143,7 @@ def test_messages(folder):
         (prompts, videos, captions): "give either --prompts, or --videos and --captions.",
         (videos, weights, out): "--captions is missing",
         (captions, weights, out): "--videos is missing",
-        (prompts, out): "--weights is missing: the folder with the VAE",
+        (prompts, out): "--weights is missing: Folder with the VAE",
         (prompts, weights): "--out is missing",
         (videos, captions, weights, out, "--frames=16"): "--frames 16 is not 4n+1; try 17.",
         (videos, captions, weights, out, "--frames=0"): "--frames 0 is not 4n+1; try 1.",
