@@ -257,15 +257,7 @@ class WanDiT(nnx.Module):
         context = self._embed_text(prompt_embeds)
         rotation = rope.rotation(*grid, config.head_dim)
 
-        graphdef, stacked = nnx.split(self.blocks)
-
-        def apply_block(x, block_state):
-            return nnx.merge(graphdef, block_state)(x, modulation, context, rotation), None
-
-        policy = REMAT_POLICIES[self.remat]
-        if policy is not None:
-            apply_block = jax.checkpoint(apply_block, policy=policy, prevent_cse=False)
-        tokens, _ = jax.lax.scan(apply_block, tokens, stacked)
+        tokens = _apply_blocks(*nnx.split(self.blocks), tokens, modulation, context, rotation, remat=self.remat)
         patches = self.head(tokens, embedding)
         frames, height, width = grid
         patch_t, patch_h, patch_w = config.patch_size
@@ -305,3 +297,16 @@ class WanDiT(nnx.Module):
             )
         padded = jnp.pad(prompt_embeds, ((0, 0), (0, missing), (0, 0)))
         return self.text_embedding_2(jax.nn.gelu(self.text_embedding_0(padded), approximate=True))
+
+
+# Jitted here, once for all calls: a user who calls the model eagerly would otherwise compile the scan each time.
+@functools.partial(jax.jit, static_argnums=0, static_argnames="remat")
+def _apply_blocks(graphdef: nnx.GraphDef, stacked: nnx.State, x, modulation, context, rotation, *, remat: str):
+    def apply_block(x, block_state):
+        return nnx.merge(graphdef, block_state)(x, modulation, context, rotation), None
+
+    policy = REMAT_POLICIES[remat]
+    if policy is not None:
+        apply_block = jax.checkpoint(apply_block, policy=policy, prevent_cse=False)
+    x, _ = jax.lax.scan(apply_block, x, stacked)
+    return x
