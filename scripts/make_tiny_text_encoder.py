@@ -10,13 +10,13 @@ import pathlib
 
 import jax
 import tokenizers
-from absl import app, flags
+from absl import flags
 from flax import nnx
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from avd_jax import command_line
 from avd_jax.data import shapes_world
 from avd_jax.data.tokenizer import TOKENIZER_FILE, Tokenizer
-from avd_jax.errors import UserError, report_user_errors
 from avd_jax.models.umt5 import UMT5Config, UMT5Encoder
 from avd_jax.training.shipping import write_json, write_text_encoder
 
@@ -55,13 +55,8 @@ def make_encoder(vocab_size: int, seed: int) -> UMT5Encoder:
     return encoder
 
 
-@report_user_errors
-def main(argv):
+def main() -> None:
     """Write both."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}")
-    if not OUT.value:
-        raise UserError("--out is missing: name the folder to write")
     out = pathlib.Path(OUT.value)
     serialized = make_tokenizer([shapes_world.caption(i) for i in range(CAPTIONS.value)]).to_str(pretty=True)
     tokenizer = Tokenizer(serialized.encode())
@@ -73,4 +68,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command_line.run(main, required=(OUT,))

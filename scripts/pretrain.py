@@ -10,10 +10,11 @@ scripts/export.py and scripts/generate.py. `--explain` prints every field of the
 
 import pathlib
 
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
-from avd_jax.errors import UserError, report_user_errors
+from avd_jax import command_line
+from avd_jax.errors import UserError
 from avd_jax.training.fields import describe, flags_parser
 from avd_jax.training.pretraining import FIELDS, pretrain, trained_dit
 from avd_jax.training.shipping import write_dit
@@ -24,11 +25,8 @@ OUT = flags.DEFINE_string("out", None, "folder that gets transformer/, the mean 
 EXPLAIN = flags.DEFINE_bool("explain", False, "print every field of the config with its help, and stop")
 
 
-@report_user_errors
-def main(argv):
+def main() -> int:
     """Train and write the result."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}")
     if EXPLAIN.value:
         print(describe(CONFIG.value, FIELDS))
         return 0
@@ -43,4 +41,4 @@ def main(argv):
 
 if __name__ == "__main__":
     flags.mark_flag_as_required("config")
-    app.run(main, flags_parser=flags_parser(FIELDS))
+    command_line.run(main, parse_flags=flags_parser(FIELDS))

@@ -14,7 +14,8 @@ from ml_collections import config_flags
 
 from avd_jax import command_line
 from avd_jax.errors import UserError
-from avd_jax.training.config import describe, parse_flags
+from avd_jax.training.config import FIELDS
+from avd_jax.training.fields import describe, flags_parser
 from avd_jax.training.loop import train
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "config file; set a field with --config.FIELD=VALUE")
@@ -25,7 +26,7 @@ EXPLAIN = flags.DEFINE_bool("explain", False, "print every field of the config w
 def main() -> int:
     """Train, or explain the config."""
     if EXPLAIN.value:
-        print(describe(CONFIG.value))
+        print(describe(CONFIG.value, FIELDS))
         return 0
     if not WORKDIR.value:
         raise UserError("--workdir is missing: name the folder of the run")
@@ -34,4 +35,4 @@ def main() -> int:
 
 if __name__ == "__main__":
     flags.mark_flag_as_required("config")
-    command_line.run(main, parse_flags=parse_flags)
+    command_line.run(main, parse_flags=flags_parser(FIELDS))

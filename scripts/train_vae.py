@@ -7,10 +7,11 @@ The same command goes on from the last checkpoint of the workdir. `--explain` pr
 
 import pathlib
 
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
-from avd_jax.errors import UserError, report_user_errors
+from avd_jax import command_line
+from avd_jax.errors import UserError
 from avd_jax.training.fields import describe, flags_parser
 from avd_jax.training.shipping import write_vae
 from avd_jax.training.vae_training import FIELDS, train_vae, trained_vae
@@ -21,11 +22,8 @@ OUT = flags.DEFINE_string("out", None, "folder that gets vae/, once the run is c
 EXPLAIN = flags.DEFINE_bool("explain", False, "print every field of the config with its help, and stop")
 
 
-@report_user_errors
-def main(argv):
+def main() -> int:
     """Train and write the result."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}")
     if EXPLAIN.value:
         print(describe(CONFIG.value, FIELDS))
         return 0
@@ -43,4 +41,4 @@ def main(argv):
 
 if __name__ == "__main__":
     flags.mark_flag_as_required("config")
-    app.run(main, flags_parser=flags_parser(FIELDS))
+    command_line.run(main, parse_flags=flags_parser(FIELDS))

@@ -28,17 +28,15 @@ ALLOWED = {
     },
 }
 FRAMEWORKS = {"torch", "tensorflow", "diffusers", "transformers"}
-READS_PICKLES = PACKAGE / "convert" / "pth.py"  # with PyTorch's own restricted reader, the only safe one
 
 
 def relative(path):
     return str(path.relative_to(ROOT))
 
 
-def imports(path, *, everywhere=True):
-    """Yield (dotted name, node) of every import of a file; of its top level only where not `everywhere`."""
-    tree = ast.parse(path.read_text())
-    for node in ast.walk(tree) if everywhere else tree.body:
+def imports(path):
+    """Yield (dotted name, node) of every import of a file."""
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from ((alias.name, node) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -76,10 +74,7 @@ def test_the_rule_notices_an_import_against_the_layout():
 
 @pytest.mark.parametrize("path", SOURCES + SCRIPTS, ids=relative)
 def test_no_other_framework(path):
-    found = {name.split(".")[0] for name, _ in imports(path)} & FRAMEWORKS
-    at_top = {name.split(".")[0] for name, _ in imports(path, everywhere=False)} & FRAMEWORKS
-    assert not at_top, "importing the package must not need it"
-    assert found <= ({"torch"} if path == READS_PICKLES else set())
+    assert not {name.split(".")[0] for name, _ in imports(path)} & FRAMEWORKS
 
 
 @pytest.mark.parametrize("path", SOURCES + SCRIPTS, ids=relative)

@@ -4,17 +4,14 @@ A file in `configs/` starts from `default_config()` and changes what it must. A 
 exist: setting it is an error that names the closest one.
 """
 
-import itertools
 import math
-from collections.abc import Sequence
-from pathlib import Path
 
 import ml_collections
-from absl import app
 
 from avd_jax.diffusion.student import StudentSchedule
 from avd_jax.errors import UserError, closest
 from avd_jax.models.wan_dit import REMAT_POLICIES
+from avd_jax.training.fields import check_names, config_from
 
 FIELDS: dict[str, tuple[object, str]] = {
     "seed": (0, "decides the order of the data and all noise"),
@@ -77,51 +74,7 @@ FIELDS: dict[str, tuple[object, str]] = {
 
 def default_config() -> ml_collections.ConfigDict:
     """Return a config with every field at its default; fields can be set, not added."""
-    config = ml_collections.ConfigDict()
-    for name, (value, _) in FIELDS.items():
-        *parents, leaf = name.split(".")
-        node = config
-        for parent in parents:
-            if parent not in node:
-                node[parent] = ml_collections.ConfigDict()
-            node = node[parent]
-        node[leaf] = value
-    return config.lock()
-
-
-def parse_flags(argv: Sequence[str]) -> list[str]:
-    """Parse the flags of a script that has a `--config` file: the `flags_parser` of `absl.app.run`.
-
-    What absl would answer with a traceback is checked first: the file, and the names of the fields that are set.
-    """
-    for argument, following in itertools.pairwise([*argv, ""]):
-        if not argument.startswith("-"):
-            continue
-        name, assigned, value = argument.lstrip("-").partition("=")
-        if name == "config" and not Path(value if assigned else following).is_file():
-            raise UserError(f"--config {value if assigned else following}: there is no such file")
-        field = name.removeprefix("config.")
-        if field != name and field not in FIELDS:
-            raise UserError(f"config.{field} does not exist{closest(field, FIELDS)}; --explain lists every field")
-    return app.parse_flags_with_usage(list(argv))
-
-
-def flatten(config) -> dict[str, object]:
-    """Return dotted field name -> value."""
-    flat = {}
-    for key, value in config.items():
-        if hasattr(value, "items"):
-            flat |= {f"{key}.{name}": leaf for name, leaf in flatten(value).items()}
-        else:
-            flat[key] = value
-    return flat
-
-
-def describe(config) -> str:
-    """Return one line a field: name, value, help."""
-    flat = flatten(config)
-    width = max(len(f"{name} = {value}") for name, value in flat.items())
-    return "\n".join(f"{f'{name} = {value}':<{width}}  {FIELDS[name][1]}" for name, value in flat.items())
+    return config_from(FIELDS)
 
 
 def validate(config) -> None:
@@ -130,10 +83,7 @@ def validate(config) -> None:
     Raises:
       UserError: naming the field and what it may be.
     """
-    flat = flatten(config)
-    for name in flat:
-        if name not in FIELDS:
-            raise UserError(f"config.{name} does not exist{closest(name, FIELDS)}")
+    flat = check_names(config, FIELDS)
     positive = ("num_steps", "batch_size", "accumulation_steps", "log_every", "max_nonfinite", "checkpoint.keep")
     for name in positive:
         _check(flat, name, flat[name] >= 1, "must be at least 1")

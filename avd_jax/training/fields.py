@@ -7,8 +7,7 @@ from pathlib import Path
 import ml_collections
 from absl import app
 
-from avd_jax.errors import UserError, closest, report_user_errors
-from avd_jax.training.config import flatten
+from avd_jax.errors import UserError, closest
 
 Fields = Mapping[str, tuple[object, str]]
 
@@ -25,6 +24,17 @@ def config_from(fields: Fields) -> ml_collections.ConfigDict:
             node = node[parent]
         node[leaf] = value
     return config.lock()
+
+
+def flatten(config) -> dict[str, object]:
+    """Return dotted field name -> value."""
+    flat = {}
+    for key, value in config.items():
+        if hasattr(value, "items"):
+            flat |= {f"{key}.{name}": leaf for name, leaf in flatten(value).items()}
+        else:
+            flat[key] = value
+    return flat
 
 
 def describe(config, fields: Fields) -> str:
@@ -46,7 +56,6 @@ def check_names(config, fields: Fields) -> dict[str, object]:
 def flags_parser(fields: Fields) -> Callable[[Sequence[str]], list[str]]:
     """Return a `flags_parser` for `absl.app.run` that checks the config file and the names of fields first."""
 
-    @report_user_errors
     def parse(argv: Sequence[str]) -> list[str]:
         for argument, following in itertools.pairwise([*argv, ""]):
             if not argument.startswith("-"):

@@ -22,7 +22,7 @@ from avd_jax.errors import UserError
 from avd_jax.parallel.mesh import replicated
 from avd_jax.parallel.rules import tree_shardings
 from avd_jax.training.checkpoint import Checkpoints
-from avd_jax.training.config import flatten
+from avd_jax.training.fields import flatten
 from avd_jax.training.loop import _claim, _jsonable, _StopSignals
 from avd_jax.training.metrics import MetricsWriter
 from avd_jax.training.networks import Params

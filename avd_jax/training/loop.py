@@ -17,8 +17,9 @@ from clu import parameter_overview
 from avd_jax.data.atomic import write_text
 from avd_jax.errors import UserError
 from avd_jax.training.checkpoint import Checkpoints
-from avd_jax.training.config import describe, flatten, validate
+from avd_jax.training.config import FIELDS, validate
 from avd_jax.training.cost import cycle_cost
+from avd_jax.training.fields import describe, flatten
 from avd_jax.training.metrics import MetricsWriter
 from avd_jax.training.run import Run, build_run
 from avd_jax.training.samples import SampleWriter
@@ -40,7 +41,7 @@ def train(config, workdir: Path) -> int:
     """
     validate(config)
     _claim(config, workdir)
-    print(describe(config), flush=True)
+    print(describe(config, FIELDS), flush=True)
     _print_cost(config)
     with _StopSignals() as stop:
         run = build_run(config, workdir)
