@@ -1,5 +1,7 @@
 """The losses of a batch against NumPy, from what the networks were seen to be given and to answer."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -89,7 +91,7 @@ def test_the_rollout_renoises_each_prediction_to_the_next_timestep(stop):
     rollout, *_ = sort_calls(evaluate(make_config(**ALL), stop=stop)[3])
     assert [set(call[3]) for call in rollout] == [{np.float32(t)} for t in TIMES[: stop + 1]]
     noises = [rollout[0][2]] + [
-        noise_between(x0_of(before), after[2], after[3]) for before, after in zip(rollout, rollout[1:], strict=False)
+        noise_between(x0_of(before), after[2], after[3]) for before, after in itertools.pairwise(rollout)
     ]
     assert all(looks_like_noise(noise) for noise in noises)
     flat = np.stack([noise.ravel() for noise in noises])

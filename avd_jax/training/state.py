@@ -25,7 +25,8 @@ class TrainState:
       generator_optimizer, fake_score_optimizer: AdamW's states.
       history: the regression loss history of each student timestep.
       skipped: updates skipped for a non-finite loss, in the whole run, int32.
-      skipped_in_row: such updates since the last good one, int32.
+      skipped_in_row: such updates since the last good one, of the generator and of fake_score, int32 [2]: each has its
+        own count, since good updates of one must not hide that the other makes none.
     """
 
     step: jax.Array
@@ -81,7 +82,7 @@ def init_state(config, optimizers: Optimizers, params: Params) -> TrainState:
         fake_score_optimizer=optimizers.fake_score.init(params),
         history=LossHistory.init(len(config.student.timesteps)),
         skipped=jnp.zeros((), jnp.int32),
-        skipped_in_row=jnp.zeros((), jnp.int32),
+        skipped_in_row=jnp.zeros(2, jnp.int32),
     )
 
 

@@ -21,6 +21,9 @@ from avd_jax.training.networks import Networks
 from avd_jax.training.objectives import Frozen
 from avd_jax.training.state import Optimizers, TrainState
 
+# Places in `TrainState.skipped_in_row`.
+_GENERATOR, _FAKE_SCORE = range(2)
+
 Step = Callable[[TrainState, Frozen, dict, jax.Array], tuple[TrainState, dict]]
 
 
@@ -41,7 +44,7 @@ def make_generator_step(config, networks: Networks, optimizers: Optimizers) -> S
             )
 
         loss, parts, gradient = _accumulate(loss_fn, state.generator, batch, key, config.accumulation_steps)
-        norm = optax.global_norm(gradient)
+        norm = optax.tree.norm(gradient)
         updates, optimizer = optimizers.generator.update(gradient, state.generator_optimizer, state.generator)
         generator = optax.apply_updates(state.generator, updates)
         history = state.history
@@ -54,7 +57,7 @@ def make_generator_step(config, networks: Networks, optimizers: Optimizers) -> S
             ema = optax.incremental_update(generator, ema, 1 - config.ema_decay)
         updated = replace(state, generator=generator, generator_optimizer=optimizer, ema=ema, history=history)
         good = jnp.isfinite(loss) & jnp.isfinite(norm)
-        state = replace(_keep_good(good, updated, state), step=state.step + 1)
+        state = replace(_keep_good(good, updated, state, _GENERATOR), step=state.step + 1)
         metrics = {
             "loss/generator": loss,
             "loss/distribution_matching": jnp.mean(parts["distribution_matching"]),
@@ -63,7 +66,7 @@ def make_generator_step(config, networks: Networks, optimizers: Optimizers) -> S
             "regression/weight": jnp.mean(parts["regression_weight"]),
             "grad_norm/generator": norm,
             "skipped/total": state.skipped,
-            "skipped/in_row": state.skipped_in_row,
+            "skipped/in_row": jnp.max(state.skipped_in_row),
         }
         metrics |= {f"regression/ema_{i}": mean for i, mean in enumerate(state.history.mean)}
         return state, metrics
@@ -89,16 +92,17 @@ def make_fake_score_step(
             return jnp.mean(losses), {}
 
         loss, _, gradient = _accumulate(loss_fn, state.fake_score, batch, key, config.accumulation_steps)
-        norm = optax.global_norm(gradient)
+        norm = optax.tree.norm(gradient)
         updates, optimizer = optimizers.fake_score.update(gradient, state.fake_score_optimizer, state.fake_score)
         fake_score = optax.apply_updates(state.fake_score, updates)
         good = jnp.isfinite(loss) & jnp.isfinite(norm)
-        state = _keep_good(good, replace(state, fake_score=fake_score, fake_score_optimizer=optimizer), state)
+        updated = replace(state, fake_score=fake_score, fake_score_optimizer=optimizer)
+        state = _keep_good(good, updated, state, _FAKE_SCORE)
         return state, {
             "loss/fake_score": loss,
             "grad_norm/fake_score": norm,
             "skipped/total": state.skipped,
-            "skipped/in_row": state.skipped_in_row,
+            "skipped/in_row": jnp.max(state.skipped_in_row),
         }
 
     return step
@@ -135,11 +139,8 @@ def _accumulate(loss_fn, params, batch: dict, key, parts: int):
     return loss, whole, gradient
 
 
-def _keep_good(good, updated: TrainState, old: TrainState) -> TrainState:
-    """Return `updated` where the update was good, else `old` with the skipped update counted."""
+def _keep_good(good, updated: TrainState, old: TrainState, network: int) -> TrainState:
+    """Return `updated` where the update of a network was good, else `old` with the skipped update counted."""
     state = jax.tree.map(partial(jnp.where, good), updated, old)
-    return replace(
-        state,
-        skipped=old.skipped + ~good,
-        skipped_in_row=jnp.where(good, 0, old.skipped_in_row + 1),
-    )
+    in_row = jnp.where(good, 0, old.skipped_in_row[network] + 1)
+    return replace(state, skipped=old.skipped + ~good, skipped_in_row=old.skipped_in_row.at[network].set(in_row))

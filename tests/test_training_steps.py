@@ -1,0 +1,325 @@
+"""The two updates: optimizer, accumulation, devices, loss history, skipped updates, EMA, dtypes."""
+
+import functools
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from training_cases import DIT, LATENTS_SHAPE, linear_network, linear_params, make_batch, make_config, recording
+
+from avd_jax.parallel.mesh import batch_sharding, make_mesh, replicated
+from avd_jax.parallel.rules import dotted
+from avd_jax.training import objectives
+from avd_jax.training.networks import Networks, make_network
+from avd_jax.training.state import abstract_state, init_state, make_optimizers
+from avd_jax.training.steps import compile_step, make_fake_score_step, make_generator_step
+
+FROZEN = objectives.Frozen(linear_params(2), jnp.ones((8, 16)))
+COMPILED = {}
+
+
+class Runner:
+    """Both updates of the linear network under one config, and the calls that they made."""
+
+    def __init__(self, config, network=linear_network):
+        self.config, self.calls, self.optimizers = config, [], make_optimizers(config)
+        networks = Networks(recording(network, self.calls, "student"), linear_network)
+        self.generator = jax.jit(make_generator_step(config, networks, self.optimizers))
+        fake_score = make_fake_score_step(config, networks, self.optimizers, latents_shape=LATENTS_SHAPE)
+        self.fake_score = jax.jit(fake_score)
+
+    def init(self, params=None):
+        return init_state(self.config, self.optimizers, linear_params(0) if params is None else params)
+
+
+def runner(**fields):
+    """Return a compiled pair of updates, one for each config."""
+    name = str(fields)
+    if name not in COMPILED:
+        COMPILED[name] = Runner(make_config(**fields))
+    return COMPILED[name]
+
+
+def assert_close(found, expected, rtol=1e-5, atol=1e-6):
+    def check(keys, a, b):
+        np.testing.assert_allclose(a, b, rtol=rtol, atol=atol, err_msg=dotted(keys))
+
+    jax.tree_util.tree_map_with_path(check, found, expected)
+
+
+def assert_same(found, expected):
+    assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_an_update_is_clipped_adamw():
+    run = runner(optimizer__learning_rate=1e-2, optimizer__max_grad_norm=1e-3, ema_decay=0.75)
+    before, batch, key = run.init(), make_batch(), jax.random.key(1)
+    networks = Networks(linear_network, linear_network)
+    keys, stop = objectives.example_keys(key, jnp.arange(4)), objectives.stop_step(run.config, key)
+
+    def loss(params):
+        args = run.config, networks, params, before.fake_score, FROZEN, before.history, batch, keys, stop
+        return objectives.generator_loss(*args)[0]
+
+    gradient = jax.tree.map(np.asarray, jax.grad(loss)(before.generator))
+    norm = np.sqrt(sum(np.sum(np.square(leaf, dtype=np.float64)) for leaf in jax.tree.leaves(gradient)))
+    after, metrics = run.generator(before, FROZEN, batch, key)
+    assert float(metrics["grad_norm/generator"]) == pytest.approx(norm, rel=1e-4)
+    assert norm > 1e-3
+    for name, parameter in before.generator.items():
+        clipped = gradient[name] * 1e-3 / norm
+        moved = clipped / (np.abs(clipped) + 1e-8)  # Adam's first step, both moments corrected
+        expected = parameter - 1e-2 * (moved + 0.01 * parameter)
+        np.testing.assert_allclose(after.generator[name], expected, rtol=1e-3, atol=1e-5)
+        mean = 0.75 * parameter + 0.25 * after.generator[name]
+        np.testing.assert_allclose(after.ema[name], mean, rtol=1e-5)
+    assert int(after.step) == 1
+    assert_same(after.fake_score, before.fake_score)
+    assert_same(after.fake_score_optimizer, before.fake_score_optimizer)
+
+
+def test_fake_scores_update_changes_nothing_else():
+    run = runner()
+    before = run.init()
+    after, metrics = run.fake_score(before, FROZEN, make_batch(), jax.random.key(0))
+    assert set(metrics) == {"loss/fake_score", "grad_norm/fake_score", "skipped/total", "skipped/in_row"}
+    for name in ("step", "generator", "generator_optimizer", "history", "skipped", "skipped_in_row"):
+        assert_same(getattr(after, name), getattr(before, name))
+    assert all(
+        (a != b).any() for a, b in zip(*map(jax.tree.leaves, (after.fake_score, before.fake_score)), strict=True)
+    )
+
+
+def test_learning_rates_are_each_networks_own():
+    run = runner(optimizer__learning_rate=1e-2, optimizer__fake_score_learning_rate=0.0)
+    state, _ = run.fake_score(run.init(), FROZEN, make_batch(), jax.random.key(0))
+    assert_same(state.fake_score, run.init().fake_score)
+    state, _ = run.generator(state, FROZEN, make_batch(), jax.random.key(0))
+    assert max(np.abs(state.generator["mix"] - run.init().generator["mix"]).ravel()) > 5e-3
+
+
+def test_metrics():
+    _, metrics = runner().generator(runner().init(), FROZEN, make_batch(), jax.random.key(0))
+    assert set(metrics) == {
+        *(f"loss/{name}" for name in ("generator", "distribution_matching", "regression", "temporal")),
+        *("regression/weight", "grad_norm/generator", "skipped/total", "skipped/in_row"),
+        *(f"regression/ema_{i}" for i in range(4)),
+    }
+    assert all(value.shape == () for value in metrics.values())
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_accumulation_changes_nothing(parts):
+    fields = {"loss__temporal": 0.0, "optimizer__learning_rate": 1e-3}
+    whole, cut = runner(**fields), runner(**fields, accumulation_steps=parts)
+    batch, key = make_batch(8), jax.random.key(3)
+    for update in ("generator", "fake_score"):
+        (a, metrics_a), (b, metrics_b) = (getattr(run, update)(run.init(), FROZEN, batch, key) for run in (whole, cut))
+        assert_close(metrics_b, metrics_a, rtol=1e-4)
+        assert_close(b, a, rtol=1e-3, atol=1e-5)
+        moments = [optax.tree_utils.tree_get(getattr(s, f"{update}_optimizer"), "mu") for s in (b, a)]
+        assert_close(*moments, rtol=1e-4, atol=1e-7)
+
+
+def test_accumulated_temporal_loss_is_the_mean_of_its_parts():
+    _, metrics = runner(accumulation_steps=2).generator(runner().init(), FROZEN, make_batch(8), jax.random.key(3))
+    _, whole = runner().generator(runner().init(), FROZEN, make_batch(8), jax.random.key(3))
+    assert float(metrics["loss/temporal"]) == pytest.approx(float(whole["loss/temporal"]), rel=0.2)
+    total = metrics["loss/distribution_matching"] + 0.05 * metrics["loss/temporal"]
+    assert float(metrics["loss/generator"]) > float(total)
+
+
+@pytest.mark.parametrize("uses", ["before", "after"])
+def test_loss_history_over_updates_is_the_plain_loop(uses):
+    """One example after another in the order of the batch; weights from the history before the batch."""
+    run = runner(loss__adaptive_uses=uses)
+    state, means = run.init(), {}
+    for update in range(4):
+        batch, key = make_batch(5, seed=update), jax.random.key(update)
+        run.calls.clear()
+        state, metrics = run.generator(state, FROZEN, batch, key)
+        jax.effects_barrier()
+        (regression,) = [call for call in run.calls if np.array_equal(call[4], batch["caption_embeds"])]
+        _, _, xt, timesteps, _, velocity = regression
+        sigmas = np.float64(timesteps)[:, None, None, None, None] / 1000
+        y = np.asarray(batch["latents"], np.float64)
+        target = (xt - (1 - sigmas) * y) / sigmas - y
+        losses, weights, before = np.mean((velocity - target) ** 2, axis=(1, 2, 3, 4)), [], dict(means)
+        for loss, timestep in zip(losses, timesteps, strict=True):
+            mean = before.get(timestep, loss)
+            if uses == "after":
+                mean = 0.95 * mean + 0.05 * loss
+            weights.append(1 - 1 / (1 + np.exp(-3 * (loss - mean))))
+            means[timestep] = 0.95 * means.get(timestep, loss) + 0.05 * loss
+        assert float(metrics["regression/weight"]) == pytest.approx(np.mean(weights), rel=1e-4)
+        assert float(metrics["loss/regression"]) == pytest.approx(losses.mean(), rel=1e-4)
+        for i, timestep in enumerate((1000, 900, 757, 522)):
+            assert bool(state.history.seen[i]) == (timestep in means)
+            assert float(metrics[f"regression/ema_{i}"]) == pytest.approx(means.get(timestep, 0), rel=1e-4)
+
+
+def test_without_regression_the_history_stays():
+    run = runner(loss__regression=0.0)
+    state, _ = run.generator(run.init(), FROZEN, make_batch(), jax.random.key(0))
+    assert_same(state.history, run.init().history)
+
+
+def broken(batch, name):
+    return batch | {name: batch[name].at[1, 0].set(jnp.nan)}
+
+
+@pytest.mark.parametrize("name", ["latents", "prompt_embeds", "caption_embeds"])
+def test_an_update_that_is_not_finite_is_skipped_and_counted(name):
+    run = runner(ema_decay=0.5)
+    good = make_batch()
+    before, _ = run.generator(run.init(), FROZEN, good, jax.random.key(0))
+    state = before
+    for update in range(1, 3):
+        state, metrics = run.generator(state, FROZEN, broken(good, name), jax.random.key(update))
+        assert not np.isfinite(metrics["loss/generator"])
+        assert (int(metrics["skipped/total"]), int(metrics["skipped/in_row"])) == (update, update)
+        assert int(state.step) == 1 + update, "a skipped update is an update made, or the run would never end"
+        for part in ("generator", "generator_optimizer", "history", "ema", "fake_score"):
+            assert_same(getattr(state, part), getattr(before, part))
+    state, metrics = run.generator(state, FROZEN, good, jax.random.key(9))
+    assert (int(metrics["skipped/total"]), int(metrics["skipped/in_row"])) == (2, 0)
+    assert max(np.abs(state.generator["mix"] - before.generator["mix"]).ravel()) > 0
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+
+
+def test_a_fake_score_update_that_is_not_finite_is_skipped():
+    run = runner()
+    state, metrics = run.fake_score(run.init(), FROZEN, broken(make_batch(), "prompt_embeds"), jax.random.key(0))
+    assert (int(metrics["skipped/total"]), int(metrics["skipped/in_row"])) == (1, 1)
+    assert_same(state.fake_score, run.init().fake_score)
+    assert_same(state.fake_score_optimizer, run.init().fake_score_optimizer)
+
+
+def test_good_updates_of_one_network_do_not_hide_that_the_other_makes_none():
+    run = runner()
+    state, good, bad = run.init(), make_batch(), broken(make_batch(), "latents")
+    for cycle in range(1, 4):
+        for i in range(2):
+            state, _ = run.fake_score(state, FROZEN, good, jax.random.key(i))
+        state, metrics = run.generator(state, FROZEN, bad, jax.random.key(2))
+        assert int(metrics["skipped/in_row"]) == cycle
+    state, metrics = run.generator(state, FROZEN, good, jax.random.key(3))
+    assert int(metrics["skipped/in_row"]) == 0
+    for cycle in range(1, 4):
+        state, _ = run.fake_score(state, FROZEN, broken(good, "prompt_embeds"), jax.random.key(3))
+        state, metrics = run.generator(state, FROZEN, good, jax.random.key(4))
+        assert int(metrics["skipped/in_row"]) == cycle
+
+
+def test_an_infinite_gradient_of_a_finite_loss_is_skipped():
+    def network(params, latents, timesteps, prompt_embeds):
+        # sqrt has an infinite slope at 0.
+        return linear_network(params, latents, timesteps, prompt_embeds) + jnp.sqrt(0 * params["time"])
+
+    run = Runner(make_config(), network)
+    state, metrics = run.generator(run.init(), FROZEN, make_batch(), jax.random.key(0))
+    assert np.isfinite(metrics["loss/generator"])
+    assert not np.isfinite(metrics["grad_norm/generator"])
+    assert int(metrics["skipped/in_row"]) == 1
+    assert_same(state.generator, run.init().generator)
+
+
+def test_each_update_draws_anew():
+    run = runner()
+    losses = {
+        float(run.generator(run.init(), FROZEN, make_batch(), jax.random.key(seed))[1]["loss/generator"])
+        for seed in range(5)
+    }
+    assert len(losses) == 5
+    again = run.generator(run.init(), FROZEN, make_batch(), jax.random.key(0))[1]["loss/generator"]
+    assert float(again) in losses
+
+
+# The transformer itself, on several devices.
+
+
+@functools.cache
+def on_mesh(sizes, compute_dtype="float32", remat="none", number_of_updates=2):
+    """Return (state, metrics, abstract, compiled updates) after two rounds of updates on a mesh."""
+    config = make_config(
+        compute_dtype=compute_dtype, remat=remat, loss__regression_weighting="adaptive", optimizer__learning_rate=1e-3
+    )
+    devices = jax.devices()[: int(np.prod(sizes))]
+    mesh = make_mesh(**dict(zip(("data", "fsdp", "seq"), sizes, strict=True)), devices=devices)
+    student = make_network(DIT, dtype=compute_dtype, param_dtype="float32", remat=remat)
+    teacher = make_network(DIT, dtype="float32", param_dtype="float32", remat="none")
+    networks, optimizers = Networks(student, teacher), make_optimizers(config)
+    abstract = abstract_state(config, optimizers, student.abstract_params(), mesh)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda leaf: rng.standard_normal(leaf.shape, np.float32) * max(leaf.shape[-2:]) ** -0.5,
+        student.abstract_params(),
+    )
+    params = jax.device_put(params, shardings.generator)
+    state = jax.jit(functools.partial(init_state, config, optimizers), out_shardings=shardings)(params)
+    frozen = objectives.Frozen(params, jax.device_put(jnp.ones((8, 16)), replicated(mesh)))
+    batch = jax.device_put(make_batch(8), batch_sharding(mesh))
+    updates = (
+        compile_step(make_generator_step(config, networks, optimizers), shardings, mesh),
+        compile_step(make_fake_score_step(config, networks, optimizers, latents_shape=LATENTS_SHAPE), shardings, mesh),
+    )
+    logged, history = {}, []
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*donated.*")  # memory that could not be reused
+        for number in range(2):
+            for update in updates[:number_of_updates]:
+                old = state
+                state, metrics = update(state, frozen, batch, jax.random.key(number))
+                logged |= {f"{number}/{name}": float(value) for name, value in metrics.items()}
+                history.append(old)
+    return state, logged, abstract, updates, history
+
+
+MESHES = [(2, 2, 2)]
+
+
+@pytest.mark.parametrize("sizes", MESHES)
+def test_devices_change_nothing(sizes):
+    state, logged, *_ = on_mesh(sizes)
+    alone, alone_logged, *_ = on_mesh((1, 1, 1))
+    assert_close(logged, alone_logged, rtol=1e-4)
+    # Adam divides by the gradient's size: where a gradient is all rounding, so is the direction of its update.
+    moments = [optax.tree_utils.tree_get(s.generator_optimizer, "mu") for s in (state, alone)]
+    assert_close(*moments, rtol=1e-3, atol=1e-5)
+    assert_close(state.history, alone.history)
+    differences = jax.tree.map(lambda a, b: np.abs(np.asarray(a) - b).max(), state.generator, alone.generator)
+    assert np.median(jax.tree.leaves(differences)) < 1e-5
+
+
+@pytest.mark.parametrize("sizes", MESHES)
+def test_the_state_keeps_its_shardings_and_no_large_leaf_is_whole(sizes):
+    state, _, abstract, updates, _ = on_mesh(sizes)
+    for (keys, leaf), expected in zip(
+        jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(abstract), strict=True
+    ):
+        assert leaf.sharding.is_equivalent_to(expected.sharding, leaf.ndim), dotted(keys)
+        assert (leaf.shape, leaf.dtype) == (expected.shape, expected.dtype), dotted(keys)
+        if dotted(keys).endswith("kernel"):
+            assert leaf.addressable_shards[0].data.size * sizes[1] == leaf.size, dotted(keys)
+    assert [update._cache_size() for update in updates] == [1, 1], "the second update runs the first one's program"
+
+
+def test_the_old_state_is_given_up():
+    *_, history = on_mesh((2, 2, 2))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(history[-1].generator))
+
+
+def test_half_precision_keeps_float32_masters():
+    state, logged, *_ = on_mesh((1, 1, 1), "bfloat16", "block", 1)
+    full_state, full, *_ = on_mesh((1, 1, 1))
+    floats = [leaf for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    assert {leaf.dtype for leaf in floats} == {jnp.dtype("float32")}
+    for name in ("loss/distribution_matching", "loss/regression", "loss/temporal"):
+        assert logged[f"0/{name}"] == pytest.approx(full[f"0/{name}"], rel=0.1)
+    assert logged != full
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), state.generator, full_state.generator)
+    assert max(jax.tree.leaves(moved)) < 5e-3
