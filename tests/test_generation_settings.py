@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 from generation_cases import STUDENT
@@ -53,6 +54,15 @@ def test_a_student_without_records_is_the_authors(plain):
     settings = resolve(Options(weights=plain, checkpoint=plain), note=notes.append)
     assert settings.timesteps == (1000.0, 900.0, 757.0, 522.0)
     assert notes == [f"{plain} records no timesteps; taking those of the authors' students: 1000, 900, 757, 522"]
+
+
+@pytest.mark.parametrize("change", [{"timesteps": None}, {"timesteps": ["1000"]}, {"frames": 81.5}, {"fps": "16"}])
+def test_damaged_student_settings(student, plain, change):
+    (name, value), *_ = change.items()
+    (Path(student) / "avd_student.json").write_text(json.dumps(STUDENT | change))
+    with pytest.raises(UserError) as error:
+        resolve(Options(weights=plain, checkpoint=student))
+    assert str(error.value) == f"{student}: its student settings say {name}={value!r}; export the student again"
 
 
 @pytest.mark.parametrize(

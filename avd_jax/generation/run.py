@@ -136,23 +136,27 @@ def generate(
 def _sample(plan: Plan, mesh: Mesh, size: int) -> Iterator[tuple[Job, np.ndarray]]:
     """Yield each job that is to do with its video [F H W 3], nominally in [-1, 1]."""
     settings, parts, shape, jobs = plan.settings, plan.parts, plan.shape, plan.todo
-    embeds = _encode_texts(settings, parts, jobs)
+    texts = _encode_texts(settings, parts, jobs)
     gc.collect()  # the text encoder is larger than the transformer, and its modules are cycles of references
     dtype = jnp.dtype(settings.dtype)
     dit = load_module(parts.transformer, dtype, lambda path, leaf: NamedSharding(mesh, spec_for(path, leaf, mesh)))
     vae = load_module(parts.vae, jnp.float32, lambda path, leaf: replicated(mesh))  # as Wan runs it
     network, params = as_network(dit)
+
+    def padded(text: str) -> np.ndarray:
+        return pad_prompt_embeds(texts[text], parts.transformer.config.text_len)
+
     if settings.solver == "student":
         sampler, negative = make_student_sampler(network, shape, timesteps=settings.timesteps), ()
     else:
         guidance = {"shift": settings.shift, "guidance_scale": settings.guidance_scale}
         sampler = make_teacher_sampler(network, shape, num_steps=settings.steps, **guidance)
-        negative = (jax.device_put(embeds[settings.negative_prompt], replicated(mesh)),)
+        negative = (jax.device_put(padded(settings.negative_prompt), replicated(mesh)),)
 
     def start(batch: list[Job]) -> jax.Array:
         rows = batch + batch[-1:] * (size - len(batch))
         keys = jax.device_put(sample_keys([job.seed for job in rows]), batch_sharding(mesh))
-        prompt_embeds = jax.device_put(np.stack([embeds[job.prompt] for job in rows]), batch_sharding(mesh))
+        prompt_embeds = jax.device_put(np.stack([padded(job.prompt) for job in rows]), batch_sharding(mesh))
         return vae.decode(sampler(params, keys, prompt_embeds, *negative))
 
     batches = [jobs[i : i + size] for i in range(0, len(jobs), size)]
@@ -170,16 +174,13 @@ def _sample(plan: Plan, mesh: Mesh, size: int) -> Iterator[tuple[Job, np.ndarray
 
 
 def _encode_texts(settings: Settings, parts: Parts, jobs: Sequence[Job]) -> dict[str, np.ndarray]:
-    """Return text -> embeddings [text_len text_dim], zero behind the last token; the encoder is freed on return."""
+    """Return text -> embeddings [L_i text_dim] of its own tokens; the text encoder is freed on return."""
     texts = dict.fromkeys(job.prompt for job in jobs)
     if settings.negative_prompt is not None:
         texts[settings.negative_prompt] = None
     encoder = text_encoder(load_module(parts.text_encoder, jnp.dtype(settings.dtype)), parts.tokenizer)
-    embeds = {}
-    for text in texts:
-        # One at a time: a batch's last bits would depend on what else the run generates.
-        embeds[text] = pad_prompt_embeds(encoder.encode([text])[0], parts.transformer.config.text_len)
-    return embeds
+    # One at a time: a batch's last bits would depend on what else the run generates.
+    return {text: encoder.encode([text])[0] for text in texts}
 
 
 def _environment(mesh: Mesh, size: int) -> dict:

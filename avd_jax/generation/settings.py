@@ -123,6 +123,8 @@ def resolve(options: Options, *, note: Callable[[str], object] = print) -> Setti
         raise UserError("--weights is missing: the folder with the VAE, the text encoder and its tokenizer")
     source = options.checkpoint or options.weights
     student = student_settings(source)
+    if student is not None:
+        _check_student(source, student)
     solver = options.solver or ("student" if options.checkpoint else "unipc")
     size = {name: _first(getattr(options, name), (student or {}).get(name), WAN_SIZE[name]) for name in WAN_SIZE}
     # A CPU gains nothing from bfloat16.
@@ -223,6 +225,16 @@ def from_record_file(path: str, *, weights: str | None, checkpoint: str | None) 
     return settings, Job(record["prompt"], record["seed"]), record["fingerprints"]
 
 
+def _check_student(source: str, student: Mapping) -> None:
+    hints = typing.get_type_hints(Settings)
+    expected = {name: hints[name] for name in WAN_SIZE if name in student} | {"timesteps": list[Number]}
+    for name, hint in expected.items():
+        if not is_bearable(student.get(name), hint):
+            raise UserError(
+                f"{source}: its student settings say {name}={student.get(name)!r}; export the student again"
+            )
+
+
 def _student_timesteps(source: str, student: dict | None, *, named: bool, note: Callable) -> tuple[float, ...]:
     if student is None:
         if not named:
@@ -231,8 +243,6 @@ def _student_timesteps(source: str, student: dict | None, *, named: bool, note: 
         shown = ", ".join(f"{t:g}" for t in timesteps)
         note(f"{source} records no timesteps; taking those of the authors' students: {shown}")
         return timesteps
-    if not is_bearable(student.get("timesteps"), list[Number]):
-        raise UserError(f"{source}: its student settings hold no list of timesteps; export or save the student again")
     return StudentSchedule(tuple(student["timesteps"])).timesteps
 
 
