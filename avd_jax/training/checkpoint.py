@@ -6,6 +6,7 @@ whole config, the run's random key and the position in the data.
 """
 
 import errno
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from avd_jax.errors import UserError
+from avd_jax.errors import UserError, closest
 from avd_jax.losses.adaptive_regression import LossHistory
 from avd_jax.training.state import TrainState
 
@@ -25,25 +26,38 @@ class Checkpoints:
         """Open or create `workdir/checkpoints`; `settings` is `config.checkpoint`."""
         self.folder = workdir.absolute() / "checkpoints"
         policies = [preservation_policy.LatestN(settings.keep)]
-        self._best_metric = settings.best_metric
+        self._best_metric, self._sign = settings.best_metric, 1 if settings.best_mode == "max" else -1
+        best = {}
         if self._best_metric:
+            best["best_fn"] = self._rank  # without it Orbax does not write the metrics, and forgets the best on resume
             policies.append(
-                preservation_policy.BestN(
-                    get_metric_fn=lambda metrics: metrics[self._best_metric],
-                    n=1,
-                    reverse=settings.best_mode == "min",  # Orbax sorts ascending and keeps the last
-                )
+                preservation_policy.BestN(get_metric_fn=self._rank, n=1, keep_checkpoints_without_metrics=False)
             )
         options = ocp.CheckpointManagerOptions(
             preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
             enable_async_checkpointing=True,
             cleanup_tmp_directories=True,  # what a killed run left half-written
             create=True,
+            **best,
         )
         try:
+            self.folder.mkdir(parents=True, exist_ok=True)
             self._manager = ocp.CheckpointManager(self.folder, options=options)
         except OSError as error:
             raise UserError(f"{self.folder}: cannot be written ({error.strerror}); choose another --workdir") from error
+
+    def _rank(self, metrics: Mapping[str, float]) -> float:
+        """Return how good a checkpoint is; one whose metric is not finite is never the best."""
+        value = metrics[self._best_metric]
+        return self._sign * value if math.isfinite(value) else -math.inf
+
+    def check_best_metric(self, metrics: Mapping[str, float]) -> None:
+        """Raise a UserError where the metric that chooses the best checkpoint is not among those that are logged."""
+        if self._best_metric and self._best_metric not in metrics:
+            raise UserError(
+                f"config.checkpoint.best_metric={self._best_metric!r} is not logged"
+                f"{closest(self._best_metric, metrics)}; use one of {', '.join(metrics)}"
+            )
 
     def latest_step(self) -> int | None:
         """Return the step of the newest complete checkpoint, or None."""
@@ -58,13 +72,8 @@ class Checkpoints:
         if step in self._manager.all_steps():
             return
         best = {}
-        if self._best_metric:
-            names = ", ".join(metrics)
-            if metrics and self._best_metric not in metrics:
-                raise UserError(
-                    f"config.checkpoint.best_metric={self._best_metric!r} is not logged; use one of {names}"
-                )
-            best = {"metrics": {self._best_metric: metrics[self._best_metric]}} if metrics else {}
+        if self._best_metric and metrics:
+            best = {"metrics": {self._best_metric: metrics[self._best_metric]}}
         items = {name: ocp.args.StandardSave(tree) for name, tree in _to_items(state).items()}
         with self._reporting(step):
             self._manager.save(step, args=ocp.args.Composite(meta=ocp.args.JsonSave(dict(meta)), **items), **best)

@@ -1,0 +1,194 @@
+"""Checkpoints: every leaf comes back, the newest and the best stay, a full disk and damage are one line."""
+
+import contextlib
+import os
+import re
+import shutil
+import subprocess
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from training_cases import linear_params, make_config
+
+from avd_jax.errors import UserError
+from avd_jax.training.checkpoint import Checkpoints
+from avd_jax.training.state import init_state, make_optimizers
+
+
+def random_state(config, seed=0, size=4):
+    """A state in which every leaf has values of its own."""
+    state = init_state(config, make_optimizers(config), linear_params(0, size))
+    rng = np.random.default_rng(seed)
+
+    def fill(leaf):
+        if leaf.dtype == bool:
+            return jnp.asarray(rng.random(leaf.shape) < 0.5)
+        return jnp.asarray(100 * rng.standard_normal(leaf.shape)).astype(leaf.dtype)
+
+    return jax.tree.map(fill, state)
+
+
+def abstract(state):
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state)
+
+
+def assert_same(found, expected):
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
+
+
+def steps(workdir):
+    return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
+
+
+@pytest.mark.parametrize("ema_decay", [0.0, 0.9])
+def test_round_trip(tmp_path, ema_decay):
+    config = make_config(ema_decay=ema_decay)
+    states = {step: random_state(config, step) for step in (1, 2)}
+    checkpoints = Checkpoints(tmp_path, config.checkpoint)
+    assert checkpoints.latest_step() is None
+    for step, state in states.items():
+        checkpoints.save(step, state, {"step": step, "list": [1, 2.5, "x"]}, {})
+    checkpoints.wait()
+
+    again = Checkpoints(tmp_path, config.checkpoint)
+    assert again.latest_step() == 2
+    for step, state in states.items():
+        assert again.meta(step) == {"step": step, "list": [1, 2.5, "x"]}
+        assert_same(again.restore(step, abstract(state)), state)
+
+
+def test_what_is_saved_is_the_state_at_that_moment(tmp_path):
+    """The step that follows reuses the state's memory while the checkpoint is still being written."""
+    config = make_config()
+    step = jax.jit(lambda state: jax.tree.map(lambda leaf: leaf + leaf.dtype.type(1), state), donate_argnums=0)
+    state = random_state(config, size=256)
+    checkpoints, expected = Checkpoints(tmp_path, config.checkpoint), {}
+    for number in range(1, 4):
+        expected[number] = jax.tree.map(np.array, state)
+        checkpoints.save(number, state, {}, {})
+        for _ in range(3):
+            state = step(state)
+    checkpoints.wait()
+    for number in (2, 3):
+        assert_same(checkpoints.restore(number, abstract(state)), expected[number])
+
+
+def test_the_newest_stay(tmp_path):
+    config = make_config(checkpoint__keep=2)
+    checkpoints, state = Checkpoints(tmp_path, config.checkpoint), random_state(config)
+    for step in range(1, 6):
+        checkpoints.save(step, state, {}, {"loss/regression": 1.0})
+    checkpoints.save(5, state, {}, {})  # a second time: nothing to do
+    checkpoints.wait()
+    assert steps(tmp_path) == [4, 5]
+
+
+@pytest.mark.parametrize(("mode", "best"), [("min", 2), ("max", 3)])
+def test_the_best_stays_too_in_later_runs_as_well(tmp_path, mode, best):
+    config = make_config(checkpoint__keep=1, checkpoint__best_metric="loss/regression", checkpoint__best_mode=mode)
+    state, values = random_state(config), {1: 0.5, 2: 0.25, 3: 0.75, 4: 0.5, 5: 0.5}
+    for run in ([1, 2, 3], [4, 5]):
+        checkpoints = Checkpoints(tmp_path, config.checkpoint)
+        for step in run:
+            checkpoints.save(step, state, {}, {"loss/regression": values[step], "other": 0.0})
+        checkpoints.wait()
+    assert steps(tmp_path) == [best, 5]
+
+
+def test_a_checkpoint_before_the_first_metrics_is_no_best_one(tmp_path):
+    config = make_config(checkpoint__keep=1, checkpoint__best_metric="loss/regression")
+    checkpoints, state = Checkpoints(tmp_path, config.checkpoint), random_state(config)
+    checkpoints.save(0, state, {}, {})
+    for step in (1, 2):
+        checkpoints.save(step, state, {}, {"loss/regression": float(step)})
+    checkpoints.wait()
+    assert steps(tmp_path) == [1, 2]
+
+
+@pytest.mark.parametrize("mode", ["min", "max"])
+def test_a_metric_that_is_not_finite_is_never_the_best(tmp_path, mode):
+    config = make_config(checkpoint__keep=1, checkpoint__best_metric="loss/regression", checkpoint__best_mode=mode)
+    checkpoints, state = Checkpoints(tmp_path, config.checkpoint), random_state(config)
+    for step, value in enumerate((1.0, np.nan, 1.0, np.inf, -np.inf, 1.5 if mode == "min" else 0.5), start=1):
+        checkpoints.save(step, state, {}, {"loss/regression": value})
+    checkpoints.wait()
+    assert steps(tmp_path)[0] in (1, 3)
+    assert steps(tmp_path)[1:] == [6]
+
+
+def test_a_best_metric_that_is_not_logged(tmp_path):
+    config = make_config(checkpoint__best_metric="loss/regresion")
+    checkpoints = Checkpoints(tmp_path, config.checkpoint)
+    with pytest.raises(UserError, match=r"best_metric='loss/regresion' is not logged .did you mean 'loss/regression'"):
+        checkpoints.check_best_metric({"loss/temporal": 0.0, "loss/regression": 1.0})
+    Checkpoints(tmp_path, make_config().checkpoint).check_best_metric({})
+
+
+@contextlib.contextmanager
+def small_disk(folder, megabytes):
+    """Mount a file system of its own that is soon full."""
+    folder.mkdir()
+    mounted = os.getuid() == 0 and shutil.which("mount") is not None
+    if mounted:
+        command = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)]
+        mounted = subprocess.run(command, capture_output=True).returncode == 0
+    if not mounted:
+        pytest.skip("needs the right to mount a tmpfs")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path):
+    config = make_config(checkpoint__keep=5)
+    state = random_state(config, size=500)  # 6 MB
+    with small_disk(tmp_path / "disk", 15) as workdir:
+        checkpoints = Checkpoints(workdir, config.checkpoint)
+        checkpoints.save(1, state, {}, {})
+        checkpoints.wait()
+
+        def save_until_it_is_full():
+            for step in range(2, 5):
+                checkpoints.save(step, state, {}, {})
+            checkpoints.wait()
+
+        with pytest.raises(UserError) as error:
+            save_until_it_is_full()
+        last = steps(workdir)[-1]
+        assert re.fullmatch(
+            r".*/checkpoints: no space left on the disk for the (last checkpoint|checkpoint of step \d); "
+            rf"step {last} is the last good one. Free some space and run the same command again",
+            str(error.value),
+        )
+
+        again = Checkpoints(workdir, config.checkpoint)  # removes what is half-written
+        assert again.latest_step() == last
+        assert_same(again.restore(last, abstract(state)), state)
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    config = make_config()
+    state = random_state(config)
+    checkpoints = Checkpoints(tmp_path, config.checkpoint)
+    checkpoints.save(7, state, {}, {})
+    checkpoints.wait()
+    shutil.rmtree(tmp_path / "checkpoints" / "7" / "fake_score")
+    (tmp_path / "checkpoints" / "7" / "meta" / "metadata").write_text("{")
+    again = Checkpoints(tmp_path, config.checkpoint)
+    for read in (lambda: again.restore(7, abstract(state)), lambda: again.meta(7)):
+        with pytest.raises(
+            UserError, match=r"checkpoints/7: cannot be read .*; remove it to go on from the one before"
+        ):
+            read()
+
+
+def test_a_workdir_that_cannot_be_written(tmp_path):
+    (tmp_path / "checkpoints").write_text("a file")
+    with pytest.raises(UserError, match=r"checkpoints: cannot be written .*; choose another --workdir"):
+        Checkpoints(tmp_path, make_config().checkpoint)
