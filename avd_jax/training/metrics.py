@@ -3,6 +3,7 @@
 Both files agree with the checkpoint that a run goes on from: what a killed run logged after it is removed.
 """
 
+import contextlib
 import io
 import json
 import math
@@ -18,6 +19,7 @@ from tensorboardX.proto.summary_pb2 import Summary
 from tqdm import tqdm
 
 from avd_jax.data.atomic import write_text
+from avd_jax.errors import UserError
 
 SHOWN = ("loss/generator", "loss/distribution_matching", "loss/regression", "loss/temporal", "loss/fake_score")
 
@@ -27,10 +29,11 @@ class MetricsWriter:
 
     def __init__(self, workdir: Path, *, first_step: int, num_steps: int):
         """Go on after `first_step` (0 for a new run), dropping what was logged behind it."""
-        path = workdir / "metrics.jsonl"
-        if path.exists():
-            write_text(path, "".join(line + "\n" for line in _lines_up_to(path, first_step)))
-        self._file = path.open("a")
+        self._path = path = workdir / "metrics.jsonl"
+        with self._reporting():
+            if path.exists():
+                write_text(path, "".join(line + "\n" for line in _lines_up_to(path, first_step)))
+            self._file = path.open("a")
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1)
         self._num_steps = num_steps
         self._bar = tqdm(
@@ -40,8 +43,9 @@ class MetricsWriter:
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Log the metrics of one generator update; a number that is not finite becomes null in the JSON."""
         finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        self._file.write(json.dumps({"step": step, **finite}) + "\n")
-        self._file.flush()
+        with self._reporting():
+            self._file.write(json.dumps({"step": step, **finite}) + "\n")
+            self._file.flush()
         for name, value in metrics.items():
             self._board.add_scalar(name, value, step)
         shown = {name.removeprefix("loss/"): f"{metrics[name]:.4g}" for name in SHOWN if name in metrics}
@@ -76,9 +80,18 @@ class MetricsWriter:
         """Flush and close everything."""
         self._bar.close()
         self._board.close()
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
+        with self._reporting(), self._file:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+    @contextlib.contextmanager
+    def _reporting(self):
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"{self._path}: cannot be written ({error.strerror}); put that right and run the same command again"
+            ) from error
 
 
 def _lines_up_to(path: Path, step: int):
