@@ -129,6 +129,7 @@ class _Loop:
                 values[name] = float(np.mean([update[name] for update in fake_metrics]))
         now = time.monotonic()
         values["time/step_seconds"] = now - self.clock
+        self.checkpoints.check_best_metric(values)  # now, not when hours later it is needed
         self.clock, self.logged = now, values
         self.writer.advance(step)
         if step % self.config.log_every == 0 or step == self.config.num_steps:
@@ -179,10 +180,12 @@ def _start(run: Run, checkpoints: Checkpoints):
 
 
 def _claim(config, workdir: Path) -> None:
-    """Write the config to a new workdir, or check that an old one has the same."""
+    """Write the config to the workdir; one that holds a checkpoint must have the same."""
     path, now = workdir / "config.json", _jsonable(flatten(config))
     try:
-        if not path.exists():
+        # Until there is something to go on from, a setting that was wrong can be put right.
+        started = any(child.name.isdigit() for child in (workdir / "checkpoints").glob("*"))
+        if not (started and path.exists()):
             write_text(path, json.dumps(now, indent=2) + "\n")
             return
         before = json.loads(path.read_text())
