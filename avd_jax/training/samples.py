@@ -1,5 +1,7 @@
 """Sample videos of a run: the student's for fixed prompts, each beside the teacher's for the same prompt and noise."""
 
+import hashlib
+import json
 from pathlib import Path
 
 import jax
@@ -50,13 +52,16 @@ class SampleWriter:
         self._writer.message(f"samples of step {step}: {self._folder / name}.png")
 
     def _teacher_latents(self) -> np.ndarray:
-        path = self._folder / "teacher_latents.npy"
+        run, sample = self._run, self._run.config.sample
+        made_with = [run.config.init_from, run.config.teacher_dtype, run.config.guidance_scale, self._captions]
+        made_with += [sample.teacher_steps, sample.teacher_shift, run.info.latents_shape]
+        digest = hashlib.sha256(json.dumps(made_with).encode()).hexdigest()[:12]
+        path = self._folder / f"teacher_latents_{digest}.npy"  # other settings, other latents
         if path.exists():
             try:
                 return np.load(path)
             except (OSError, ValueError) as error:
                 raise UserError(f"{path}: cannot be read ({error}); remove it, it is made again") from error
-        run, sample = self._run, self._run.config.sample
         self._writer.message(f"sampling the teacher: {len(self._captions)} videos, {sample.teacher_steps}x2 steps each")
         teacher = make_teacher_sampler(
             run.networks.teacher,
