@@ -101,6 +101,8 @@ def validate(config) -> None:
         ("remat", tuple(REMAT_POLICIES)),
     ):
         _check(flat, name, flat[name] in choices, f"must be one of {', '.join(choices)}{closest(flat[name], choices)}")
+    _check(flat, "seed", 0 <= flat["seed"] < 2**32, "must be 0..2^32 - 1")
+    _check(flat, "guidance_scale", math.isfinite(flat["guidance_scale"]), "must be a number")
     for name in ("ema_decay", "loss.adaptive_alpha"):
         _check(flat, name, 0 <= flat[name] < 1, "must be at least 0 and below 1")
     bounds = 0 < flat["score.min_timestep"] <= flat["score.max_timestep"] <= 1000
@@ -108,7 +110,9 @@ def validate(config) -> None:
         flat, "score.min_timestep", bounds, f"and score.max_timestep={flat['score.max_timestep']} must rise in 0..1000"
     )
     _check(flat, "mesh.seq", flat["mesh.seq"] == 1, "must be 1: tokens cannot be sharded yet")
-    _check(flat, "score.shift", flat["score.shift"] > 0, "must be positive")
+    _check(flat, "score.shift", 0 < flat["score.shift"] < math.inf, "must be positive")
+    _check(flat, "sample.teacher_shift", 0 < flat["sample.teacher_shift"] < math.inf, "must be positive")
+    _check(flat, "loss.temporal_clip", not math.isnan(flat["loss.temporal_clip"]), "must be a number")
     parts, batch = flat["accumulation_steps"], flat["batch_size"]
     _check(flat, "accumulation_steps", batch % parts == 0, f"must divide batch_size={batch}")
     _check(flat, "init_from", flat["init_from"], "must name the teacher's weights")
