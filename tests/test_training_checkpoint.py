@@ -1,16 +1,13 @@
 """Checkpoints: every leaf comes back, the newest and the best stay, a full disk and damage are one line."""
 
-import contextlib
-import os
 import re
 import shutil
-import subprocess
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from training_cases import linear_params, make_config
+from training_cases import linear_params, make_config, small_disk
 
 from avd_jax.errors import UserError
 from avd_jax.training.checkpoint import Checkpoints
@@ -127,22 +124,6 @@ def test_a_best_metric_that_is_not_logged(tmp_path):
     with pytest.raises(UserError, match=r"best_metric='loss/regresion' is not logged .did you mean 'loss/regression'"):
         checkpoints.check_best_metric({"loss/temporal": 0.0, "loss/regression": 1.0})
     Checkpoints(tmp_path, make_config().checkpoint).check_best_metric({})
-
-
-@contextlib.contextmanager
-def small_disk(folder, megabytes):
-    """Mount a file system of its own that is soon full."""
-    folder.mkdir()
-    mounted = os.getuid() == 0 and shutil.which("mount") is not None
-    if mounted:
-        command = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)]
-        mounted = subprocess.run(command, capture_output=True).returncode == 0
-    if not mounted:
-        pytest.skip("needs the right to mount a tmpfs")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path):

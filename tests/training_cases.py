@@ -1,12 +1,17 @@
 """Tiny networks, weights and sets to train on; helpers of the test_training_* and test_scripts_train files."""
 
+import contextlib
 import json
+import os
+import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from convert_cases import write_all
 
 from avd_jax.convert import dit_rules
@@ -127,3 +132,19 @@ def write_sets(folder: Path, *, clips: int = 5, prompts: int = 7, shape=LATENTS_
     writer.write_shard(0, records, {})
     writer.finish("", negative)
     return folder / "latents", folder / "prompts"
+
+
+@contextlib.contextmanager
+def small_disk(folder, megabytes):
+    """Mount a file system of its own that is soon full."""
+    folder.mkdir()
+    mounted = os.getuid() == 0 and shutil.which("mount") is not None
+    if mounted:
+        command = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)]
+        mounted = subprocess.run(command, capture_output=True).returncode == 0
+    if not mounted:
+        pytest.skip("needs the right to mount a tmpfs")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)

@@ -103,7 +103,7 @@ def validate(config) -> None:
         _check(flat, name, flat[name] in choices, f"must be one of {', '.join(choices)}{closest(flat[name], choices)}")
     _check(flat, "seed", 0 <= flat["seed"] < 2**32, "must be 0..2^32 - 1")
     _check(flat, "guidance_scale", math.isfinite(flat["guidance_scale"]), "must be a number")
-    for name in ("ema_decay", "loss.adaptive_alpha"):
+    for name in ("ema_decay", "loss.adaptive_alpha", "optimizer.beta1", "optimizer.beta2"):
         _check(flat, name, 0 <= flat[name] < 1, "must be at least 0 and below 1")
     bounds = 0 < flat["score.min_timestep"] <= flat["score.max_timestep"] <= 1000
     _check(

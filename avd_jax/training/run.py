@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from avd_jax import convert
 from avd_jax.data.encoding import encode_shapes_world, text_encoder, video_encoder
-from avd_jax.data.latents import LatentsInfo, read_metadata, read_negative_prompt_embeds
+from avd_jax.data.latents import EncodedSet, LatentsInfo, read_metadata, read_negative_prompt_embeds
 from avd_jax.data.pipeline import training_batches
 from avd_jax.errors import UserError
 from avd_jax.models.wan_dit import WanDiTConfig
@@ -113,6 +113,8 @@ def build_run(config, workdir: Path) -> Run:
     model_config = convert.dit_config(config.init_from)
     latents_dir, prompts_dir = _data_folders(config, workdir)
     info = _checked_info(latents_dir, model_config, config.init_from)
+    if prompts_dir:
+        EncodedSet(prompts_dir, "prompts")  # a wrong folder is to be named before the weights are read
 
     student = make_network(model_config, dtype=config.compute_dtype, param_dtype="float32", remat=config.remat)
     teacher = make_network(model_config, dtype=config.teacher_dtype, param_dtype=config.teacher_dtype, remat="none")
