@@ -6,7 +6,9 @@ whole config, the run's random key and the position in the data.
 """
 
 import errno
+import functools
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +26,7 @@ class Checkpoints:
 
     def __init__(self, workdir: Path, settings):
         """Open or create `workdir/checkpoints`; `settings` is `config.checkpoint`."""
+        _ignore_closed_loops()
         self.folder = workdir.absolute() / "checkpoints"
         policies = [preservation_policy.LatestN(settings.keep)]
         self._best_metric, self._sign = settings.best_metric, 1 if settings.best_mode == "max" else -1
@@ -135,6 +138,21 @@ def _is_disk_full(error: BaseException) -> bool:
     text = str(error)
     full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
     return full or "No space left" in text or "ENOSPC" in text or "RESOURCE_EXHAUSTED: write" in text
+
+
+@functools.cache
+def _ignore_closed_loops() -> None:
+    """Keep Python from printing a traceback for each write that was under way when another one failed.
+
+    Orbax closes its event loop then, and the first error, which we report, is the one that says what happened.
+    """
+    show = sys.unraisablehook
+
+    def hook(unraisable) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            show(unraisable)
+
+    sys.unraisablehook = hook
 
 
 def _to_items(state: TrainState) -> dict:

@@ -79,10 +79,10 @@ class MetricsWriter:
     def close(self) -> None:
         """Flush and close everything."""
         self._bar.close()
-        self._board.close()
         with self._reporting(), self._file:
             self._file.flush()
             os.fsync(self._file.fileno())
+            self._board.close()
 
     @contextlib.contextmanager
     def _reporting(self):
