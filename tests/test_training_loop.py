@@ -8,8 +8,11 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from generation_cases import VAE, InMemory
 from training_cases import DIT, linear_network, linear_params, make_config, write_sets, write_weights
 
+from avd_jax import convert
+from avd_jax.convert.architectures import WAN_VAE
 from avd_jax.errors import UserError
 from avd_jax.parallel.mesh import make_mesh, replicated
 from avd_jax.training import loop, run
@@ -288,3 +291,32 @@ def test_several_devices_make_the_same_run(straight, inputs, tmp_path, monkeypat
     assert loop.train(settings(inputs), tmp_path) == 0
     for line, expected in zip(numbers(tmp_path), numbers(straight), strict=True):
         assert line == pytest.approx(expected, rel=1e-3)
+
+
+def test_samples(inputs, tmp_path, capsys):
+    convert.save_orbax(InMemory(WAN_VAE, VAE), tmp_path / "weights" / "vae")
+    fields = {"sample__vae": str(tmp_path / "weights"), "sample__teacher_steps": 2}
+    workdir, folder = tmp_path / "run", tmp_path / "run" / "samples"
+    config = settings(inputs | fields, num_steps=3, sample_every=2, sample__prompts=2)
+    assert loop.train(config, workdir) == 0
+    for step in (0, 2):
+        videos = sorted((folder / f"step_{step:06d}").glob("*.mp4"))
+        assert [video.stem[:10].replace("_", " ").replace("-", " ") for video in videos] == ["0 prompt 0", "1 prompt 1"]
+        assert (folder / f"step_{step:06d}.png").stat().st_size > 1000
+    assert (folder / "step_000000.png").read_bytes() != (folder / "step_000002.png").read_bytes()
+    assert len(list(folder.glob("teacher_latents_*.npy"))) == 1
+    assert capsys.readouterr().out.count("sampling the teacher: 2 videos, 2x2 steps each") == 1
+
+    # Other samples later: the teacher's are made anew, the training stays what it was.
+    more = settings(inputs | fields, num_steps=4, sample_every=2, sample__prompts=3)
+    assert loop.train(more, workdir) == 0
+    assert len(list((folder / "step_000004").glob("*.mp4"))) == 3
+    assert "sampling the teacher: 3 videos" in capsys.readouterr().out
+    plain = settings(inputs, num_steps=4)
+    assert loop.train(plain, tmp_path / "plain") == 0
+    assert numbers(workdir) == numbers(tmp_path / "plain")
+
+
+def test_samples_without_a_vae(inputs, tmp_path):
+    with pytest.raises(UserError, match=r"^config.sample.vae: .*; or set sample_every=0 to train without samples"):
+        loop.train(settings(inputs, sample_every=1), tmp_path)
