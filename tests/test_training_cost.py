@@ -38,9 +38,7 @@ def counted(config):
     return found
 
 
-@pytest.mark.parametrize(
-    "off", [(), ("distribution_matching",), ("regression",), ("distribution_matching", "temporal")]
-)
+@pytest.mark.parametrize("off", [(), ("distribution_matching", "temporal")])
 def test_cost_is_what_the_updates_evaluate(off):
     config = make_config(**{f"loss__{term}": 0.0 for term in off})
     generator, fake_score = counted(config)
