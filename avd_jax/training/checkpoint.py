@@ -10,15 +10,23 @@ import functools
 import math
 import sys
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
+from typing import Protocol
 
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from avd_jax.errors import UserError, closest
-from avd_jax.losses.adaptive_regression import LossHistory
-from avd_jax.training.state import TrainState
+
+
+class State(Protocol):
+    """A run's state, as checkpoints see it: arrays in named items, each of which can be read alone."""
+
+    def to_items(self) -> dict:
+        """Return the state's arrays by item."""
+
+    def from_items(self, items: Mapping) -> "State":
+        """Return a state of the same kind with these items."""
 
 
 class Checkpoints:
@@ -66,7 +74,7 @@ class Checkpoints:
         """Return the step of the newest complete checkpoint, or None."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: TrainState, meta: Mapping, metrics: Mapping[str, float]) -> None:
+    def save(self, step: int, state: State, meta: Mapping, metrics: Mapping[str, float]) -> None:
         """Start writing a checkpoint; returns once the arrays are copied from the devices.
 
         Raises:
@@ -77,7 +85,7 @@ class Checkpoints:
         best = {}
         if self._best_metric and metrics:
             best = {"metrics": {self._best_metric: metrics[self._best_metric]}}
-        items = {name: ocp.args.StandardSave(tree) for name, tree in _to_items(state).items()}
+        items = {name: ocp.args.StandardSave(tree) for name, tree in state.to_items().items()}
         with self._reporting(step):
             self._manager.save(step, args=ocp.args.Composite(meta=ocp.args.JsonSave(dict(meta)), **items), **best)
 
@@ -94,14 +102,14 @@ class Checkpoints:
         except Exception as error:  # Orbax raises what its parsers do
             raise self._damaged(step, error) from error
 
-    def restore(self, step: int, abstract: TrainState) -> TrainState:
+    def restore(self, step: int, abstract: State) -> State:
         """Read a checkpoint into arrays with the shapes, dtypes and shardings of `abstract`."""
-        items = {name: ocp.args.StandardRestore(tree) for name, tree in _to_items(abstract).items()}
+        items = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.to_items().items()}
         try:
             restored = self._manager.restore(step, args=ocp.args.Composite(**items))
         except Exception as error:
             raise self._damaged(step, error) from error
-        return _from_items(restored, abstract)
+        return abstract.from_items(restored)
 
     def _damaged(self, step: int, error: Exception) -> UserError:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -153,35 +161,3 @@ def _ignore_closed_loops() -> None:
             show(unraisable)
 
     sys.unraisablehook = hook
-
-
-def _to_items(state: TrainState) -> dict:
-    items = {
-        "generator": state.generator,
-        "fake_score": state.fake_score,
-        "optimizers": {"generator": state.generator_optimizer, "fake_score": state.fake_score_optimizer},
-        "progress": {
-            "step": state.step,
-            "skipped": state.skipped,
-            "skipped_in_row": state.skipped_in_row,
-            "history": {"mean": state.history.mean, "seen": state.history.seen},
-        },
-    }
-    return items if state.ema is None else items | {"ema": state.ema}
-
-
-def _from_items(items, abstract: TrainState) -> TrainState:
-    progress = items["progress"]
-    state = replace(
-        abstract,
-        step=progress["step"],
-        generator=items["generator"],
-        fake_score=items["fake_score"],
-        ema=None if abstract.ema is None else items["ema"],
-        generator_optimizer=items["optimizers"]["generator"],
-        fake_score_optimizer=items["optimizers"]["fake_score"],
-        history=LossHistory(**progress["history"]),
-        skipped=progress["skipped"],
-        skipped_in_row=progress["skipped_in_row"],
-    )
-    return state

@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
 from avd_jax.errors import UserError
@@ -23,9 +22,9 @@ from avd_jax.parallel.mesh import replicated
 from avd_jax.parallel.rules import tree_shardings
 from avd_jax.training.checkpoint import Checkpoints
 from avd_jax.training.fields import flatten
-from avd_jax.training.loop import _claim, _jsonable, _StopSignals
 from avd_jax.training.metrics import MetricsWriter
 from avd_jax.training.networks import Params
+from avd_jax.training.workdir import StopSignals, claim, jsonable
 
 Loss = Callable[[Params, Mapping, jax.Array], tuple[jax.Array, dict]]
 
@@ -48,6 +47,19 @@ class FitState:
     ema: Params
     optimizer: optax.OptState
     skipped_in_row: jax.Array
+
+    def to_items(self) -> dict:
+        """Return what a checkpoint stores, by item; `load_dit` finds `generator` and `ema`."""
+        return {
+            "generator": self.params,
+            "ema": self.ema,
+            "optimizers": self.optimizer,
+            "progress": {"step": self.step, "skipped_in_row": self.skipped_in_row},
+        }
+
+    def from_items(self, items: Mapping) -> "FitState":
+        """Return the state that a checkpoint of a state like this one holds."""
+        return FitState(params=items["generator"], ema=items["ema"], optimizer=items["optimizers"], **items["progress"])
 
 
 def make_optimizer(config) -> optax.GradientTransformation:
@@ -91,7 +103,7 @@ def make_step(loss: Loss, optimizer: optax.GradientTransformation, ema_decay: fl
 
     def step(state: FitState, batch: Mapping, key: jax.Array) -> tuple[FitState, dict]:
         (value, parts), gradient = jax.value_and_grad(loss, has_aux=True)(state.params, batch, key)
-        norm = optax.global_norm(gradient)
+        norm = optax.tree.norm(gradient)
         updates, moments = optimizer.update(gradient, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
         # A short run's mean must not remember its random start: the decay grows to its final value.
@@ -149,17 +161,17 @@ def fit(build: Callable[[], Fit], config, workdir: Path) -> tuple[int, FitState]
     Raises:
       UserError: the workdir holds another run, or the loss stays non-finite.
     """
-    _claim(config, workdir)
-    with _StopSignals() as stop:
+    claim(config, workdir)
+    with StopSignals() as stop:
         run = build()
-        checkpoints = _FitCheckpoints(workdir, config.checkpoint)
+        checkpoints = Checkpoints(workdir, config.checkpoint)
         key, state = jax.random.key(config.seed), None
         latest = checkpoints.latest_step()
         if latest is None:
             state = run.init()
         else:
             meta = checkpoints.meta(latest)
-            if meta["architecture"] != _jsonable(run.architecture):
+            if meta["architecture"] != jsonable(run.architecture):
                 raise UserError(f"{checkpoints.folder / str(latest)}: is of another architecture; use its own config")
             run.batches.set_state(meta["data"])
             state = checkpoints.restore(latest, run.abstract)
@@ -178,7 +190,7 @@ def _loop(run: Fit, state: FitState, key, checkpoints, writer, stop) -> tuple[in
         meta = {
             "architecture": run.architecture,
             "step": step,
-            "settings": _jsonable(flatten(config)),
+            "settings": jsonable(flatten(config)),
             "data": run.batches.get_state(),
         }
         checkpoints.save(step, state, meta, {})
@@ -213,39 +225,6 @@ def _loop(run: Fit, state: FitState, key, checkpoints, writer, stop) -> tuple[in
         return 128 + stop.signal, state
     writer.message(f"done: {step} steps, checkpoints in {checkpoints.folder}")
     return 0, state
-
-
-class _FitCheckpoints(Checkpoints):
-    """Checkpoints of a FitState: `generator` and `ema`, which `load_dit` finds, `optimizers`, `progress`, `meta`."""
-
-    def save(self, step: int, state: FitState, meta: Mapping, metrics: Mapping[str, float]) -> None:
-        if step in self._manager.all_steps():
-            return
-        items = {name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()}
-        with self._reporting(step):
-            self._manager.save(step, args=ocp.args.Composite(meta=ocp.args.JsonSave(dict(meta)), **items))
-
-    def restore(self, step: int, abstract: FitState) -> FitState:
-        items = {name: ocp.args.StandardRestore(tree) for name, tree in _items(abstract).items()}
-        try:
-            restored = self._manager.restore(step, args=ocp.args.Composite(**items))
-        except Exception as error:  # Orbax raises what its parsers do
-            raise self._damaged(step, error) from error
-        return FitState(
-            params=restored["generator"],
-            ema=restored["ema"],
-            optimizer=restored["optimizers"],
-            **restored["progress"],
-        )
-
-
-def _items(state: FitState) -> dict:
-    return {
-        "generator": state.params,
-        "ema": state.ema,
-        "optimizers": state.optimizer,
-        "progress": {"step": state.step, "skipped_in_row": state.skipped_in_row},
-    }
 
 
 class CountedBatches:

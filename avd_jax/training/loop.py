@@ -4,7 +4,6 @@ The loop never waits for the devices: it dispatches a cycle and then fetches the
 is killed or stopped goes on from its last checkpoint and ends with the same parameters, bit for bit.
 """
 
-import json
 import signal
 import time
 from collections.abc import Mapping
@@ -24,9 +23,7 @@ from avd_jax.training.metrics import MetricsWriter
 from avd_jax.training.run import Run, build_run
 from avd_jax.training.samples import SampleWriter
 from avd_jax.training.state import TrainState
-
-# What may differ when a run goes on: how long it is, and what is kept of it. All else decides its parameters.
-CHANGEABLE = ("num_steps", "log_every", "checkpoint_every", "checkpoint.", "sample_every", "sample.", "mesh.")
+from avd_jax.training.workdir import StopSignals, claim, jsonable
 
 
 def train(config, workdir: Path) -> int:
@@ -40,10 +37,10 @@ def train(config, workdir: Path) -> int:
       UserError: for what the user can put right.
     """
     validate(config)
-    _claim(config, workdir)
+    claim(config, workdir)
     print(describe(config, FIELDS), flush=True)
     _print_cost(config)
-    with _StopSignals() as stop:
+    with StopSignals() as stop:
         run = build_run(config, workdir)
         overview = parameter_overview.get_parameter_overview(run.abstract.generator, include_stats=False)
         write_text(workdir / "parameters.txt", f"{overview}\n")
@@ -141,7 +138,7 @@ class _Loop:
             "architecture": self.run.architecture(),
             "student": self.run.student_settings(),
             "step": step,
-            "settings": _jsonable(flatten(self.config)),
+            "settings": jsonable(flatten(self.config)),
             "key": np.asarray(jax.random.key_data(self.key)).tolist(),
             "data": self.batches.get_state(),
         }
@@ -167,7 +164,7 @@ def _start(run: Run, checkpoints: Checkpoints):
     if step is None:
         return run.init_state(), jax.random.key(run.config.seed), batches
     meta = checkpoints.meta(step)
-    here = _jsonable(run.architecture())
+    here = jsonable(run.architecture())
     if meta["architecture"] != here:
         difference = _difference(meta["architecture"], here)
         raise UserError(
@@ -179,27 +176,6 @@ def _start(run: Run, checkpoints: Checkpoints):
     return checkpoints.restore(step, run.abstract), key, batches
 
 
-def _claim(config, workdir: Path) -> None:
-    """Write the config to the workdir; one that holds a checkpoint must have the same."""
-    path, now = workdir / "config.json", _jsonable(flatten(config))
-    try:
-        # Until there is something to go on from, a setting that was wrong can be put right.
-        started = any(child.name.isdigit() for child in (workdir / "checkpoints").glob("*"))
-        if not (started and path.exists()):
-            write_text(path, json.dumps(now, indent=2) + "\n")
-            return
-        before = json.loads(path.read_text())
-    except OSError as error:
-        raise UserError(f"{path}: cannot be used ({error.strerror}); choose another --workdir") from error
-    except ValueError as error:
-        raise UserError(f"{path}: is no JSON ({error}); remove it or choose another --workdir") from error
-    changed = [name for name in now if name in before and before[name] != now[name] and not name.startswith(CHANGEABLE)]
-    if changed:
-        shown = ", ".join(f"config.{name} was {before[name]!r}, is {now[name]!r}" for name in changed)
-        raise UserError(f"{workdir}: holds a run with other settings ({shown}); use them, or another --workdir")
-    write_text(path, json.dumps(now, indent=2) + "\n")
-
-
 def _print_cost(config) -> None:
     cost = cycle_cost(config)
     print(
@@ -207,32 +183,6 @@ def _print_cost(config) -> None:
         f"passes of the DiT an example: {cost.fake_score:g} a fake_score update, {cost.generator:g} a generator update",
         flush=True,
     )
-
-
-class _StopSignals:
-    """Notes SIGTERM and SIGINT, so that the loop can end after the cycle under way; a second one kills as usual."""
-
-    def __init__(self):
-        self.signal = 0
-
-    def __enter__(self) -> "_StopSignals":
-        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._restore()
-
-    def _note(self, number, _frame) -> None:
-        self.signal = number
-        self._restore()
-
-    def _restore(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-
-def _jsonable(values) -> dict:
-    return json.loads(json.dumps(values))
 
 
 def _difference(before: Mapping, now: Mapping) -> str:

@@ -1,5 +1,6 @@
 """The state of a run: everything that an update changes, as one pytree of arrays."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -38,6 +39,36 @@ class TrainState:
     history: LossHistory
     skipped: jax.Array
     skipped_in_row: jax.Array
+
+    def to_items(self) -> dict:
+        """Return what a checkpoint stores, by item."""
+        items = {
+            "generator": self.generator,
+            "fake_score": self.fake_score,
+            "optimizers": {"generator": self.generator_optimizer, "fake_score": self.fake_score_optimizer},
+            "progress": {
+                "step": self.step,
+                "skipped": self.skipped,
+                "skipped_in_row": self.skipped_in_row,
+                "history": {"mean": self.history.mean, "seen": self.history.seen},
+            },
+        }
+        return items if self.ema is None else items | {"ema": self.ema}
+
+    def from_items(self, items: Mapping) -> "TrainState":
+        """Return the state that a checkpoint of a state like this one holds."""
+        progress = items["progress"]
+        return TrainState(
+            step=progress["step"],
+            generator=items["generator"],
+            fake_score=items["fake_score"],
+            ema=None if self.ema is None else items["ema"],
+            generator_optimizer=items["optimizers"]["generator"],
+            fake_score_optimizer=items["optimizers"]["fake_score"],
+            history=LossHistory(**progress["history"]),
+            skipped=progress["skipped"],
+            skipped_in_row=progress["skipped_in_row"],
+        )
 
 
 @dataclass(frozen=True)
