@@ -13,4 +13,7 @@ def get_config():
     """Return the config."""
     config = config_from(FIELDS)
     config.data.weights = "weights/tiny"
+    config.data.shapes_world.clips = 1000
+    config.num_steps = 5000
+    config.optimizer.warmup_steps = 100
     return config

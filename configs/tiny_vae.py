@@ -10,6 +10,6 @@ from avd_jax.training.vae_training import FIELDS
 def get_config():
     """Return the config."""
     config = config_from(FIELDS)
-    config.num_steps = 1200
-    config.optimizer.learning_rate = 1.2e-3
+    config.num_steps = 700
+    config.optimizer.learning_rate = 2e-4
     return config

@@ -1,0 +1,94 @@
+"""The loop of one network and one loss: a known optimum, exact resumption, skipped updates."""
+
+import json
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from avd_jax.errors import UserError
+from avd_jax.parallel.mesh import make_mesh
+from avd_jax.training import fitting
+from avd_jax.training.fields import config_from
+from avd_jax.training.pretraining import FIELDS
+
+TARGET = jnp.array([1.0, -2.0, 3.0])
+
+
+def config_for(**changes):
+    config = config_from(FIELDS)
+    config.num_steps, config.log_every, config.checkpoint_every = 6, 1, 2
+    config.optimizer.learning_rate, config.optimizer.warmup_steps, config.ema_decay = 0.1, 1, 0.5
+    config.data.latents = "unused"
+    config.update(changes)
+    return config
+
+
+def loss(params, batch, key):
+    noise = 0.01 * jax.random.normal(key, TARGET.shape)
+    return jnp.sum(jnp.square(params["x"] - TARGET + noise)) * batch["scale"], {"loss/part": batch["scale"]}
+
+
+def run(config, workdir, scale=lambda number: 1.0, at_batch=lambda number: None):
+    def build():
+        optimizer, mesh = fitting.make_optimizer(config), make_mesh()
+        abstract = fitting.abstract_state(optimizer, {"x": jax.ShapeDtypeStruct((3,), jnp.float32)}, mesh)
+
+        def make(number):
+            at_batch(number)
+            return {"scale": jnp.float32(scale(number))}
+
+        return fitting.Fit(
+            config=config,
+            architecture={"name": "line", "config": {}},
+            abstract=abstract,
+            init=lambda: fitting.init_state(optimizer, {"x": jnp.zeros(3)}),
+            step=fitting.compile_step(fitting.make_step(loss, optimizer, config.ema_decay), abstract, mesh),
+            batches=fitting.CountedBatches(make),
+        )
+
+    return fitting.fit(build, config, workdir)
+
+
+def test_it_finds_the_optimum(tmp_path):
+    _, state = run(config_for(num_steps=150, checkpoint_every=0), tmp_path)
+    np.testing.assert_allclose(state.params["x"], TARGET, atol=0.05)
+    np.testing.assert_allclose(state.ema["x"], TARGET, atol=0.05)
+
+
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
+    _, whole = run(config_for(), tmp_path / "whole", scale=lambda number: 1 + number)
+    run(config_for(), tmp_path / "parts", scale=lambda number: 1 + number)
+    (tmp_path / "parts" / "checkpoints" / "6").rename(tmp_path / "gone")  # as if it had been killed after step 4
+    _, resumed = run(config_for(), tmp_path / "parts", scale=lambda number: 1 + number)
+    jax.tree.map(np.testing.assert_array_equal, resumed, whole)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(set(steps))
+
+
+def test_a_signal_saves_and_the_same_command_goes_on(tmp_path):
+    def stop(number):
+        if number == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    status, stopped = run(config_for(checkpoint_every=0), tmp_path / "parts", at_batch=stop)
+    assert status == 128 + signal.SIGTERM
+    assert int(stopped.step) == 3
+    status, resumed = run(config_for(checkpoint_every=0), tmp_path / "parts")
+    assert status == 0
+    _, whole = run(config_for(checkpoint_every=0), tmp_path / "whole")
+    jax.tree.map(np.testing.assert_array_equal, resumed, whole)
+
+
+def test_a_non_finite_update_changes_nothing_and_too_many_stop_the_run(tmp_path):
+    _, state = run(config_for(num_steps=2), tmp_path / "one", scale=lambda number: np.nan if number else 1.0)
+    _, before = run(config_for(num_steps=1, checkpoint_every=0), tmp_path / "before")
+    assert int(state.step) == 2
+    assert int(state.skipped_in_row) == 1
+    np.testing.assert_array_equal(state.ema["x"] * 0, 0)
+    assert np.isfinite(before.params["x"]).all()
+    with pytest.raises(UserError, match="max_nonfinite"):
+        run(config_for(num_steps=9, max_nonfinite=2), tmp_path / "all", scale=lambda number: np.nan)
