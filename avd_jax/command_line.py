@@ -21,7 +21,12 @@ def run(
       parse_flags: `flags_parser` of `absl.app.run`.
     """
 
-    @report_user_errors
+    app.run(report_user_errors(checked(main, required)), flags_parser=report_user_errors(parse_flags))
+
+
+def checked(main: Callable[[], int | None], required: Sequence[flags.FlagHolder]) -> Callable:
+    """Return `main` as a function of what is left of the command line; it raises UserErrors as they are."""
+
     def checked_main(argv: Sequence[str]) -> int | None:
         logging.set_verbosity(logging.FATAL)  # Orbax reports every step that it takes, and errors that we report
         if len(argv) > 1:
@@ -31,4 +36,4 @@ def run(
                 raise UserError(f"--{flag.name} is missing: {flags.FLAGS[flag.name].help}")
         return main()
 
-    app.run(checked_main, flags_parser=report_user_errors(parse_flags))
+    return checked_main

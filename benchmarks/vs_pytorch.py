@@ -59,7 +59,13 @@ def main(argv):
         f"transformers {transformers.__version__}\n"
     )
     print("| case | ours, s | PyTorch, s | ratio (range) | difference |\n| --- | --- | --- | --- | --- |", flush=True)
-    makers = {"dit": dit, "dit_backward": dit_backward, "vae_encode": vae_encode, "vae_decode": vae_decode, "umt5": umt5}
+    makers = {
+        "dit": dit,
+        "dit_backward": dit_backward,
+        "vae_encode": vae_encode,
+        "vae_decode": vae_decode,
+        "umt5": umt5,
+    }
     for name in CASES.value:
         if name not in makers:
             raise app.UsageError(f"--cases: {name!r} is none of {', '.join(makers)}")
@@ -220,7 +226,9 @@ def _processor() -> str:
         lines = open("/proc/cpuinfo").read().splitlines()
     except OSError:
         return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown processor")
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown processor"
+    )
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import json, runpy, sys
 import jax.numpy as jnp, numpy as np
 from absl import flags
 from flax import nnx
-from avd_jax import convert
+from avd_jax import command_line, convert
 from avd_jax.errors import UserError
 
 
@@ -57,7 +57,7 @@ for arguments in json.loads(sys.argv[2]):
     for name in flags.FLAGS:
         flags.FLAGS[name].unparse()
     try:
-        script["main"].__wrapped__(flags.FLAGS(["encode.py", *arguments]))
+        command_line.checked(script["main"], (script["WEIGHTS"], script["OUT"]))(flags.FLAGS(["encode.py", *arguments]))
         messages.append("")
     except UserError as error:
         messages.append(str(error))

@@ -16,8 +16,13 @@ class CycleCost:
     cycle: float
 
 
+def fake_score_updates(config) -> int:
+    """Return how many updates of fake_score a cycle has; only distribution matching asks for it."""
+    return config.fake_score_updates if config.loss.distribution_matching else 0
+
+
 def cycle_cost(config) -> CycleCost:
-    """Count one cycle of `config`: `fake_score_updates` updates of fake_score and one of the generator."""
+    """Count one cycle of `config`: its updates of fake_score and one of the generator."""
     steps = len(config.student.timesteps)
     with_gradient = 3 if config.remat == "none" else 4
     before_stop = (steps - 1) / 2  # expectation of the rollout's steps before the sampled one
@@ -29,5 +34,5 @@ def cycle_cost(config) -> CycleCost:
     if config.loss.regression:
         generator += with_gradient
     fake_score = before_stop + 1 + with_gradient
-    updates = config.fake_score_updates
+    updates = fake_score_updates(config)
     return CycleCost(generator, fake_score, updates * fake_score + generator)

@@ -17,7 +17,7 @@ from avd_jax.data.atomic import write_text
 from avd_jax.errors import UserError
 from avd_jax.training.checkpoint import Checkpoints
 from avd_jax.training.config import FIELDS, validate
-from avd_jax.training.cost import cycle_cost
+from avd_jax.training.cost import cycle_cost, fake_score_updates
 from avd_jax.training.fields import describe, flatten
 from avd_jax.training.metrics import MetricsWriter
 from avd_jax.training.run import Run, build_run
@@ -64,7 +64,7 @@ class _Loop:
     """One process's way from the first to the last step."""
 
     def __init__(self, run, checkpoints, writer, samples, stop, key, batches):
-        self.run, self.config = run, run.config
+        self.run, self.config, self.updates = run, run.config, fake_score_updates(run.config)
         self.checkpoints, self.writer, self.samples, self.stop = checkpoints, writer, samples, stop
         self.key, self.batches = key, batches
         self.pending: tuple[int, dict, list[dict]] | None = None
@@ -103,14 +103,13 @@ class _Loop:
         run, cycle_key = self.run, jax.random.fold_in(self.key, step)
         batch = next(self.batches)
         fake_metrics = []
-        for i in range(self.config.fake_score_updates):
+        for i in range(self.updates):
             prompts = {"prompt_embeds": run.on_devices(batch["prompt_embeds"][:, i])}
             state, metrics = run.fake_score_step(state, run.frozen, prompts, jax.random.fold_in(cycle_key, i))
             fake_metrics.append(metrics)
         real = {name: run.on_devices(batch[name]) for name in ("latents", "caption_embeds")}
         real["prompt_embeds"] = run.on_devices(batch["prompt_embeds"][:, -1])
-        update = self.config.fake_score_updates
-        state, metrics = run.generator_step(state, run.frozen, real, jax.random.fold_in(cycle_key, update))
+        state, metrics = run.generator_step(state, run.frozen, real, jax.random.fold_in(cycle_key, self.updates))
         return state, metrics, fake_metrics
 
     def _fetch(self) -> None:
@@ -179,7 +178,7 @@ def _start(run: Run, checkpoints: Checkpoints):
 def _print_cost(config) -> None:
     cost = cycle_cost(config)
     print(
-        f"one cycle ({config.fake_score_updates} fake_score updates, 1 generator update) costs {cost.cycle:g} forward "
+        f"one cycle ({fake_score_updates(config)} fake_score updates, 1 generator update) costs {cost.cycle:g} forward "
         f"passes of the DiT an example: {cost.fake_score:g} a fake_score update, {cost.generator:g} a generator update",
         flush=True,
     )

@@ -20,6 +20,7 @@ from avd_jax.errors import UserError
 from avd_jax.models.wan_dit import WanDiTConfig
 from avd_jax.parallel.mesh import batch_sharding, batch_shards, make_mesh, replicated
 from avd_jax.parallel.rules import spec_for
+from avd_jax.training.cost import fake_score_updates
 from avd_jax.training.networks import Networks, Params, make_network
 from avd_jax.training.objectives import Frozen
 from avd_jax.training.state import Optimizers, TrainState, abstract_state, init_state, make_optimizers
@@ -67,7 +68,7 @@ class Run:
             self.latents_dir,
             self.prompts_dir,
             batch_size=self.config.batch_size,
-            prompt_batches=self.config.fake_score_updates + 1,
+            prompt_batches=fake_score_updates(self.config) + 1,
             seed=self.config.seed,
             text_len=self.model_config.text_len,
             shard_index=jax.process_index(),
