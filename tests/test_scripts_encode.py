@@ -139,8 +139,9 @@ def test_messages(folder):
     prompts, weights, out = f"--prompts={folder}/prompts.txt", "--weights=w", f"--out={folder}/out"
     (folder / "bad.jsonl").write_text('{"file": "a.mp4"}\n')
     cases = {
-        (): "give either --prompts, or --videos and --captions.",
-        (prompts, videos, captions): "give either --prompts, or --videos and --captions.",
+        (): "--weights is missing",
+        (weights, out): "give either --prompts, or --videos and --captions.",
+        (prompts, videos, captions, weights, out): "give either --prompts, or --videos and --captions.",
         (videos, weights, out): "--captions is missing",
         (captions, weights, out): "--videos is missing",
         (prompts, out): "--weights is missing: Folder with the VAE",
