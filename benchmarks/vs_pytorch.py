@@ -15,6 +15,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import diffusers
 import jax
@@ -78,8 +79,9 @@ def measure(case: Case) -> None:
     difference = np.abs(ours - theirs).max() / np.sqrt(np.mean(np.square(theirs)))
     pairs = [(_seconds(case.ours), _seconds(case.theirs)) for _ in range(PAIRS.value)]
     ratios = [a / b for a, b in pairs]
+    seconds = [statistics.median(side) for side in zip(*pairs, strict=True)]
     print(
-        f"| {case.name} | {statistics.median(a for a, _ in pairs):.3f} | {statistics.median(b for _, b in pairs):.3f} | "
+        f"| {case.name} | {seconds[0]:.3f} | {seconds[1]:.3f} | "
         f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f}) | {difference:.1e} |",
         flush=True,
     )
@@ -223,7 +225,7 @@ def _seconds(function: Callable[[], np.ndarray]) -> float:
 
 def _processor() -> str:
     try:
-        lines = open("/proc/cpuinfo").read().splitlines()
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor()
     return next(

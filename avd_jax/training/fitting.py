@@ -161,7 +161,7 @@ def fit(build: Callable[[], Fit], config, workdir: Path) -> tuple[int, FitState]
     Raises:
       UserError: the workdir holds another run, or the loss stays non-finite.
     """
-    claim(config, workdir)
+    claim(config, workdir)  # num_steps is not changeable: the learning rate falls to zero over them
     with StopSignals() as stop:
         run = build()
         checkpoints = Checkpoints(workdir, config.checkpoint)

@@ -23,7 +23,7 @@ from avd_jax.training.metrics import MetricsWriter
 from avd_jax.training.run import Run, build_run
 from avd_jax.training.samples import SampleWriter
 from avd_jax.training.state import TrainState
-from avd_jax.training.workdir import StopSignals, claim, jsonable
+from avd_jax.training.workdir import CHANGEABLE, StopSignals, claim, jsonable
 
 
 def train(config, workdir: Path) -> int:
@@ -37,7 +37,7 @@ def train(config, workdir: Path) -> int:
       UserError: for what the user can put right.
     """
     validate(config)
-    claim(config, workdir)
+    claim(config, workdir, changeable=(*CHANGEABLE, "num_steps"))
     print(describe(config, FIELDS), flush=True)
     _print_cost(config)
     with StopSignals() as stop:

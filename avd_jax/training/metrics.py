@@ -21,8 +21,6 @@ from tqdm import tqdm
 from avd_jax.data.atomic import write_text
 from avd_jax.errors import UserError
 
-SHOWN = ("loss/generator", "loss/distribution_matching", "loss/regression", "loss/temporal", "loss/fake_score")
-
 
 class MetricsWriter:
     """Writes one JSON object a logged step, the same scalars to TensorBoard, and a progress bar or plain lines."""
@@ -48,12 +46,13 @@ class MetricsWriter:
             self._file.flush()
         for name, value in metrics.items():
             self._board.add_scalar(name, value, step)
-        shown = {name.removeprefix("loss/"): f"{metrics[name]:.4g}" for name in SHOWN if name in metrics}
+        losses = {name: value for name, value in metrics.items() if name.startswith("loss/")}
+        shown = {name.removeprefix("loss/"): f"{value:.4g}" for name, value in losses.items()}
         self._bar.set_postfix(shown, refresh=False)
         if self._bar.disable:
-            losses = "  ".join(f"{name} {value}" for name, value in shown.items())
+            text = "  ".join(f"{name} {value}" for name, value in shown.items())
             seconds = metrics.get("time/step_seconds", math.nan)
-            print(f"step {step}/{self._num_steps}  {losses}  {seconds:.2f} s/step", flush=True)
+            print(f"step {step}/{self._num_steps}  {text}  {seconds:.2f} s/step", flush=True)
 
     def advance(self, step: int) -> None:
         """Move the progress bar to `step`."""

@@ -8,12 +8,16 @@ from avd_jax.data.atomic import write_text
 from avd_jax.errors import UserError
 from avd_jax.training.fields import flatten
 
-# What may differ when a run goes on: how long it is, and what is kept of it. All else decides its parameters.
-CHANGEABLE = ("num_steps", "log_every", "checkpoint_every", "checkpoint.", "sample_every", "sample.", "mesh.")
+# What may differ when a run goes on: what is kept of it, and on what it runs. All else decides its parameters.
+CHANGEABLE = ("log_every", "checkpoint_every", "checkpoint.", "sample_every", "sample.", "mesh.")
 
 
-def claim(config, workdir: Path) -> None:
-    """Write the config to the workdir; one that holds a checkpoint must have the same."""
+def claim(config, workdir: Path, *, changeable: tuple[str, ...] = CHANGEABLE) -> None:
+    """Write the config to the workdir; one that holds a checkpoint must have the same, but for the changeable fields.
+
+    Raises:
+      UserError: naming the fields that differ.
+    """
     path, now = workdir / "config.json", jsonable(flatten(config))
     try:
         # Until there is something to go on from, a setting that was wrong can be put right.
@@ -26,7 +30,7 @@ def claim(config, workdir: Path) -> None:
         raise UserError(f"{path}: cannot be used ({error.strerror}); choose another --workdir") from error
     except ValueError as error:
         raise UserError(f"{path}: is no JSON ({error}); remove it or choose another --workdir") from error
-    changed = [name for name in now if name in before and before[name] != now[name] and not name.startswith(CHANGEABLE)]
+    changed = [name for name in now if name in before and before[name] != now[name] and not name.startswith(changeable)]
     if changed:
         shown = ", ".join(f"config.{name} was {before[name]!r}, is {now[name]!r}" for name in changed)
         raise UserError(f"{workdir}: holds a run with other settings ({shown}); use them, or another --workdir")

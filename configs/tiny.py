@@ -1,0 +1,33 @@
+"""Distil the small built-in world: the whole path on a laptop's CPU, from nothing but this repository.
+
+    python scripts/train.py --config configs/tiny.py --workdir runs/tiny
+
+The teacher is weights/tiny, whose model card says how it was trained and how good it is; the data are procedural clips
+of moving shapes, encoded at the first start. Hardware: 2 CPU cores, less than 10 minutes. Expected result: the losses
+fall, and runs/tiny/samples/ shows the student's videos, 4 steps, beside the teacher's, 50x2.
+
+It also serves to try the path with weights and data of your own: set `init_from`, `data.latents` and `data.prompts`.
+"""
+
+from avd_jax.training.config import default_config
+
+
+def get_config():
+    """Return settings for a model a thousand times smaller than Wan's: higher rates, fewer steps, no bfloat16."""
+    config = default_config()
+    config.init_from = "weights/tiny"
+    config.data.shapes_world.clips = 128
+    config.data.shapes_world.prompts = 256
+    config.batch_size = 8
+    config.guidance_scale = 3.0  # what this teacher looks best with
+    config.score.shift = 3.0
+    config.sample.teacher_shift = 3.0
+    config.num_steps = 160
+    config.optimizer.learning_rate = 1e-4
+    config.optimizer.fake_score_learning_rate = 1e-4
+    config.compute_dtype = "float32"  # CPUs only emulate bfloat16
+    config.teacher_dtype = "float32"
+    config.remat = "none"  # activations are small
+    config.checkpoint_every = 40
+    config.sample_every = 40
+    return config
