@@ -3,6 +3,7 @@
 import re
 import shutil
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,13 +32,6 @@ def abstract(state):
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state)
 
 
-def assert_same(found, expected):
-    assert jax.tree.structure(found) == jax.tree.structure(expected)
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        assert a.dtype == b.dtype
-        np.testing.assert_array_equal(a, b)
-
-
 def steps(workdir):
     return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
 
@@ -56,7 +50,7 @@ def test_round_trip(tmp_path, ema_decay):
     assert again.latest_step() == 2
     for step, state in states.items():
         assert again.meta(step) == {"step": step, "list": [1, 2.5, "x"]}
-        assert_same(again.restore(step, abstract(state)), state)
+        chex.assert_trees_all_equal(again.restore(step, abstract(state)), state, strict=True)
 
 
 def test_what_is_saved_is_the_state_at_that_moment(tmp_path):
@@ -72,7 +66,7 @@ def test_what_is_saved_is_the_state_at_that_moment(tmp_path):
             state = step(state)
     checkpoints.wait()
     for number in (2, 3):
-        assert_same(checkpoints.restore(number, abstract(state)), expected[number])
+        chex.assert_trees_all_equal(checkpoints.restore(number, abstract(state)), expected[number], strict=True)
 
 
 def test_the_newest_stay(tmp_path):
@@ -150,7 +144,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path):
 
         again = Checkpoints(workdir, config.checkpoint)  # removes what is half-written
         assert again.latest_step() == last
-        assert_same(again.restore(last, abstract(state)), state)
+        chex.assert_trees_all_equal(again.restore(last, abstract(state)), state, strict=True)
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path):

@@ -3,6 +3,7 @@
 import functools
 import warnings
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -44,14 +45,11 @@ def runner(**fields):
 
 
 def assert_close(found, expected, rtol=1e-5, atol=1e-6):
-    def check(keys, a, b):
-        np.testing.assert_allclose(a, b, rtol=rtol, atol=atol, err_msg=dotted(keys))
-
-    jax.tree_util.tree_map_with_path(check, found, expected)
+    chex.assert_trees_all_close(found, expected, rtol=rtol, atol=atol)
 
 
 def assert_same(found, expected):
-    assert_close(found, expected, rtol=0, atol=0)
+    chex.assert_trees_all_equal(found, expected)
 
 
 def test_an_update_is_clipped_adamw():
