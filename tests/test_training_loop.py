@@ -17,6 +17,7 @@ from avd_jax.errors import UserError
 from avd_jax.parallel.mesh import make_mesh, replicated
 from avd_jax.training import loop, run
 from avd_jax.training.metrics import MetricsWriter
+from avd_jax.training.workdir import StopSignals
 
 
 class LinearNetwork:
@@ -189,9 +190,16 @@ def test_sigterm_before_the_first_step(straight, inputs, tmp_path, monkeypatch):
     assert 0 not in steps(tmp_path)
 
 
-def test_the_old_signal_handlers_come_back(straight):
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+def test_the_old_signal_handlers_come_back():
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.getsignal(number) for number in numbers]  # what they are depends on who started the tests
+    with StopSignals() as stop:
+        assert all(signal.getsignal(number) not in before for number in numbers)
+    assert [signal.getsignal(number) for number in numbers] == before
+    with StopSignals() as stop:
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.signal == signal.SIGTERM
+        assert [signal.getsignal(number) for number in numbers] == before, "a second signal is not caught"
 
 
 def test_other_intervals(inputs, tmp_path):
