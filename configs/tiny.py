@@ -4,8 +4,8 @@
 
 The teacher is weights/tiny, whose model card says how it was trained and how good it is; the data are procedural clips
 of moving shapes, encoded at the first start. Hardware: 2 CPU cores, about 4 minutes. Expected result:
-runs/tiny/samples/step_000160.png shows the student's videos, 4 steps, as clear as the teacher's beside them, 50x2; losses
-move little, since this student starts near where it ends.
+runs/tiny/samples/step_000160.png shows the student's videos, 4 steps, as clear as the teacher's beside them, 50x2. The
+losses move little: this student starts near where it ends.
 
 It also serves to try the path with weights and data of your own: set `init_from`, `data.latents` and `data.prompts`.
 """
