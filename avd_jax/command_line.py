@@ -1,10 +1,14 @@
 """What every script does with its command line: required flags, no stray arguments, quiet logs, one-line errors."""
 
+import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from absl import app, flags, logging
+from ml_collections import config_flags
 
 from avd_jax.errors import UserError, report_user_errors
+from avd_jax.training.fields import Fields, check_names, describe, flags_parser
 
 
 def run(
@@ -24,6 +28,34 @@ def run(
     app.run(report_user_errors(checked(main, required)), flags_parser=report_user_errors(parse_flags))
 
 
+def run_training(
+    train: Callable[[object, Path], int], fields: Fields, *, required: Sequence[flags.FlagHolder] = ()
+) -> None:
+    """Run a script that trains by a config: it gets the flags --config, --workdir and --explain.
+
+    Args:
+      train: `(config, workdir)` -> exit status.
+      fields: every field that a config of this training has.
+      required: further flags that must be given to train.
+    """
+    config = config_flags.DEFINE_config_file("config", None, "config file; set a field with --config.FIELD=VALUE")
+    workdir = flags.DEFINE_string("workdir", None, "the folder of the run: config, checkpoints, metrics")
+    explain = flags.DEFINE_bool("explain", False, "print every field of the config with its help, and stop")
+    for name in ("config", "workdir", "explain"):  # --help shows what belongs to the script
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
+    flags.mark_flag_as_required("config")
+
+    def train_or_explain() -> int:
+        check_names(config.value, fields)
+        if explain.value:
+            print(describe(config.value, fields))
+            return 0
+        _check_given((workdir, *required))
+        return train(config.value, Path(workdir.value))
+
+    run(train_or_explain, parse_flags=flags_parser(fields))
+
+
 def checked(main: Callable[[], int | None], required: Sequence[flags.FlagHolder]) -> Callable:
     """Return `main` as a function of what is left of the command line; it raises UserErrors as they are."""
 
@@ -31,9 +63,13 @@ def checked(main: Callable[[], int | None], required: Sequence[flags.FlagHolder]
         logging.set_verbosity(logging.FATAL)  # Orbax reports every step that it takes, and errors that we report
         if len(argv) > 1:
             raise UserError(f"{argv[1]!r} is not a flag; every argument has a name, and text needs quotes (see --help)")
-        for flag in required:
-            if not flag.value:
-                raise UserError(f"--{flag.name} is missing: {flags.FLAGS[flag.name].help}")
+        _check_given(required)
         return main()
 
     return checked_main
+
+
+def _check_given(required: Sequence[flags.FlagHolder]) -> None:
+    for flag in required:
+        if not flag.value:
+            raise UserError(f"--{flag.name} is missing: {flags.FLAGS[flag.name].help}")

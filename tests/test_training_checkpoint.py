@@ -40,13 +40,13 @@ def steps(workdir):
 def test_round_trip(tmp_path, ema_decay):
     config = make_config(ema_decay=ema_decay)
     states = {step: random_state(config, step) for step in (1, 2)}
-    checkpoints = Checkpoints(tmp_path, config.checkpoint)
+    checkpoints = Checkpoints(tmp_path, **config.checkpoint)
     assert checkpoints.latest_step() is None
     for step, state in states.items():
         checkpoints.save(step, state, {"step": step, "list": [1, 2.5, "x"]}, {})
     checkpoints.wait()
 
-    again = Checkpoints(tmp_path, config.checkpoint)
+    again = Checkpoints(tmp_path, **config.checkpoint)
     assert again.latest_step() == 2
     for step, state in states.items():
         assert again.meta(step) == {"step": step, "list": [1, 2.5, "x"]}
@@ -58,7 +58,7 @@ def test_what_is_saved_is_the_state_at_that_moment(tmp_path):
     config = make_config()
     step = jax.jit(lambda state: jax.tree.map(lambda leaf: leaf + leaf.dtype.type(1), state), donate_argnums=0)
     state = random_state(config, size=256)
-    checkpoints, expected = Checkpoints(tmp_path, config.checkpoint), {}
+    checkpoints, expected = Checkpoints(tmp_path, **config.checkpoint), {}
     for number in range(1, 4):
         expected[number] = jax.tree.map(np.array, state)
         checkpoints.save(number, state, {}, {})
@@ -71,7 +71,7 @@ def test_what_is_saved_is_the_state_at_that_moment(tmp_path):
 
 def test_the_newest_stay(tmp_path):
     config = make_config(checkpoint__keep=2)
-    checkpoints, state = Checkpoints(tmp_path, config.checkpoint), random_state(config)
+    checkpoints, state = Checkpoints(tmp_path, **config.checkpoint), random_state(config)
     for step in range(1, 6):
         checkpoints.save(step, state, {}, {"loss/regression": 1.0})
     checkpoints.save(5, state, {}, {})  # a second time: nothing to do
@@ -84,7 +84,7 @@ def test_the_best_stays_too_in_later_runs_as_well(tmp_path, mode, best):
     config = make_config(checkpoint__keep=1, checkpoint__best_metric="loss/regression", checkpoint__best_mode=mode)
     state, values = random_state(config), {1: 0.5, 2: 0.25, 3: 0.75, 4: 0.5, 5: 0.5}
     for run in ([1, 2, 3], [4, 5]):
-        checkpoints = Checkpoints(tmp_path, config.checkpoint)
+        checkpoints = Checkpoints(tmp_path, **config.checkpoint)
         for step in run:
             checkpoints.save(step, state, {}, {"loss/regression": values[step], "other": 0.0})
         checkpoints.wait()
@@ -93,7 +93,7 @@ def test_the_best_stays_too_in_later_runs_as_well(tmp_path, mode, best):
 
 def test_a_checkpoint_before_the_first_metrics_is_no_best_one(tmp_path):
     config = make_config(checkpoint__keep=1, checkpoint__best_metric="loss/regression")
-    checkpoints, state = Checkpoints(tmp_path, config.checkpoint), random_state(config)
+    checkpoints, state = Checkpoints(tmp_path, **config.checkpoint), random_state(config)
     checkpoints.save(0, state, {}, {})
     for step in (1, 2):
         checkpoints.save(step, state, {}, {"loss/regression": float(step)})
@@ -104,7 +104,7 @@ def test_a_checkpoint_before_the_first_metrics_is_no_best_one(tmp_path):
 @pytest.mark.parametrize("mode", ["min", "max"])
 def test_a_metric_that_is_not_finite_is_never_the_best(tmp_path, mode):
     config = make_config(checkpoint__keep=1, checkpoint__best_metric="loss/regression", checkpoint__best_mode=mode)
-    checkpoints, state = Checkpoints(tmp_path, config.checkpoint), random_state(config)
+    checkpoints, state = Checkpoints(tmp_path, **config.checkpoint), random_state(config)
     for step, value in enumerate((1.0, np.nan, 1.0, np.inf, -np.inf, 1.5 if mode == "min" else 0.5), start=1):
         checkpoints.save(step, state, {}, {"loss/regression": value})
     checkpoints.wait()
@@ -114,17 +114,17 @@ def test_a_metric_that_is_not_finite_is_never_the_best(tmp_path, mode):
 
 def test_a_best_metric_that_is_not_logged(tmp_path):
     config = make_config(checkpoint__best_metric="loss/regresion")
-    checkpoints = Checkpoints(tmp_path, config.checkpoint)
+    checkpoints = Checkpoints(tmp_path, **config.checkpoint)
     with pytest.raises(UserError, match=r"best_metric='loss/regresion' is not logged .did you mean 'loss/regression'"):
         checkpoints.check_best_metric({"loss/temporal": 0.0, "loss/regression": 1.0})
-    Checkpoints(tmp_path, make_config().checkpoint).check_best_metric({})
+    Checkpoints(tmp_path, **make_config().checkpoint).check_best_metric({})
 
 
 def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path):
     config = make_config(checkpoint__keep=5)
     state = random_state(config, size=500)  # 6 MB
     with small_disk(tmp_path / "disk", 15) as workdir:
-        checkpoints = Checkpoints(workdir, config.checkpoint)
+        checkpoints = Checkpoints(workdir, **config.checkpoint)
         checkpoints.save(1, state, {}, {})
         checkpoints.wait()
 
@@ -142,7 +142,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path):
             str(error.value),
         )
 
-        again = Checkpoints(workdir, config.checkpoint)  # removes what is half-written
+        again = Checkpoints(workdir, **config.checkpoint)  # removes what is half-written
         assert again.latest_step() == last
         chex.assert_trees_all_equal(again.restore(last, abstract(state)), state, strict=True)
 
@@ -150,12 +150,12 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path):
 def test_a_damaged_checkpoint_is_named(tmp_path):
     config = make_config()
     state = random_state(config)
-    checkpoints = Checkpoints(tmp_path, config.checkpoint)
+    checkpoints = Checkpoints(tmp_path, **config.checkpoint)
     checkpoints.save(7, state, {}, {})
     checkpoints.wait()
     shutil.rmtree(tmp_path / "checkpoints" / "7" / "fake_score")
     (tmp_path / "checkpoints" / "7" / "meta" / "metadata").write_text("{")
-    again = Checkpoints(tmp_path, config.checkpoint)
+    again = Checkpoints(tmp_path, **config.checkpoint)
     for read in (lambda: again.restore(7, abstract(state)), lambda: again.meta(7)):
         with pytest.raises(
             UserError, match=r"checkpoints/7: cannot be read .*; remove it to go on from the one before"
@@ -166,4 +166,4 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
 def test_a_workdir_that_cannot_be_written(tmp_path):
     (tmp_path / "checkpoints").write_text("a file")
     with pytest.raises(UserError, match=r"checkpoints: cannot be written .*; choose another --workdir"):
-        Checkpoints(tmp_path, make_config().checkpoint)
+        Checkpoints(tmp_path, **make_config().checkpoint)

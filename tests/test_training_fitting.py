@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 
 import jax
@@ -92,3 +93,23 @@ def test_a_non_finite_update_changes_nothing_and_too_many_stop_the_run(tmp_path)
     assert np.isfinite(before.params["x"]).all()
     with pytest.raises(UserError, match="max_nonfinite"):
         run(config_for(num_steps=9, max_nonfinite=2), tmp_path / "all", scale=lambda number: np.nan)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"log_every": 0}, "config.log_every=0 must be at least 1"),
+        ({"checkpoint.keep": 0}, "config.checkpoint.keep=0 must be at least 1"),
+        ({"ema_decay": 1.0}, "config.ema_decay=1.0 must be at least 0 and below 1"),
+        ({"optimizer.learning_rate": -1e-3}, "config.optimizer.learning_rate=-0.001 must be 0 or a positive number"),
+        (
+            {"optimizer.max_grad_norm": float("nan")},
+            "config.optimizer.max_grad_norm=nan must be 0 or a positive number",
+        ),
+    ],
+)
+def test_the_fields_that_every_training_has_are_checked(change, message):
+    config = config_for()
+    config.update_from_flattened_dict(change)
+    with pytest.raises(UserError, match=re.escape(message)):
+        fitting.check_shared(config, FIELDS)

@@ -32,12 +32,22 @@ class State(Protocol):
 class Checkpoints:
     """The checkpoints of one workdir."""
 
-    def __init__(self, workdir: Path, settings):
-        """Open or create `workdir/checkpoints`; `settings` is `config.checkpoint`."""
+    def __init__(self, workdir: Path, *, keep: int, best_metric: str = "", best_mode: str = "min"):
+        """Open or create `workdir/checkpoints`.
+
+        Args:
+          workdir: folder of the run.
+          keep: newest checkpoints to keep.
+          best_metric: keep the best checkpoint by this metric too; empty for none.
+          best_mode: whether the best is the "min" or the "max".
+
+        Raises:
+          UserError: the folder cannot be written.
+        """
         _ignore_closed_loops()
         self.folder = workdir.absolute() / "checkpoints"
-        policies = [preservation_policy.LatestN(settings.keep)]
-        self._best_metric, self._sign = settings.best_metric, 1 if settings.best_mode == "max" else -1
+        policies = [preservation_policy.LatestN(keep)]
+        self._best_metric, self._sign = best_metric, 1 if best_mode == "max" else -1
         best = {}
         if self._best_metric:
             best["best_fn"] = self._rank  # without it Orbax does not write the metrics, and forgets the best on resume

@@ -26,6 +26,12 @@ def config_from(fields: Fields) -> ml_collections.ConfigDict:
     return config.lock()
 
 
+def with_defaults(fields: Fields, **defaults: object) -> dict[str, tuple[object, str]]:
+    """Return a copy of a table in which some fields have other defaults; `__` stands for the dot of a name."""
+    changed = {name.replace("__", "."): value for name, value in defaults.items()}
+    return dict(fields) | {name: (value, fields[name][1]) for name, value in changed.items()}
+
+
 def flatten(config) -> dict[str, object]:
     """Return dotted field name -> value."""
     flat = {}

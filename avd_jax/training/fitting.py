@@ -4,6 +4,7 @@ State, update and host loop; run folder, checkpoints, signals and logs are those
 that is stopped or killed goes on from its last checkpoint and ends with the same parameters, bit for bit.
 """
 
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -21,12 +22,48 @@ from avd_jax.errors import UserError
 from avd_jax.parallel.mesh import replicated
 from avd_jax.parallel.rules import tree_shardings
 from avd_jax.training.checkpoint import Checkpoints
-from avd_jax.training.fields import flatten
+from avd_jax.training.fields import Fields, check_names, flatten
 from avd_jax.training.metrics import MetricsWriter
 from avd_jax.training.networks import Params
 from avd_jax.training.workdir import StopSignals, claim, jsonable
 
 Loss = Callable[[Params, Mapping, jax.Array], tuple[jax.Array, dict]]
+
+SHARED_FIELDS: dict[str, tuple[object, str]] = {
+    "optimizer.learning_rate": (1e-3, "AdamW's highest learning rate"),
+    "optimizer.warmup_steps": (200, "updates over which it rises from zero"),
+    "optimizer.beta1": (0.9, "AdamW's decay of the first moment"),
+    "optimizer.beta2": (0.99, "AdamW's decay of the second moment"),
+    "optimizer.weight_decay": (0.0, "AdamW's decoupled weight decay"),
+    "optimizer.max_grad_norm": (1.0, "gradients are scaled down to this global norm"),
+    "ema_decay": (0.999, "decay of the running mean of the weights, which is what is used afterwards"),
+    "log_every": (50, "updates between two lines of metrics.jsonl"),
+    "checkpoint_every": (500, "updates between two checkpoints; 0: only at the end and on SIGTERM"),
+    "checkpoint.keep": (2, "newest checkpoints to keep"),
+    "max_nonfinite": (10, "updates in a row that may be skipped for a non-finite loss before the run stops"),
+}
+
+
+def check_shared(config, fields: Fields) -> dict[str, object]:
+    """Check the names, which are those of `fields`, and the values of the fields that every training has.
+
+    Returns:
+      The flat config.
+
+    Raises:
+      UserError: naming the field.
+    """
+    flat = check_names(config, fields)
+    for name in ("num_steps", "batch_size", "log_every", "max_nonfinite", "checkpoint.keep"):
+        if flat[name] < 1:
+            raise UserError(f"config.{name}={flat[name]} must be at least 1")
+    for name in ("ema_decay", "optimizer.beta1", "optimizer.beta2"):
+        if not 0 <= flat[name] < 1:
+            raise UserError(f"config.{name}={flat[name]} must be at least 0 and below 1")
+    for name in ("checkpoint_every", *(name for name in flat if name.startswith("optimizer."))):
+        if not 0 <= flat[name] < math.inf:
+            raise UserError(f"config.{name}={flat[name]} must be 0 or a positive number")
+    return flat
 
 
 @jax.tree_util.register_dataclass
@@ -164,7 +201,7 @@ def fit(build: Callable[[], Fit], config, workdir: Path) -> tuple[int, FitState]
     claim(config, workdir)  # num_steps is not changeable: the learning rate falls to zero over them
     with StopSignals() as stop:
         run = build()
-        checkpoints = Checkpoints(workdir, config.checkpoint)
+        checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep)
         key, state = jax.random.key(config.seed), None
         latest = checkpoints.latest_step()
         if latest is None:

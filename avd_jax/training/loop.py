@@ -44,7 +44,7 @@ def train(config, workdir: Path) -> int:
         run = build_run(config, workdir)
         overview = parameter_overview.get_parameter_overview(run.abstract.generator, include_stats=False)
         write_text(workdir / "parameters.txt", f"{overview}\n")
-        checkpoints = Checkpoints(workdir, config.checkpoint)
+        checkpoints = Checkpoints(workdir, **config.checkpoint)
         state, key, batches = _start(run, checkpoints)
         first_step = int(state.step)
         writer = MetricsWriter(workdir, first_step=first_step, num_steps=config.num_steps)

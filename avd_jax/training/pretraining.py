@@ -26,11 +26,12 @@ from avd_jax.losses.distribution_matching import flow_matching_loss
 from avd_jax.models.wan_dit import REMAT_POLICIES, WanDiT, WanDiTConfig
 from avd_jax.parallel.mesh import batch_sharding, batch_shards, make_mesh
 from avd_jax.parallel.rules import spec_for
-from avd_jax.training.fields import check_names
 from avd_jax.training.fitting import (
+    SHARED_FIELDS,
     Fit,
     FitState,
     abstract_state,
+    check_shared,
     compile_step,
     fit,
     init_state,
@@ -61,33 +62,18 @@ FIELDS: dict[str, tuple[object, str]] = {
     "timestep.min": (0.0, "lower bound of these timesteps, of 1000"),
     "timestep.max": (1000.0, "upper bound of these timesteps, of 1000"),
     "prompt_dropout": (0.1, "share of the examples that see the negative prompt instead of their own"),
-    "optimizer.learning_rate": (1e-3, "AdamW's highest learning rate"),
-    "optimizer.warmup_steps": (200, "updates over which it rises from zero"),
-    "optimizer.beta1": (0.9, "AdamW's decay of the first moment"),
-    "optimizer.beta2": (0.99, "AdamW's decay of the second moment"),
-    "optimizer.weight_decay": (0.0, "AdamW's decoupled weight decay"),
-    "optimizer.max_grad_norm": (1.0, "gradients are scaled down to this global norm"),
-    "ema_decay": (0.999, "decay of the running mean of the weights, which is what is used afterwards"),
     "compute_dtype": ("float32", "dtype of matrix products; masters and moments are float32"),
     "remat": ("none", "what the backward pass keeps of a block: " + ", ".join(REMAT_POLICIES)),
     "mesh.data": (-1, "devices along the data axis; -1: all that the others leave"),
     "mesh.fsdp": (1, "devices along the axis that shards parameters and batch"),
     "mesh.seq": (1, "devices along the axis that shards tokens"),
-    "log_every": (50, "updates between two lines of metrics.jsonl"),
-    "checkpoint_every": (500, "updates between two checkpoints; 0: only at the end and on SIGTERM"),
-    "checkpoint.keep": (2, "newest checkpoints to keep"),
-    "checkpoint.best_metric": ("", "not used here"),
-    "checkpoint.best_mode": ("min", "not used here"),
-    "max_nonfinite": (10, "updates in a row that may be skipped for a non-finite loss before the run stops"),
+    **SHARED_FIELDS,
 }
 
 
 def validate(config) -> None:
     """Check what can be checked without files (UserError names the field)."""
-    flat = check_names(config, FIELDS)
-    for name in ("num_steps", "batch_size", "log_every", "max_nonfinite", "checkpoint.keep"):
-        if flat[name] < 1:
-            raise UserError(f"config.{name}={flat[name]} must be at least 1")
+    flat = check_shared(config, FIELDS)
     for name, choices in (("compute_dtype", ("float32", "bfloat16")), ("remat", tuple(REMAT_POLICIES))):
         if flat[name] not in choices:
             raise UserError(

@@ -21,12 +21,14 @@ from avd_jax.errors import UserError
 from avd_jax.models.vae_layers import AttentionBlock, Downsample, ResidualBlock
 from avd_jax.models.wan_vae import RGB, WanVAE, WanVAEConfig
 from avd_jax.parallel.mesh import batch_sharding, make_mesh
-from avd_jax.training.fields import check_names
+from avd_jax.training.fields import with_defaults
 from avd_jax.training.fitting import (
+    SHARED_FIELDS,
     CountedBatches,
     Fit,
     FitState,
     abstract_state,
+    check_shared,
     compile_step,
     fit,
     init_state,
@@ -53,26 +55,21 @@ FIELDS: dict[str, tuple[object, str]] = {
     "data.crop_size": (32, "pixels of a crop's sides, a multiple of 8"),
     "loss.gradient": (0.5, "weight of the differences of neighbouring pixels"),
     "loss.kl": (1e-4, "weight of the divergence from a normal distribution"),
-    "optimizer.learning_rate": (5e-4, "AdamW's highest learning rate"),
-    "optimizer.warmup_steps": (20, "updates over which it rises from zero"),
-    "optimizer.beta1": (0.9, "AdamW's decay of the first moment"),
-    "optimizer.beta2": (0.99, "AdamW's decay of the second moment"),
-    "optimizer.weight_decay": (0.0, "AdamW's decoupled weight decay"),
-    "optimizer.max_grad_norm": (1.0, "gradients are scaled down to this global norm"),
-    "ema_decay": (0.995, "decay of the running mean of the weights, which is what is used afterwards"),
-    "log_every": (20, "updates between two lines of metrics.jsonl"),
-    "checkpoint_every": (250, "updates between two checkpoints"),
-    "checkpoint.keep": (2, "newest checkpoints to keep"),
-    "checkpoint.best_metric": ("", "not used here"),
-    "checkpoint.best_mode": ("min", "not used here"),
-    "max_nonfinite": (10, "updates in a row that may be skipped for a non-finite loss before the run stops"),
+    **with_defaults(
+        SHARED_FIELDS,
+        optimizer__learning_rate=5e-4,
+        optimizer__warmup_steps=20,
+        ema_decay=0.995,
+        log_every=20,
+        checkpoint_every=250,
+    ),
 }
 
 
 def validate(config) -> None:
     """Check the values (UserError names the field)."""
-    flat = check_names(config, FIELDS)
-    for name in ("num_steps", "batch_size", "log_every", "max_nonfinite", "model.base_dim", "model.num_res_blocks"):
+    flat = check_shared(config, FIELDS)
+    for name in ("model.base_dim", "model.num_res_blocks"):
         if flat[name] < 1:
             raise UserError(f"config.{name}={flat[name]} must be at least 1")
     for name in ("data.frames", "data.crop_frames"):
