@@ -1,27 +1,27 @@
-"""Make the text side of a tiny model: a tokenizer trained on the captions of the world of shapes, a random small umT5.
+"""Make the text side of a tiny model: a tokenizer and a small umT5, both trained on the captions of the world of shapes.
 
     python scripts/make_tiny_text_encoder.py --out weights/tiny
 
-The encoder is not trained: its embeddings tell words and neighbourhoods apart, and the transformer learns what they
-mean. The same command gives the same tokenizer; other versions of JAX give another, equally good encoder.
+It takes a few minutes on 2 CPU cores. The same command gives the same tokenizer; other versions of JAX give another,
+equally good encoder.
 """
 
 import pathlib
 
-import jax
 import tokenizers
 from absl import flags
-from flax import nnx
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from avd_jax import command_line
 from avd_jax.data import shapes_world
 from avd_jax.data.tokenizer import TOKENIZER_FILE, Tokenizer
-from avd_jax.models.umt5 import UMT5Config, UMT5Encoder
+from avd_jax.models.umt5 import UMT5Config
 from avd_jax.training.shipping import write_json, write_text_encoder
+from avd_jax.training.text_training import train_text_encoder
 
 OUT = flags.DEFINE_string("out", None, "folder that gets tokenizer/ and text_encoder/")
 CAPTIONS = flags.DEFINE_integer("captions", 4000, "captions that the tokenizer is trained on", lower_bound=1)
+NUM_STEPS = flags.DEFINE_integer("num_steps", 2000, "updates of the encoder", lower_bound=1)
 SEED = flags.DEFINE_integer("seed", 0, "of the encoder's weights")
 
 SPECIAL_TOKENS = ("<pad>", "</s>", "<unk>")  # their ids are T5's
@@ -44,17 +44,6 @@ def make_tokenizer(captions: list[str]) -> tokenizers.Tokenizer:
     return tokenizer
 
 
-def make_encoder(vocab_size: int, seed: int) -> UMT5Encoder:
-    """Make a random encoder whose embeddings and queries have the scale that T5 starts from."""
-    config = UMT5Config(vocab_size=vocab_size, dim=64, ffn_dim=128, num_heads=4, head_dim=16, num_layers=2)
-    encoder = UMT5Encoder(config, nnx.Rngs(seed))
-    embedding = encoder.token_embedding.embedding
-    embedding[...] = jax.random.normal(jax.random.key(seed + 1), embedding.shape)
-    query = encoder.blocks.attn.q.kernel
-    query[...] = query[...] * config.head_dim**-0.5
-    return encoder
-
-
 def main() -> None:
     """Write both."""
     out = pathlib.Path(OUT.value)
@@ -63,8 +52,11 @@ def main() -> None:
     tokenizer.save(out / "tokenizer")
     special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
     write_json(out / "tokenizer" / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **special})
-    write_text_encoder(make_encoder(tokenizer.vocab_size, SEED.value), out)
-    print(f"{out / 'tokenizer' / TOKENIZER_FILE}: {tokenizer.vocab_size} tokens; {out / 'text_encoder'}")
+    sizes = UMT5Config(vocab_size=tokenizer.vocab_size, dim=64, ffn_dim=128, num_heads=4, head_dim=16, num_layers=2)
+    encoder, accuracy = train_text_encoder(tokenizer, sizes, seed=SEED.value, num_steps=NUM_STEPS.value)
+    write_text_encoder(encoder, out)
+    print(f"{out / 'tokenizer' / TOKENIZER_FILE}: {tokenizer.vocab_size} tokens")
+    print(f"{out / 'text_encoder'}: its probes answer {accuracy:.1%} of the questions on new captions")
 
 
 if __name__ == "__main__":

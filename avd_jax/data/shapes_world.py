@@ -1,25 +1,33 @@
-"""A small procedural world of moving shapes: captioned clips for models that are trained in minutes, without any files.
+"""A small procedural world of moving shapes: captioned clips for models that are trained in an hour, without any files.
 
-Clip `index` is one shape of a named colour, tone, size and texture that moves in a straight line, or stays still, over
-a softly textured background; its caption is one of several phrasings. All random choices come from the raw output of
-Philox, which NumPy fixes for all versions and platforms. More objects, turns and a moving camera are to come.
+Clip `index` shows one to three textured objects of named shape, colour and size that move, turn, grow, shrink or rest,
+cross and hide each other, over a softly textured background behind which the camera may pan. Its caption says so in one
+of several phrasings. Directions are those seen in the picture. All random choices come from the raw output of Philox,
+which NumPy fixes for all versions and platforms: an index is the same clip everywhere.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 COLOURS = {
-    "red": (0.85, 0.12, 0.12),
-    "orange": (0.95, 0.55, 0.10),
-    "yellow": (0.95, 0.88, 0.20),
-    "green": (0.15, 0.65, 0.25),
-    "blue": (0.15, 0.30, 0.85),
-    "purple": (0.55, 0.20, 0.70),
-    "white": (0.95, 0.95, 0.95),
-    "pink": (0.95, 0.55, 0.75),
+    "red": (0.88, 0.12, 0.12),
+    "orange": (0.96, 0.55, 0.08),
+    "yellow": (0.96, 0.90, 0.16),
+    "green": (0.14, 0.66, 0.22),
+    "blue": (0.14, 0.30, 0.88),
+    "purple": (0.58, 0.18, 0.74),
 }
-TONES = {"vivid": 0.0, "muted": 0.5}  # how far the colour is mixed with mid grey; captions name the muted tone only
+OUTLINE_COLOURS = {  # what the outline style draws them in
+    "red": (0.10, 0.38, 0.40),
+    "orange": (0.12, 0.26, 0.52),
+    "yellow": (0.34, 0.16, 0.50),
+    "green": (0.58, 0.12, 0.34),
+    "blue": (0.55, 0.30, 0.06),
+    "purple": (0.22, 0.42, 0.10),
+}
+TONES = {"vivid": (0.0, 0.15), "muted": (0.4, 0.55)}  # how far a colour is mixed with mid grey; "vivid" goes unsaid
 BACKGROUNDS = {
     "grey": (0.50, 0.50, 0.52),
     "sky-blue": (0.55, 0.78, 0.92),
@@ -27,95 +35,154 @@ BACKGROUNDS = {
     "mossy": (0.36, 0.44, 0.30),
     "dark": (0.16, 0.15, 0.20),
 }
+CONTRAST = 0.3  # least distance in RGB between an object's colour and the background's
 SHAPES = ("circle", "square", "triangle")
-TEXTURES = ("plain", "plain", "plain", "plain", "striped", "checkered")  # most shapes are plain
-SIZES = {"small": 0.13, "medium": 0.19, "large": 0.26}  # half the width, as a share of the picture's shorter side
-SPEEDS = {"slowly": 0.25, "quickly": 0.6}  # way over the whole clip, as a share of the picture's shorter side
-STILL = "nowhere"
-DIRECTIONS = {  # (down, right)
-    "to the right": (0.0, 1.0),
-    "to the left": (0.0, -1.0),
-    "upwards": (-1.0, 0.0),
-    "downwards": (1.0, 0.0),
-    "diagonally up to the right": (-0.7071, 0.7071),
-    "diagonally up to the left": (-0.7071, -0.7071),
-    "diagonally down to the right": (0.7071, 0.7071),
-    "diagonally down to the left": (0.7071, -0.7071),
-    STILL: (0.0, 0.0),
+TEXTURES = ("plain", "plain", "plain", "striped", "spotted")  # most objects are plain, which goes unsaid
+SIZES = {"small": 0.17, "medium": 0.22, "large": 0.28}  # half the width, as a share of the picture's shorter side
+SPEEDS = {"slowly": 0.22, "quickly": 0.5}  # way over the whole clip, as a share of the picture's shorter side
+DIRECTIONS = {"to the right": (0.0, 1.0), "to the left": (0.0, -1.0), "upwards": (-1.0, 0.0), "downwards": (1.0, 0.0)}
+ACTIONS = ("move",) * 6 + ("rest", "turn", "grow", "shrink")
+VERBS = {
+    "move": ("moves", "glides", "drifts"),
+    "rest": ("stays still", "rests"),
+    "turn": ("turns in place", "spins in place"),
+    "grow": ("grows", "gets larger"),
+    "shrink": ("shrinks", "gets smaller"),
 }
+COUNTS = (1,) * 7 + (2, 2, 3)  # objects in a clip
+PANS = ("",) * 8 + ("left", "right")
 PHRASINGS = (
-    "A {size} {look} {shape} {moves} across a {background} background.",
-    "On a {background} background, a {size} {look} {shape} {moves}.",
-    "The video shows a {size} {look} {shape} that {moves}; the background is {background}.",
-    "One {look} {shape} of {size} size {moves}; everything behind it is {background}.",
+    "{Objects} on a {background} background.",
+    "On a {background} background, {objects}.",
+    "In this video {objects}; the background is {background}.",
+    "{Objects}. Everything behind is {background}.",
 )
-STREAM = 0x5A9E5  # sets these draws apart from others that are seeded by an index
+STYLES = ("painted", "outline")
+PAPER = (0.95, 0.93, 0.88)  # the outline style's background, tinted by the painted one's
+STREAM = 0x5A9E6  # sets these draws apart from others that are seeded by an index
 
 _WAVES = 3  # of the background's texture
-_WAVE_HEIGHT = 0.05  # of each of them, as a share of the background's brightness
+_WAVE_HEIGHT = 0.06  # of each of them, as a share of the background's brightness
+_PAN = 0.3  # way of the background in a clip whose camera pans, as a share of the picture's width
+_TURN = 4 / 3 * np.pi  # angle over the clip of what turns
+_GROWTH = (0.65, 1.2)  # size at the start and the end of what grows, in its named size
+_APART = 0.21  # how far from the picture's centre each of several objects has the middle of its way
 
 
 @dataclass(frozen=True)
-class Scene:
-    """What happens in one clip; the words are keys of the tables above."""
+class Thing:
+    """One object of a clip; the words are keys of the tables above.
+
+    `offset` is the middle of its way, (down, right) of the picture's centre in shares of the shorter side; `grey` is
+    how far its colour is mixed with mid grey.
+    """
 
     shape: str
     colour: str
     tone: str
     texture: str
     size: str
-    background: str
+    action: str
     direction: str
     speed: str
+    verb: str
+    offset: tuple[float, float]
+    grey: float
+
+    @property
+    def description(self) -> str:
+        """A clause: the object and what it does."""
+        look = [self.size, "" if self.texture == "plain" else self.texture, "" if self.tone == "vivid" else self.tone]
+        does = f"{self.verb} {self.speed} {self.direction}" if self.action == "move" else self.verb
+        return " ".join(word for word in ("a", *look, self.colour, self.shape, does) if word)
+
+    @property
+    def rgb(self) -> np.ndarray:
+        """The surface's colour, each channel in 0..1."""
+        return (1 - self.grey) * np.asarray(COLOURS[self.colour]) + self.grey * 0.5
+
+    def centre(self, time: float) -> np.ndarray:
+        """Where it is, (down, right), at `time` in 0..1."""
+        way = SPEEDS[self.speed] * np.asarray(DIRECTIONS[self.direction]) if self.action == "move" else np.zeros(2)
+        return np.asarray(self.offset) + way * (time - 0.5)
+
+    def radius(self, time: float) -> float:
+        """Half its width at `time`, as a share of the shorter side."""
+        start, end = {"grow": _GROWTH, "shrink": _GROWTH[::-1]}.get(self.action, (1.0, 1.0))
+        return SIZES[self.size] * (start + (end - start) * time)
+
+    def angle(self, time: float) -> float:
+        """How far it has turned at `time`, in radians."""
+        return _TURN * time if self.action == "turn" else 0.0
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What happens in one clip; the first thing is in front of the others."""
+
+    things: tuple[Thing, ...]
+    background: str
+    pan: str
     phrasing: str
-    offset: tuple[float, float]  # of the middle of the way from the picture's centre, as a share of the shorter side
     waves: tuple[tuple[float, float, float], ...]  # (down, right, phase) of the background's texture, in periods
 
     @property
     def caption(self) -> str:
-        """The scene in one sentence."""
-        texture = "" if self.texture == "plain" else f"{self.texture} "
-        tone = "" if self.tone == "vivid" else f"{self.tone} "
-        moves = "stays still" if self.direction == STILL else f"moves {self.speed} {self.direction}"
-        return self.phrasing.format(
-            size=self.size,
-            look=f"{texture}{tone}{self.colour}",
-            shape=self.shape,
-            moves=moves,
-            background=self.background,
-        ).replace("still across", "still on")
-
-    @property
-    def rgb(self) -> tuple[float, float, float]:
-        """The surface's colour, each channel in 0..1."""
-        share = TONES[self.tone]
-        return tuple((1 - share) * channel + share * 0.5 for channel in COLOURS[self.colour])
+        """The scene in a sentence or two."""
+        *first, last = (thing.description for thing in self.things)
+        objects = f"{', '.join(first)} and {last}" if first else last
+        text = self.phrasing.format(
+            objects=objects, Objects=objects[0].upper() + objects[1:], background=self.background
+        )
+        return f"{text} The camera pans to the {self.pan}." if self.pan else text
 
 
 def scene(index: int) -> Scene:
     """Return scene number `index` (any whole number from 0 on)."""
-    raw = np.random.Philox(np.random.SeedSequence([STREAM, index])).random_raw(11 + 3 * _WAVES)
-    uniform = iter(((raw >> np.uint64(11)) * 2.0**-53).tolist())
+    uniform = _uniform(index)
 
     def pick(words) -> str:
-        return list(words)[int(next(uniform) * len(words))]
+        words = list(words)
+        return words[int(next(uniform) * len(words))]
 
     def between(low: float, high: float) -> float:
         return low + (high - low) * next(uniform)
 
-    return Scene(
-        shape=pick(SHAPES),
-        colour=pick(COLOURS),
-        tone=pick(TONES),
-        texture=pick(TEXTURES),
-        size=pick(SIZES),
-        background=pick(BACKGROUNDS),
-        direction=pick(DIRECTIONS),
-        speed=pick(SPEEDS),
-        phrasing=pick(PHRASINGS),
-        offset=(between(-0.15, 0.15), between(-0.15, 0.15)),
-        waves=tuple((between(-2.5, 2.5), between(-2.5, 2.5), between(0, 1)) for _ in range(_WAVES)),
-    )
+    count = pick(COUNTS)
+    background, pan, phrasing = pick(BACKGROUNDS), pick(PANS), pick(PHRASINGS)
+    waves = tuple((between(-2.5, 2.5), between(-2.5, 2.5), between(0, 1)) for _ in range(_WAVES))
+    first_angle = between(0, 2 * np.pi)
+    things, colours = [], list(COLOURS)
+    for i in range(count):
+        tone = pick(TONES)
+        grey = between(*TONES[tone])
+        stand_out = [
+            colour
+            for colour in colours
+            if np.linalg.norm((1 - grey) * np.asarray(COLOURS[colour]) + grey * 0.5 - BACKGROUNDS[background]) > CONTRAST
+        ]
+        colour = pick(stand_out)
+        colours.remove(colour)  # no two objects of a clip have the same
+        shape, action = pick(SHAPES), pick(ACTIONS)
+        if action == "turn" and shape == "circle":
+            action = "rest"  # nobody could tell
+        angle, apart = first_angle + 2 * np.pi * i / count, _APART if count > 1 else 0.0
+        things.append(
+            Thing(
+                shape=shape,
+                colour=colour,
+                tone=tone,
+                texture=pick(TEXTURES),
+                size=pick(SIZES if count == 1 else list(SIZES)[:2]),
+                action=action,
+                direction=pick(DIRECTIONS),
+                speed=pick(SPEEDS),
+                verb=pick(VERBS[action]),
+                offset=(apart * np.sin(angle) + between(-0.1, 0.1), apart * np.cos(angle) + between(-0.1, 0.1)),
+                grey=grey,
+            )
+        )
+    return Scene(tuple(things), background, pan, phrasing, waves)
 
 
 def caption(index: int) -> str:
@@ -123,42 +190,63 @@ def caption(index: int) -> str:
     return scene(index).caption
 
 
-def clip(index: int, *, frames: int, height: int, width: int) -> tuple[np.ndarray, str]:
+def clip(index: int, *, frames: int, height: int, width: int, style: str = "painted") -> tuple[np.ndarray, str]:
     """Draw clip `index`: float32 [frames height width 3] in [-1, 1], and its caption.
 
-    The whole way of the shape takes the whole clip, whatever the number of frames.
+    Whatever happens takes the whole clip, whatever the number of frames.
+
+    Args:
+      index: any whole number from 0 on.
+      frames: at least 1.
+      height: pixels.
+      width: pixels.
+      style: `painted`, or `outline`: ink drawings on paper in other colours, under the same captions.
     """
     content = scene(index)
+    return draw(content, frames=frames, height=height, width=width, style=style), content.caption
+
+
+def draw(content: Scene, *, frames: int, height: int, width: int, style: str = "painted") -> np.ndarray:
+    """Draw a scene: float32 [frames height width 3] in [-1, 1]."""
+    video = np.empty((frames, height, width, 3), np.float32)
+    for i, time in enumerate(np.arange(frames) / max(1, frames - 1)):
+        picture = background(content, time, height=height, width=width, style=style)
+        for thing in reversed(content.things):
+            cover, surface = _paint(thing, time, height, width, style)
+            picture += cover[..., None] * (surface - picture)
+        video[i] = 2.0 * np.clip(picture, 0.0, 1.0) - 1.0
+    return video
+
+
+def background(content: Scene, time: float, *, height: int, width: int, style: str = "painted") -> np.ndarray:
+    """Return the picture without the objects at `time` in 0..1, float32 [height width 3] in 0..1."""
+    down, right = (np.mgrid[0:height, 0:width] + 0.5).astype(np.float32) / np.float32([[[height]], [[width]]])
+    light = 1.1 - 0.2 * down  # a soft light from the top
+    moved = {"": 0.0, "left": _PAN, "right": -_PAN}[content.pan] * (time - 0.5)
+    for waves_down, waves_right, phase in content.waves:
+        light += _WAVE_HEIGHT * np.sin(2 * np.pi * (waves_down * down + waves_right * (right - moved) + phase))
+    colour = np.asarray(BACKGROUNDS[content.background])
+    if style == "outline":
+        colour = 0.9 * np.asarray(PAPER) + 0.1 * colour
+        light = 1 + 0.3 * (light - 1)
+    return (colour * light[..., None]).astype(np.float32)
+
+
+def _paint(thing: Thing, time: float, height: int, width: int, style: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return how much of each pixel the thing covers, [height width], and its surface, [height width 3] or [3]."""
     short = min(height, width)
     y, x = np.mgrid[0:height, 0:width].astype(np.float32)
-    behind = background(content, height=height, width=width)
-    video = np.empty((frames, height, width, 3), np.float32)
-    for i, centre in enumerate(centres(content, frames)):
-        down = (y - (height - 1) / 2) / short - centre[0]
-        right = (x - (width - 1) / 2) / short - centre[1]
-        outside = _distance(content.shape, down, right, SIZES[content.size])
-        cover = np.clip(0.5 - outside * short, 0.0, 1.0)[..., None]  # anti-aliased over one pixel
-        shade = _texture(content.texture, down, right, SIZES[content.size])[..., None]
-        picture = cover * shade * np.asarray(content.rgb, np.float32) + (1.0 - cover) * behind
-        video[i] = 2.0 * np.clip(picture, 0.0, 1.0) - 1.0
-    return video, content.caption
-
-
-def centres(content: Scene, frames: int) -> np.ndarray:
-    """Return where the shape's centre is, [frames 2]: (down, right) of the picture's, in shares of the shorter side."""
-    way = SPEEDS[content.speed] * np.asarray(DIRECTIONS[content.direction])
-    share = np.arange(frames) / max(1, frames - 1) - 0.5
-    return np.asarray(content.offset) + way * share[:, None]
-
-
-def background(content: Scene, *, height: int, width: int) -> np.ndarray:
-    """Return the picture without the shape, float32 [height width 3] in 0..1."""
-    y, x = np.mgrid[0:height, 0:width].astype(np.float32)
-    down, right = y / height, x / width
-    light = 1.1 - 0.2 * down  # a soft light from the top
-    for waves_down, waves_right, phase in content.waves:
-        light += _WAVE_HEIGHT * np.sin(2 * np.pi * (waves_down * down + waves_right * right + phase))
-    return np.clip(np.asarray(BACKGROUNDS[content.background], np.float32) * light[..., None], 0.0, 1.0)
+    centre, radius, angle = thing.centre(time), thing.radius(time), thing.angle(time)
+    down = (y - (height - 1) / 2) / short - centre[0]
+    right = (x - (width - 1) / 2) / short - centre[1]
+    cos, sin = np.cos(angle), np.sin(angle)
+    down, right = cos * down - sin * right, sin * down + cos * right
+    outside = _distance(thing.shape, down, right, radius)
+    if style == "outline":
+        line = np.abs(outside + 0.03) - 0.03
+        return np.clip(0.5 - line * short, 0.0, 1.0), np.asarray(OUTLINE_COLOURS[thing.colour], np.float32)
+    cover = np.clip(0.5 - outside * short, 0.0, 1.0)  # anti-aliased over one pixel
+    return cover, _shade(thing.texture, down, right, radius)[..., None] * thing.rgb.astype(np.float32)
 
 
 def _distance(shape: str, down: np.ndarray, right: np.ndarray, radius: float) -> np.ndarray:
@@ -168,13 +256,20 @@ def _distance(shape: str, down: np.ndarray, right: np.ndarray, radius: float) ->
     if shape == "square":
         return np.maximum(np.abs(down), np.abs(right)) - 0.9 * radius
     slope = np.sqrt(0.75)  # an equilateral triangle with its tip up
-    return np.maximum(down, slope * np.abs(right) - 0.5 * down) - 0.55 * radius
+    return np.maximum(down, slope * np.abs(right) - 0.5 * down) - 0.6 * radius
 
 
-def _texture(texture: str, down: np.ndarray, right: np.ndarray, radius: float) -> np.ndarray:
+def _shade(texture: str, down: np.ndarray, right: np.ndarray, radius: float) -> np.ndarray:
     """Brightness of the surface, fixed to the shape; the pattern scales with it."""
     if texture == "plain":
         return np.ones_like(down)
-    u, v = np.pi * down / (0.45 * radius), np.pi * right / (0.45 * radius)
+    u, v = np.pi * down / (0.5 * radius), np.pi * right / (0.5 * radius)
     wave = np.sin(v) if texture == "striped" else np.cos(u) * np.cos(v)
-    return 0.7 + 0.3 * np.clip(3.0 * wave, -1.0, 1.0)
+    return 0.85 + 0.15 * np.clip(3.0 * wave, -1.0, 1.0)
+
+
+def _uniform(index: int) -> Iterator[float]:
+    """Yield the numbers in [0, 1) that decide clip `index`."""
+    generator = np.random.Philox(np.random.SeedSequence([STREAM, index]))
+    while True:
+        yield from ((generator.random_raw(64) >> np.uint64(11)) * 2.0**-53).tolist()
