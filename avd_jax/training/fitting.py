@@ -1,12 +1,10 @@
 """Training one network on one loss: what the VAE's training and the transformer's pretraining share.
 
-State, update and host loop; run folder, checkpoints, signals and logs are those of the distillation (`loop.py`). A run
+State and update; host loop, run folder, checkpoints, signals and logs are those of the distillation. A run
 that is stopped or killed goes on from its last checkpoint and ends with the same parameters, bit for bit.
 """
 
 import math
-import signal
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,7 +20,8 @@ from avd_jax.errors import UserError
 from avd_jax.parallel.mesh import replicated
 from avd_jax.parallel.rules import tree_shardings
 from avd_jax.training.checkpoint import Checkpoints
-from avd_jax.training.fields import Fields, check_names, flatten
+from avd_jax.training.fields import Fields, check_names
+from avd_jax.training.host_loop import Work, run_steps
 from avd_jax.training.metrics import MetricsWriter
 from avd_jax.training.networks import Params
 from avd_jax.training.workdir import StopSignals, claim, jsonable
@@ -214,54 +213,20 @@ def fit(build: Callable[[], Fit], config, workdir: Path) -> tuple[int, FitState]
             state = checkpoints.restore(latest, run.abstract)
         writer = MetricsWriter(workdir, first_step=int(state.step), num_steps=config.num_steps)
         try:
-            return _loop(run, state, key, checkpoints, writer, stop)
+            return run_steps(_work(run, key), state, checkpoints, writer, stop)
         finally:
             writer.close()
 
 
-def _loop(run: Fit, state: FitState, key, checkpoints, writer, stop) -> tuple[int, FitState]:
-    config, step = run.config, int(state.step)
-    clock, logged_step, pending = time.monotonic(), step, None
-
-    def save():
-        meta = {
-            "architecture": run.architecture,
-            "step": step,
-            "settings": jsonable(flatten(config)),
-            "data": run.batches.get_state(),
-        }
-        checkpoints.save(step, state, meta, {})
-
-    while step < config.num_steps and not stop.signal:
-        state, metrics = run.step(state, next(run.batches), jax.random.fold_in(key, step))
-        step += 1
-        if pending is not None:  # fetched while the devices work on the next step
-            at, values = pending[0], {name: float(value) for name, value in jax.device_get(pending[1]).items()}
-            now = time.monotonic()
-            values["time/step_seconds"] = (now - clock) / (at - logged_step)
-            clock, logged_step, pending = now, at, None
-            writer.advance(at)
-            writer.write(at, values)
-            if values["skipped/in_row"] >= config.max_nonfinite:
-                save()
-                checkpoints.wait()
-                raise UserError(
-                    f"the loss was not finite in {int(values['skipped/in_row'])} updates in a row "
-                    f"(config.max_nonfinite); stopped after step {step}; a lower optimizer.learning_rate may help"
-                )
-        if step % config.log_every == 0:
-            pending = (step, metrics)
-        if config.checkpoint_every and step % config.checkpoint_every == 0:
-            save()
-            run.on_checkpoint(step, state)
-    save()
-    checkpoints.wait()
-    if stop.signal and step < config.num_steps:
-        name = signal.Signals(stop.signal).name
-        writer.message(f"stopped by {name} after step {step}, which is saved; the same command goes on from it")
-        return 128 + stop.signal, state
-    writer.message(f"done: {step} steps, checkpoints in {checkpoints.folder}")
-    return 0, state
+def _work(run: Fit, key) -> Work[FitState]:
+    return Work(
+        config=run.config,
+        dispatch=lambda state, step: run.step(state, next(run.batches), jax.random.fold_in(key, step)),
+        describe=lambda: {"architecture": run.architecture, "data": run.batches.get_state()},
+        summarise=lambda metrics: {name: float(value) for name, value in metrics.items()},
+        sample=run.on_checkpoint,
+        sample_every=run.config.checkpoint_every,
+    )
 
 
 class CountedBatches:

@@ -1,0 +1,126 @@
+"""The host's side of every training run: dispatch a step, log the one before, save, stop.
+
+The loop never waits for the devices: it dispatches a step and then fetches the metrics of the one before. What a step
+is - one update, or a cycle of several - is the caller's.
+"""
+
+import signal
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import jax
+
+from avd_jax.errors import UserError
+from avd_jax.training.checkpoint import Checkpoints, State
+from avd_jax.training.fields import flatten
+from avd_jax.training.metrics import MetricsWriter
+from avd_jax.training.workdir import StopSignals, jsonable
+
+SomeState = TypeVar("SomeState", bound=State)
+
+
+@dataclass(frozen=True)
+class Work(Generic[SomeState]):
+    """What a loop drives.
+
+    Attributes:
+      config: `num_steps`, `log_every`, `checkpoint_every` and `max_nonfinite` are read here, all of it is recorded.
+      dispatch: `(state, step) -> (state, metrics)`, the step from `step` to `step + 1`; it must not wait for it.
+      describe: says what a checkpoint records besides arrays, step and settings, such as the data's position.
+      summarise: makes the numbers to log of the metrics, once they are on the host; `skipped/in_row` is among them.
+      sample: called with `(step, state)` every `sample_every` steps, after the checkpoint; its time is not a step's.
+      sample_every: 0 never samples.
+    """
+
+    config: object
+    dispatch: Callable[[SomeState, int], tuple[SomeState, object]]
+    describe: Callable[[], dict]
+    summarise: Callable[[Mapping], dict[str, float]]
+    sample: Callable[[int, SomeState], object] = lambda step, state: None
+    sample_every: int = 0
+
+
+def run_steps(
+    work: Work[SomeState], state: SomeState, checkpoints: Checkpoints, writer: MetricsWriter, stop: StopSignals
+) -> tuple[int, SomeState]:
+    """Go on from `state.step` to `config.num_steps`, or until a signal.
+
+    Returns:
+      The exit status, 0 or 128 + the number of the signal that stopped the run, and the last state, which is saved.
+
+    Raises:
+      UserError: the loss stays non-finite, the best metric does not exist, or the disk is full.
+    """
+    return _HostLoop(work, checkpoints, writer, stop, int(state.step)).go(state)
+
+
+class _HostLoop:
+    """One process's way from the first to the last step."""
+
+    def __init__(self, work: Work, checkpoints, writer, stop, step: int):
+        self.work, self.config = work, work.config
+        self.checkpoints, self.writer, self.stop = checkpoints, writer, stop
+        self.pending: tuple[int, object] | None = None
+        self.latest: dict[str, float] = {}
+        self.step = self.written = step
+        self.clock = time.monotonic()
+
+    def go(self, state):
+        config = self.config
+        while self.step < config.num_steps and not self.stop.signal:
+            state, metrics = self.work.dispatch(state, self.step)
+            self._fetch()  # of the step before, while the devices work on this one
+            self.step += 1
+            self.pending = self.step, metrics
+            if config.checkpoint_every and self.step % config.checkpoint_every == 0:
+                self._save(state)
+            if self.work.sample_every and self.step % self.work.sample_every == 0:
+                self._fetch()
+                started = time.monotonic()
+                self.work.sample(self.step, state)
+                self.clock += time.monotonic() - started
+            self._stop_if_broken(state)
+        self._save(state)
+        self.checkpoints.wait()
+        if self.stop.signal and self.step < config.num_steps:
+            name = signal.Signals(self.stop.signal).name
+            self.writer.message(
+                f"stopped by {name} after step {self.step}, which is saved; the same command goes on from it"
+            )
+            return 128 + self.stop.signal, state
+        self.writer.message(f"done: {self.step} steps, checkpoints in {self.checkpoints.folder}")
+        return 0, state
+
+    def _fetch(self) -> None:
+        """Bring the last step's metrics to the host and log them."""
+        if self.pending is None:
+            return
+        step, metrics = self.pending
+        self.pending = None
+        self.latest = values = self.work.summarise(jax.device_get(metrics))
+        self.checkpoints.check_best_metric(values)  # now, not when hours later it is needed
+        self.writer.advance(step)
+        if step % self.config.log_every == 0 or step == self.config.num_steps:
+            now = time.monotonic()
+            seconds = (now - self.clock) / (step - self.written)
+            self.clock, self.written = now, step
+            self.writer.write(step, values | {"time/step_seconds": seconds})
+
+    def _save(self, state) -> None:
+        self._fetch()
+        meta = self.work.describe() | {"step": self.step, "settings": jsonable(flatten(self.config))}
+        self.checkpoints.save(self.step, state, meta, self.latest)
+
+    def _stop_if_broken(self, state) -> None:
+        skipped = self.latest.get("skipped/in_row", 0)
+        if skipped < self.config.max_nonfinite:
+            return
+        self._save(state)
+        self.checkpoints.wait()
+        raise UserError(
+            f"the loss was not finite in {int(skipped)} updates in a row (config.max_nonfinite); stopped after step "
+            f"{self.step}, which is saved with the last good weights. Look at metrics.jsonl; a lower "
+            "optimizer.learning_rate or clean data may help"
+        )
