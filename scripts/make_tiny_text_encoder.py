@@ -1,4 +1,4 @@
-"""Make the text side of a tiny model: a tokenizer and a small umT5, both trained on the captions of the world of shapes.
+"""Make the text side of a tiny model: a tokenizer and a small umT5, trained on the captions of the world of shapes.
 
     python scripts/make_tiny_text_encoder.py --out weights/tiny
 

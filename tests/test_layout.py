@@ -21,7 +21,7 @@ ALLOWED = {
     "convert": {"models", "data.tokenizer"},
     "parallel": {"shapes"},
     "data": {"models", "parallel"},
-    "evaluation": {"shapes"},
+    "evaluation": {"shapes", "data.shapes_world"},
     "generation": {"models", "diffusion", "convert", "data", "parallel"},
     "training": {
         *("shapes", "models", "diffusion", "losses", "convert", "parallel", "data", "evaluation", "generation"),

@@ -6,6 +6,7 @@ of several phrasings. Directions are those seen in the picture. All random choic
 which NumPy fixes for all versions and platforms: an index is the same clip everywhere.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -61,6 +62,11 @@ STYLES = ("painted", "outline")
 PAPER = (0.95, 0.93, 0.88)  # the outline style's background, tinted by the painted one's
 STREAM = 0x5A9E6  # sets these draws apart from others that are seeded by an index
 
+_CLAUSE = re.compile(
+    r"(?P<colour>{}) (?P<shape>{})(?: (?:{}) (?:{}) (?P<direction>{}))?".format(
+        *("|".join(words) for words in (COLOURS, dict.fromkeys(SHAPES), VERBS["move"], SPEEDS, DIRECTIONS))
+    )
+)
 _WAVES = 3  # of the background's texture
 _WAVE_HEIGHT = 0.06  # of each of them, as a share of the background's brightness
 _PAN = 0.3  # way of the background in a clip whose camera pans, as a share of the picture's width
@@ -99,7 +105,7 @@ class Thing:
     @property
     def rgb(self) -> np.ndarray:
         """The surface's colour, each channel in 0..1."""
-        return (1 - self.grey) * np.asarray(COLOURS[self.colour]) + self.grey * 0.5
+        return _mixed(self.colour, self.grey)
 
     def centre(self, time: float) -> np.ndarray:
         """Where it is, (down, right), at `time` in 0..1."""
@@ -156,12 +162,9 @@ def scene(index: int) -> Scene:
     for i in range(count):
         tone = pick(TONES)
         grey = between(*TONES[tone])
-        stand_out = [
-            colour
-            for colour in colours
-            if np.linalg.norm((1 - grey) * np.asarray(COLOURS[colour]) + grey * 0.5 - BACKGROUNDS[background]) > CONTRAST
-        ]
-        colour = pick(stand_out)
+        contrast = {name: np.linalg.norm(_mixed(name, grey) - BACKGROUNDS[background]) for name in colours}
+        stand_out = [name for name in colours if contrast[name] > CONTRAST]
+        colour = pick(stand_out or [max(contrast, key=contrast.get)])
         colours.remove(colour)  # no two objects of a clip have the same
         shape, action = pick(SHAPES), pick(ACTIONS)
         if action == "turn" and shape == "circle":
@@ -183,6 +186,22 @@ def scene(index: int) -> Scene:
             )
         )
     return Scene(tuple(things), background, pan, phrasing, waves)
+
+
+@dataclass(frozen=True)
+class Named:
+    """What a caption says of one object; `direction` is empty for what stays where it is."""
+
+    shape: str
+    colour: str
+    direction: str
+
+
+def parse_caption(text: str) -> tuple[Named, ...]:
+    """Return the objects that a caption of this world names, in its order; empty for any other text."""
+    return tuple(
+        Named(**{name: word or "" for name, word in found.groupdict().items()}) for found in _CLAUSE.finditer(text)
+    )
 
 
 def caption(index: int) -> str:
@@ -247,6 +266,11 @@ def _paint(thing: Thing, time: float, height: int, width: int, style: str) -> tu
         return np.clip(0.5 - line * short, 0.0, 1.0), np.asarray(OUTLINE_COLOURS[thing.colour], np.float32)
     cover = np.clip(0.5 - outside * short, 0.0, 1.0)  # anti-aliased over one pixel
     return cover, _shade(thing.texture, down, right, radius)[..., None] * thing.rgb.astype(np.float32)
+
+
+def _mixed(colour: str, grey: float) -> np.ndarray:
+    """Return a colour mixed with so much mid grey, [3] in 0..1."""
+    return (1 - grey) * np.asarray(COLOURS[colour]) + grey * 0.5
 
 
 def _distance(shape: str, down: np.ndarray, right: np.ndarray, radius: float) -> np.ndarray:

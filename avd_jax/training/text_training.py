@@ -83,7 +83,9 @@ def _questions(tokenizer: Tokenizer, indices: range) -> tuple[np.ndarray, np.nda
         for thing in scene.things:
             # Clauses are found by their first word's place: each is the text up to it, in tokens.
             before = scene.caption.lower().index(thing.description)
-            start, end = (_tokens(tokenizer, scene.caption[:stop]) for stop in (before, before + len(thing.description)))
+            start, end = (
+                _tokens(tokenizer, scene.caption[:stop]) for stop in (before, before + len(thing.description))
+            )
             for i, (name, words) in enumerate(THING_WORDS.items()):
                 if thing.action == "move" or name not in ("direction", "speed"):
                     answers[row, start:end, i] = words.index(getattr(thing, name))
