@@ -1,7 +1,16 @@
 """Conversion between PyTorch's checkpoints and ours, in both directions."""
 
 from avd_jax.convert.layouts import student_settings, training_settings
-from avd_jax.convert.loading import dit_config, find_components, load_dit, load_tokenizer, load_umt5, load_vae
+from avd_jax.convert.loading import (
+    dit_config,
+    find_components,
+    load_dit,
+    load_interpolator,
+    load_tokenizer,
+    load_umt5,
+    load_vae,
+    open_interpolator_of,
+)
 from avd_jax.convert.saving import LAYOUTS, check_writable, export_dit, save_orbax, save_tokenizer
 from avd_jax.convert.state import flat_state, from_flat
 
@@ -14,9 +23,11 @@ __all__ = [
     "flat_state",
     "from_flat",
     "load_dit",
+    "load_interpolator",
     "load_tokenizer",
     "load_umt5",
     "load_vae",
+    "open_interpolator_of",
     "save_orbax",
     "save_tokenizer",
     "student_settings",

@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from avd_jax.convert import dit_rules, umt5_rules, vae_rules
+from avd_jax.convert import dit_rules, interpolator_rules, umt5_rules, vae_rules
 from avd_jax.convert.engine import Rule
 from avd_jax.convert.state import flat_state
 from avd_jax.errors import UserError, closest
+from avd_jax.models.interpolator import Interpolator, InterpolatorConfig
 from avd_jax.models.umt5 import UMT5Config, UMT5Encoder
 from avd_jax.models.wan_dit import WanDiT, WanDiTConfig
 from avd_jax.models.wan_vae import WanVAE, WanVAEConfig
@@ -36,6 +37,7 @@ class Architecture:
       config_from_json: `(entries, name)` reads the config.json that lies beside the weights.
       config_from_shapes: `(native key -> shape, name)` reads the sizes off the weights, where no config.json does.
       ignored: prefixes of keys that a file may have and this network does not need.
+      within: prefixes that this network's keys may have in a file of another network, which the others do not have.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Architecture:
     config_from_json: Callable[[dict, str], Any]
     config_from_shapes: Callable[[Shapes, str], Any]
     ignored: tuple[str, ...] = ()
+    within: tuple[str, ...] = ()
 
     def abstract(self, config, dtype=jnp.float32, **options) -> nnx.Module:
         """Return the module without arrays."""
@@ -141,6 +144,10 @@ def _build_vae(config: WanVAEConfig, dtype) -> WanVAE:
     return WanVAE(config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype)
 
 
+def _build_interpolator(config: InterpolatorConfig, dtype) -> Interpolator:
+    return Interpolator(config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype)
+
+
 def _build_umt5(config: UMT5Config, dtype) -> UMT5Encoder:
     return UMT5Encoder(config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype)
 
@@ -155,7 +162,7 @@ WAN_DIT = Architecture(
     diffusers_rules=dit_rules.diffusers_rules,
     config_from_json=_dit_from_json,
     config_from_shapes=_dit_from_shapes,
-    ignored=("interp.",),  # AVD trains its frame interpolator inside the generator
+    ignored=interpolator_rules.PREFIXES,  # AVD has its frame interpolator inside the generator
 )
 WAN_VAE = Architecture(
     name="wan_vae",
@@ -179,7 +186,19 @@ UMT5 = Architecture(
     config_from_json=lambda entries, name: umt5_rules.config_from_diffusers(entries),
     config_from_shapes=lambda shapes, name: umt5_rules.config_from_native(shapes),
 )
-ARCHITECTURES = (WAN_DIT, WAN_VAE, UMT5)
+INTERPOLATOR = Architecture(
+    name="interpolator",
+    component="interpolator",
+    label="frame interpolator",
+    config_class=InterpolatorConfig,
+    build=_build_interpolator,
+    native_rules=interpolator_rules.rules,
+    diffusers_rules=interpolator_rules.rules,
+    config_from_json=lambda entries, name: interpolator_rules.config_from_json(entries, name=name),
+    config_from_shapes=lambda shapes, name: interpolator_rules.config_from_shapes(shapes, name=name),
+    within=interpolator_rules.PREFIXES,
+)
+ARCHITECTURES = (WAN_DIT, WAN_VAE, UMT5, INTERPOLATOR)
 
 
 def in_native_names(architecture: Architecture, shapes: Shapes) -> dict[str, tuple[int, ...]]:

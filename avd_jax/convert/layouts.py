@@ -8,7 +8,8 @@ from typing import Any
 
 import orbax.checkpoint as ocp
 
-from avd_jax.convert.architectures import UMT5, WAN_DIT, Architecture
+from avd_jax.convert.architectures import INTERPOLATOR, UMT5, WAN_DIT, Architecture
+from avd_jax.convert.interpolator_rules import CLASS_NAME as INTERPOLATOR_CLASS
 from avd_jax.errors import UserError, closest
 
 # The component's record in the config.json of our own layout is under this key.
@@ -29,6 +30,8 @@ _EXPECTED = {
     "ours), model.pt (AVD), or checkpoints/ (a training run)",
     "vae": "Wan2.1_VAE.pth (Wan's folder) or vae/ (diffusers' or ours)",
     "text_encoder": "models_t5_umt5-xxl-enc-bf16.pth (Wan's folder) or text_encoder/ (diffusers' or ours)",
+    "interpolator": "interpolator/ (diffusers' or ours), model.pt (AVD), an export of a student that has one, or "
+    "checkpoints/ (a training run of one)",
     "tokenizer": "google/umt5-xxl/ (Wan's folder) or tokenizer/ (diffusers' or ours)",
 }
 
@@ -195,12 +198,31 @@ def _in_folder(path: Path, architecture: Architecture, key: str) -> TorchFiles |
             file = path / (_NATIVE_NAMES[architecture.component] + suffix)
             if file.is_file():
                 return TorchFiles((file,), None, single=False)
-    if architecture is WAN_DIT and (step := training_step(path)) is not None:
-        return _checkpoint_item(step, key)
+    if architecture in (WAN_DIT, INTERPOLATOR) and (step := training_step(path)) is not None:
+        return _in_training_run(step, architecture, key)
     if architecture is WAN_DIT and (path / "model.pt").is_file():
         config = path / "config.json"
         return TorchFiles((path / "model.pt",), config if config.is_file() else None, single=False)
+    if architecture is INTERPOLATOR and (files := _student_files(path)):
+        return TorchFiles(files, None, single=False)
     return None
+
+
+def _in_training_run(step: Path, architecture: Architecture, key: str) -> TorchFiles | OrbaxTree | None:
+    """Find what a checkpoint holds; an interpolator is trained in a run of its own, or lies in its student's run."""
+    if architecture is WAN_DIT or _record(step).get("name") == INTERPOLATOR.name:
+        return _checkpoint_item(step, key)
+    folder = step.parent.parent / INTERPOLATOR.component
+    return _in_folder(folder, INTERPOLATOR, key) if folder.is_dir() else None
+
+
+def _student_files(path: Path) -> tuple[Path, ...]:
+    """Return the files of a student in AVD's or Wan's own layout, in which an interpolator may lie too."""
+    if (path / "model.pt").is_file():
+        return (path / "model.pt",)
+    config = path / "config.json"
+    native = config.is_file() and read_json(config).get("_class_name") == "WanModel"
+    return _weight_files(path) if native else ()
 
 
 def _is_own_folder(path: Path, architecture: Architecture) -> bool:
@@ -211,6 +233,8 @@ def _is_own_folder(path: Path, architecture: Architecture) -> bool:
     entries = read_json(config)
     if entries.get("_class_name") == "AutoencoderKLWan":
         return architecture.component == "vae"
+    if entries.get("_class_name") == INTERPOLATOR_CLASS:
+        return architecture is INTERPOLATOR
     if "d_model" in entries or str(entries.get("model_type", "")).endswith("t5"):
         return architecture is UMT5
     return architecture is WAN_DIT
@@ -237,8 +261,11 @@ def _checkpoint_item(step: Path, key: str) -> OrbaxTree:
     item = CHECKPOINT_ITEMS.get(key, key)
     if item not in items:
         raise UserError(f"{step}: holds no {key!r}, but {', '.join(items) or 'nothing'}{closest(item, items)}")
-    meta = step / "meta" / "metadata"
-    return OrbaxTree(step / item, read_json(meta).get("architecture"), meta, several_networks=True)
+    return OrbaxTree(step / item, _record(step), step / "meta" / "metadata", several_networks=True)
+
+
+def _record(step: Path) -> Any:
+    return read_json(step / "meta" / "metadata").get("architecture")
 
 
 def _tokenizer_in(path: Path) -> Path | None:

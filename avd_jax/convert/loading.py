@@ -1,18 +1,20 @@
 """The public loaders: a path in any layout -> a module with its weights."""
 
+import contextlib
 import functools
 from collections.abc import Sequence
 from pathlib import Path
 
 import jax.numpy as jnp
 
-from avd_jax.convert.architectures import ARCHITECTURES, UMT5, WAN_DIT, WAN_VAE
+from avd_jax.convert.architectures import ARCHITECTURES, INTERPOLATOR, UMT5, WAN_DIT, WAN_VAE
 from avd_jax.convert.layouts import NotHereError, find_tokenizer
 from avd_jax.convert.weights import Sharding, Weights, load_module, open_weights
 
 # The one import from data/: a tokenizer comes with the weights, and its file imports nothing else of ours.
 from avd_jax.data.tokenizer import Tokenizer
 from avd_jax.errors import UserError, closest
+from avd_jax.models.interpolator import Interpolator
 from avd_jax.models.umt5 import UMT5Encoder
 from avd_jax.models.wan_dit import WanDiT, WanDiTConfig
 from avd_jax.models.wan_vae import WanVAE
@@ -58,6 +60,38 @@ def load_umt5(path: str | Path, dtype=jnp.float32, *, sharding: Sharding | None 
     return load_module(open_weights(path, UMT5, key=""), dtype, sharding)
 
 
+def load_interpolator(
+    path: str | Path, dtype=jnp.float32, key: str = "generator", *, sharding: Sharding | None = None
+) -> Interpolator:
+    """Load a frame interpolator.
+
+    Args:
+      path: a student that has one (an AVD checkpoint `model.pt`, a training run, an export), the training run of an
+        interpolator, or its own file or folder in any layout.
+      dtype, sharding: as in `load_dit`.
+      key: which weights of a training run: "generator" or "ema".
+
+    Raises:
+      UserError: as in `load_dit`.
+    """
+    return load_module(open_weights(path, INTERPOLATOR, key), dtype, sharding)
+
+
+def open_interpolator_of(path: str | Path) -> Weights | None:
+    """Open the interpolator that lies with the student at `path` (as in `load_dit`); None where there is none."""
+    path = Path(path)
+    places = [path]
+    folder = path.parent if path.is_file() else path
+    if folder.name == WAN_DIT.component:  # of diffusers' layout or ours: the interpolator's folder stands beside it
+        places = [folder.parent]
+    elif path.is_file():
+        places.append(folder)
+    for place in places:
+        with contextlib.suppress(NotHereError):
+            return open_weights(place, INTERPOLATOR, "generator")
+    return None
+
+
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Load umT5's tokenizer from a folder of weights in any layout, or from its own folder; errors as in `load_dit`."""
     return Tokenizer.from_path(find_tokenizer(Path(path)))
@@ -80,7 +114,7 @@ def find_components(
     """
     openers = {
         architecture.component: functools.partial(
-            open_weights, path, architecture, "generator" if architecture is WAN_DIT else ""
+            open_weights, path, architecture, "generator" if architecture in (WAN_DIT, INTERPOLATOR) else ""
         )
         for architecture in ARCHITECTURES
     } | {"tokenizer": functools.partial(load_tokenizer, path)}
@@ -94,7 +128,8 @@ def find_components(
         except NotHereError as error:
             if wanted:
                 raise
-            missing.append(name)
+            if name != INTERPOLATOR.component:  # Wan has none, so nobody misses it
+                missing.append(name)
             reason = error
     if not found:
         raise UserError(f"{path}: nothing to convert here; {reason}")

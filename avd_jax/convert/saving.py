@@ -4,19 +4,21 @@ Every folder is written beside its final name and renamed once it is complete.
 """
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from avd_jax.convert import dit_rules, orbax_io
-from avd_jax.convert.architectures import WAN_DIT
-from avd_jax.convert.engine import source_shapes, tensors_to_torch
+from avd_jax.convert import dit_rules, interpolator_rules, orbax_io
+from avd_jax.convert.architectures import INTERPOLATOR, WAN_DIT
+from avd_jax.convert.engine import Rule, source_shapes, tensors_to_torch
 from avd_jax.convert.layouts import OUR_KEY, STUDENT_FILE, read_json, student_settings, training_settings
+from avd_jax.convert.loading import open_interpolator_of
 from avd_jax.convert.model_card import model_card, scheduler_config
 from avd_jax.convert.safetensors_io import write_safetensors
 from avd_jax.convert.weights import Weights, open_weights
@@ -72,6 +74,9 @@ def export_dit(
 ) -> dict | None:
     """Write a transformer as safetensors with its config.json and a model card.
 
+    An interpolator that lies with the transformer comes along: in the native layout in the same file, under the keys of
+    an AVD checkpoint, else as a folder `interpolator/` of its own.
+
     Args:
       path: a training run, one of its checkpoints, or weights in any other layout, as for `load_dit`.
       folder: final folder.
@@ -93,16 +98,20 @@ def export_dit(
     native = layout == "native"
     rules = (dit_rules.native_rules if native else dit_rules.diffusers_rules)(weights.config)
     config = (dit_rules.config_to_native if native else dit_rules.config_to_diffusers)(weights.config)
-    tensors: dict[str, jax.ShapeDtypeStruct] = {}
-    for leaf_path, leaf in weights.leaves.items():
-        for name, shape in source_shapes(rules, {leaf_path: leaf}):
-            tensors[name] = _with_dtype(jax.ShapeDtypeStruct(shape, leaf.dtype), dtype)
+    tensors, stream = _as_torch(weights, rules, dtype)
+    interpolator = open_interpolator_of(path)
+    if interpolator is not None and native:
+        prefix = interpolator_rules.PREFIX
+        more, more_stream = _as_torch(interpolator, interpolator_rules.rules(interpolator.config), dtype)
+        tensors |= {prefix + name: leaf for name, leaf in more.items()}
+        stream = itertools.chain(stream, ((prefix + name, array) for name, array in more_stream))
     with _complete_folder(folder, overwrite=overwrite, ours=_is_export) as temporary:
         model = temporary if native else temporary / "transformer"
         model.mkdir(parents=True)
-        stream = tensors_to_torch(rules, weights.arrays(dtype))
         write_safetensors(model, tensors, stream, stem=_STEM, max_shard_bytes=max_shard_bytes)
         _write_json(model / "config.json", config)
+        if interpolator is not None and not native:
+            write_interpolator(interpolator, temporary / INTERPOLATOR.component, dtype)
         if student is not None:
             _write_json(temporary / STUDENT_FILE, student)
             if not native:
@@ -111,6 +120,23 @@ def export_dit(
         card = model_card(weights.config, layout=layout, student=student, settings=training_settings(path))
         (temporary / "README.md").write_text(card, encoding="utf-8")
     return student
+
+
+def write_interpolator(weights: Weights, folder: Path, dtype=None) -> None:
+    """Write an interpolator to `folder`, which is made: safetensors under the authors' keys, and config.json."""
+    folder.mkdir(parents=True)
+    tensors, stream = _as_torch(weights, interpolator_rules.rules(weights.config), dtype)
+    write_safetensors(folder, tensors, stream, stem=_STEM, max_shard_bytes=MAX_SHARD_BYTES)
+    _write_json(folder / "config.json", interpolator_rules.config_to_json(weights.config))
+
+
+def _as_torch(weights: Weights, rules: Sequence[Rule], dtype) -> tuple[dict[str, jax.ShapeDtypeStruct], Iterator]:
+    """Return PyTorch key -> shape and dtype, and the tensors themselves, one at a time."""
+    tensors = {}
+    for path, leaf in weights.leaves.items():
+        for name, shape in source_shapes(rules, {path: leaf}):
+            tensors[name] = _with_dtype(jax.ShapeDtypeStruct(shape, leaf.dtype), dtype)
+    return tensors, tensors_to_torch(rules, weights.arrays(dtype))
 
 
 def check_writable(folder: Path, *, overwrite: bool, ours: Callable[[Path], bool] | None = None) -> None:
@@ -158,7 +184,7 @@ def _is_our_component(folder: Path) -> bool:
 
 def _is_export(folder: Path) -> bool:
     """Whether a folder holds what `export_dit` writes and nothing else, so that replacing it loses nothing."""
-    names = {"README.md", "config.json", "transformer", "scheduler", STUDENT_FILE}
+    names = {"README.md", "config.json", "transformer", "scheduler", INTERPOLATOR.component, STUDENT_FILE}
     return all(child.name in names or child.name.startswith(f"{_STEM}") for child in folder.iterdir())
 
 

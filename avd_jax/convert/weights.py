@@ -187,6 +187,10 @@ def _open_tensors(found: TorchFiles, architecture: Architecture, key: str, name:
             tensors[stored_key] = (file, stored_key, leaf)
     if not tensors:
         raise UserError(f"{name}: holds no tensor")
+    for prefix in architecture.within:
+        inside = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+        if inside:
+            return inside
     for prefix in _PREFIXES:
         if all(stored_key.startswith(prefix) for stored_key in tensors):
             tensors = {stored_key.removeprefix(prefix): value for stored_key, value in tensors.items()}

@@ -21,6 +21,7 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"\.(ffn_0|text_embedding_0|time_embedding_0|time_projection_1)\.kernel$", P("fsdp", None)),
     (r"\.(ffn_2|text_embedding_2|time_embedding_2|patch_embedding)\.kernel$", P(None, "fsdp")),
     (r"\.head\.head\.kernel$", P("fsdp", None)),
+    (r"\.((enc|dec)\d\.conv|upconv\d)\.kernel$", P(None, None, None, "fsdp")),  # of the interpolator, output last
     (r"\.(bias|scale|modulation)$", P()),
 )
 LARGE_LEAF = 1 << 20  # elements; smaller leaves that no rule matches are replicated

@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from avd_jax.convert import dit_rules, umt5_rules, vae_rules
-from avd_jax.convert.architectures import UMT5, WAN_DIT, WAN_VAE, Architecture
+from avd_jax.convert import dit_rules, interpolator_rules, umt5_rules, vae_rules
+from avd_jax.convert.architectures import INTERPOLATOR, UMT5, WAN_DIT, WAN_VAE, Architecture
 from avd_jax.convert.engine import source_shapes, tensors_to_torch
 from avd_jax.convert.safetensors_io import write_safetensors
 from avd_jax.convert.saving import MAX_SHARD_BYTES
 from avd_jax.convert.state import flat_state
+from avd_jax.models.interpolator import Interpolator
 from avd_jax.models.umt5 import UMT5Encoder
 from avd_jax.models.wan_dit import WanDiT
 from avd_jax.models.wan_vae import WanVAE
@@ -27,6 +28,12 @@ def write_vae(vae: WanVAE, folder: Path, dtype=jnp.float32) -> None:
 def write_dit(dit: WanDiT, folder: Path, dtype=jnp.float32) -> None:
     """Write a transformer to `folder/transformer`."""
     _write(WAN_DIT, dit, dit_rules.config_to_diffusers(dit.config), folder, "diffusion_pytorch_model", dtype)
+
+
+def write_interpolator(unet: Interpolator, folder: Path, dtype=jnp.float32) -> None:
+    """Write a frame interpolator to `folder/interpolator`."""
+    config = interpolator_rules.config_to_json(unet.config)
+    _write(INTERPOLATOR, unet, config, folder, "diffusion_pytorch_model", dtype)
 
 
 def write_text_encoder(umt5: UMT5Encoder, folder: Path, dtype=jnp.float32) -> None:
