@@ -12,8 +12,6 @@ from avd_jax.training.vae_training import FIELDS
 def get_config():
     """Return the config."""
     config = config_from(FIELDS)
-    config.num_steps = 3500
-    config.optimizer.learning_rate = 4e-4
-    config.optimizer.warmup_steps = 200
-    config.batch_size = 4
+    config.num_steps = 1200
+    config.optimizer.learning_rate = 1e-3
     return config

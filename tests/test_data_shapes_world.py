@@ -122,7 +122,7 @@ def test_grows_shrinks_turns_and_rests():
     assert area["rest"][0] == area["rest"][1]
     square = dataclasses.replace(PLAIN, shape="square")
     turned = mask_of(dataclasses.replace(square, action="turn"), 1)
-    assert turned.sum() == pytest.approx(mask_of(square, 1).sum(), rel=0.03)
+    assert turned.sum() == pytest.approx(mask_of(square, 1).sum(), rel=0.06)
     assert (turned != mask_of(square, 1)).mean() > 0.02
 
 

@@ -78,8 +78,9 @@ def lines(workdir):
 
 
 def numbers(workdir):
-    """The metrics but for the times."""
-    return [{name: value for name, value in line.items() if not name.startswith("time/")} for line in lines(workdir)]
+    """The metrics of the updates, but for the times."""
+    updates = [line for line in lines(workdir) if "loss/generator" in line]
+    return [{name: value for name, value in line.items() if not name.startswith("time/")} for line in updates]
 
 
 def steps(workdir):
@@ -313,6 +314,9 @@ def test_samples(inputs, tmp_path, capsys):
         assert (folder / f"step_{step:06d}.png").stat().st_size > 1000
     assert (folder / "step_000000.png").read_bytes() != (folder / "step_000002.png").read_bytes()
     assert len(list(folder.glob("teacher_latents_*.npy"))) == 1
+    measured = [line for line in lines(workdir) if "meter/saturation" in line]
+    assert [line["step"] for line in measured] == [0, 2]
+    assert all(line["meter/teacher_saturation"] > 0 and "samples/flicker" in line for line in measured)
     assert capsys.readouterr().out.count("sampling the teacher: 2 videos, 2x2 steps each") == 1
 
     # Other samples later: the teacher's are made anew, the training stays what it was.

@@ -105,8 +105,12 @@ def test_metrics():
         *(f"loss/{name}" for name in ("generator", "distribution_matching", "regression", "temporal")),
         *("regression/weight", "grad_norm/generator", "skipped/total", "skipped/in_row"),
         *(f"regression/ema_{i}" for i in range(4)),
+        *("meter/latent_temporal_variance", "meter/latent_spread", "rollout_stop"),
+        *("regression_weight", "timestep_index"),
     }
-    assert all(value.shape == () for value in metrics.values())
+    by_example = {"regression_weight", "timestep_index"}
+    size = make_batch()["latents"].shape[0]
+    assert all(value.shape == ((size,) if name in by_example else ()) for name, value in metrics.items())
 
 
 @pytest.mark.parametrize("parts", [2, 4])
@@ -272,7 +276,7 @@ def on_mesh(sizes, compute_dtype="float32", remat="none", number_of_updates=2):
             for update in updates[:number_of_updates]:
                 old = state
                 state, metrics = update(state, frozen, batch, jax.random.key(number))
-                logged |= {f"{number}/{name}": float(value) for name, value in metrics.items()}
+                logged |= {f"{number}/{name}": np.asarray(value) for name, value in metrics.items()}
                 history.append(old)
     return state, logged, abstract, updates, history
 

@@ -33,6 +33,7 @@ SIZES = WanVAEConfig(base_dim=4, dim_mult=(1, 1, 1, 1), num_res_blocks=1)
 def tiny_config(**changes):
     config = config_from(FIELDS)
     config.model.base_dim, config.model.dim_mult, config.model.num_res_blocks = 4, (1, 1, 1, 1), 1
+    config.model.temporal_downsample = (False, True, True)
     config.num_steps, config.batch_size, config.log_every, config.checkpoint_every = 4, 1, 1, 0
     config.data.crop_frames, config.data.crop_size = 5, 16
     config.optimizer.warmup_steps = 1

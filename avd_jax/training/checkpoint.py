@@ -30,7 +30,7 @@ class State(Protocol):
 
 
 class Checkpoints:
-    """The checkpoints of one workdir."""
+    """The checkpoints of one workdir; `best_metric` is the name of the metric that rates them, or empty."""
 
     def __init__(self, workdir: Path, *, keep: int, best_metric: str = "", best_mode: str = "min"):
         """Open or create `workdir/checkpoints`.
@@ -47,9 +47,9 @@ class Checkpoints:
         _ignore_closed_loops()
         self.folder = workdir.absolute() / "checkpoints"
         policies = [preservation_policy.LatestN(keep)]
-        self._best_metric, self._sign = best_metric, 1 if best_mode == "max" else -1
+        self.best_metric, self._sign = best_metric, 1 if best_mode == "max" else -1
         best = {}
-        if self._best_metric:
+        if self.best_metric:
             best["best_fn"] = self._rank  # without it Orbax does not write the metrics, and forgets the best on resume
             policies.append(
                 preservation_policy.BestN(get_metric_fn=self._rank, n=1, keep_checkpoints_without_metrics=False)
@@ -69,15 +69,15 @@ class Checkpoints:
 
     def _rank(self, metrics: Mapping[str, float]) -> float:
         """Return how good a checkpoint is; one whose metric is not finite is never the best."""
-        value = metrics[self._best_metric]
+        value = metrics[self.best_metric]
         return self._sign * value if math.isfinite(value) else -math.inf
 
     def check_best_metric(self, metrics: Mapping[str, float]) -> None:
         """Raise a UserError where the metric that chooses the best checkpoint is not among those that are logged."""
-        if self._best_metric and self._best_metric not in metrics:
+        if self.best_metric and self.best_metric not in metrics:
             raise UserError(
-                f"config.checkpoint.best_metric={self._best_metric!r} is not logged"
-                f"{closest(self._best_metric, metrics)}; use one of {', '.join(metrics)}"
+                f"config.checkpoint.best_metric={self.best_metric!r} is not logged"
+                f"{closest(self.best_metric, metrics)}; use one of {', '.join(metrics)}"
             )
 
     def latest_step(self) -> int | None:
@@ -93,8 +93,8 @@ class Checkpoints:
         if step in self._manager.all_steps():
             return
         best = {}
-        if self._best_metric and metrics:
-            best = {"metrics": {self._best_metric: metrics[self._best_metric]}}
+        if self.best_metric in metrics:
+            best = {"metrics": {self.best_metric: metrics[self.best_metric]}}
         items = {name: ocp.args.StandardSave(tree) for name, tree in state.to_items().items()}
         with self._reporting(step):
             self._manager.save(step, args=ocp.args.Composite(meta=ocp.args.JsonSave(dict(meta)), **items), **best)

@@ -63,6 +63,14 @@ FIELDS: dict[str, tuple[object, str]] = {
     "checkpoint.keep": (2, "newest checkpoints to keep"),
     "checkpoint.best_metric": ("", "keep the best checkpoint by this metric too, such as 'loss/regression'"),
     "checkpoint.best_mode": ("min", "whether the best is the 'min' or the 'max'"),
+    "meters.temporal_variance": ((0.5, 2.0), "band of the student's variance along frames, as a share of real videos'"),
+    "meters.saturation": (
+        (0.7, 1.4),
+        "band of its mean HSV saturation; a meter that leaves its band is a warning line",
+    ),
+    "meters.colourfulness": ((0.7, 1.4), "band of its colourfulness (Hasler and Suesstrunk)"),
+    "meters.latent_temporal_variance": ((0.4, 2.0), "band of the variance of its latents along frames"),
+    "meters.latent_spread": ((0.7, 1.4), "band of the deviation of its latents over height and width"),
     "max_nonfinite": (10, "updates in a row that may be skipped for a non-finite loss before the run stops"),
     "sample_every": (100, "generator updates between two sets of sample videos; 0: never"),
     "sample.prompts": (4, "prompts to sample: the first ones of data.prompts"),
@@ -113,6 +121,9 @@ def validate(config) -> None:
     _check(flat, "score.shift", 0 < flat["score.shift"] < math.inf, "must be positive")
     _check(flat, "sample.teacher_shift", 0 < flat["sample.teacher_shift"] < math.inf, "must be positive")
     _check(flat, "loss.temporal_clip", not math.isnan(flat["loss.temporal_clip"]), "must be a number")
+    for name in (name for name in flat if name.startswith("meters.")):
+        low, high = flat[name]
+        _check(flat, name, low < 1 < high, "must be two numbers, below and above 1")
     parts, batch = flat["accumulation_steps"], flat["batch_size"]
     _check(flat, "accumulation_steps", batch % parts == 0, f"must divide batch_size={batch}")
     _check(flat, "init_from", flat["init_from"], "must name the teacher's weights")

@@ -223,7 +223,7 @@ def _work(run: Fit, key) -> Work[FitState]:
         config=run.config,
         dispatch=lambda state, step: run.step(state, next(run.batches), jax.random.fold_in(key, step)),
         describe=lambda: {"architecture": run.architecture, "data": run.batches.get_state()},
-        summarise=lambda metrics: {name: float(value) for name, value in metrics.items()},
+        summarise=lambda step, metrics: {name: float(value) for name, value in metrics.items()},
         sample=run.on_checkpoint,
         sample_every=run.config.checkpoint_every,
     )

@@ -29,15 +29,18 @@ class Work(Generic[SomeState]):
       config: `num_steps`, `log_every`, `checkpoint_every` and `max_nonfinite` are read here, all of it is recorded.
       dispatch: `(state, step) -> (state, metrics)`, the step from `step` to `step + 1`; it must not wait for it.
       describe: says what a checkpoint records besides arrays, step and settings, such as the data's position.
-      summarise: makes the numbers to log of the metrics, once they are on the host; `skipped/in_row` is among them.
-      sample: called with `(step, state)` every `sample_every` steps, after the checkpoint; its time is not a step's.
+      summarise: `(step, metrics) -> numbers to log`, once they are on the host; `skipped/in_row` is among them.
+      standing: numbers of earlier steps that a checkpoint may be rated by too.
+      sample: called with `(step, state)` every `sample_every` steps, after the checkpoint unless that is rated by the
+        samples; its time is not a step's.
       sample_every: 0 never samples.
     """
 
     config: object
     dispatch: Callable[[SomeState, int], tuple[SomeState, object]]
     describe: Callable[[], dict]
-    summarise: Callable[[Mapping], dict[str, float]]
+    summarise: Callable[[int, Mapping], dict[str, float]]
+    standing: Callable[[], dict[str, float]] = dict
     sample: Callable[[int, SomeState], object] = lambda step, state: None
     sample_every: int = 0
 
@@ -74,13 +77,12 @@ class _HostLoop:
             self._fetch()  # of the step before, while the devices work on this one
             self.step += 1
             self.pending = self.step, metrics
+            actions = [self._sample] if self.work.sample_every and self.step % self.work.sample_every == 0 else []
             if config.checkpoint_every and self.step % config.checkpoint_every == 0:
-                self._save(state)
-            if self.work.sample_every and self.step % self.work.sample_every == 0:
-                self._fetch()
-                started = time.monotonic()
-                self.work.sample(self.step, state)
-                self.clock += time.monotonic() - started
+                rated_by_samples = self.checkpoints.best_metric in self.work.standing()
+                actions.insert(len(actions) if rated_by_samples else 0, self._save)
+            for act in actions:
+                act(state)
             self._stop_if_broken(state)
         self._save(state)
         self.checkpoints.wait()
@@ -93,14 +95,20 @@ class _HostLoop:
         self.writer.message(f"done: {self.step} steps, checkpoints in {self.checkpoints.folder}")
         return 0, state
 
+    def _sample(self, state) -> None:
+        self._fetch()
+        started = time.monotonic()
+        self.work.sample(self.step, state)
+        self.clock += time.monotonic() - started
+
     def _fetch(self) -> None:
         """Bring the last step's metrics to the host and log them."""
         if self.pending is None:
             return
         step, metrics = self.pending
         self.pending = None
-        self.latest = values = self.work.summarise(jax.device_get(metrics))
-        self.checkpoints.check_best_metric(values)  # now, not when hours later it is needed
+        self.latest = values = self.work.summarise(step, jax.device_get(metrics))
+        self.checkpoints.check_best_metric(self.work.standing() | values)  # now, not when hours later it is needed
         self.writer.advance(step)
         if step % self.config.log_every == 0 or step == self.config.num_steps:
             now = time.monotonic()
@@ -111,7 +119,7 @@ class _HostLoop:
     def _save(self, state) -> None:
         self._fetch()
         meta = self.work.describe() | {"step": self.step, "settings": jsonable(flatten(self.config))}
-        self.checkpoints.save(self.step, state, meta, self.latest)
+        self.checkpoints.save(self.step, state, meta, self.work.standing() | self.latest)
 
     def _stop_if_broken(self, state) -> None:
         skipped = self.latest.get("skipped/in_row", 0)

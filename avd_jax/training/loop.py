@@ -17,6 +17,7 @@ from avd_jax.training.config import FIELDS, validate
 from avd_jax.training.cost import cycle_cost, fake_score_updates
 from avd_jax.training.fields import describe
 from avd_jax.training.host_loop import Work, run_steps
+from avd_jax.training.meters import BINS, Meters
 from avd_jax.training.metrics import MetricsWriter
 from avd_jax.training.run import Run, build_run
 from avd_jax.training.samples import SampleWriter
@@ -52,16 +53,19 @@ def train(config, workdir: Path) -> int:
                 return 0
             if first_step:
                 writer.message(f"going on from step {first_step}")
-            samples = SampleWriter(run, workdir, writer) if config.sample_every else None
+            meters = Meters(config.meters, config.student.timesteps, writer.message)
+            samples = SampleWriter(run, workdir, writer, meters) if config.sample_every else None
             if samples and not first_step and not stop.signal:
                 samples.write(0, state)
-            status, _ = run_steps(_work(run, key, batches, samples), state, checkpoints, writer, stop)
+            status, _ = run_steps(_work(run, key, batches, samples, meters, writer), state, checkpoints, writer, stop)
             return status
         finally:
             writer.close()
 
 
-def _work(run: Run, key, batches, samples: SampleWriter | None) -> Work[TrainState]:
+def _work(
+    run: Run, key, batches, samples: SampleWriter | None, meters: Meters, writer: MetricsWriter
+) -> Work[TrainState]:
     updates = fake_score_updates(run.config)
 
     def dispatch(state: TrainState, step: int):
@@ -85,24 +89,26 @@ def _work(run: Run, key, batches, samples: SampleWriter | None) -> Work[TrainSta
             "data": batches.get_state(),
         }
 
+    def summarise(step: int, metrics: tuple[Mapping, list[Mapping]]) -> dict[str, float]:
+        """Return the generator's metrics, the means over fake_score's updates of the cycle, and the meters."""
+        values, fake_score = dict(metrics[0]), metrics[1]
+        for name, counts in meters.after_update(step, values).items():
+            writer.histogram(step, name, counts, BINS)
+        values = {name: float(value) for name, value in values.items()}
+        for name in ("loss/fake_score", "grad_norm/fake_score"):
+            if fake_score:
+                values[name] = float(np.mean([update[name] for update in fake_score]))
+        return values
+
     return Work(
         config=run.config,
         dispatch=dispatch,
         describe=describe,
-        summarise=_summarise,
+        summarise=summarise,
+        standing=lambda: meters.values,
         sample=samples.write if samples else lambda step, state: None,
         sample_every=run.config.sample_every,
     )
-
-
-def _summarise(metrics: tuple[Mapping, list[Mapping]]) -> dict[str, float]:
-    """Return the generator's metrics, and the means over fake_score's updates of the cycle."""
-    generator, fake_score = metrics
-    values = {name: float(value) for name, value in generator.items()}
-    for name in ("loss/fake_score", "grad_norm/fake_score"):
-        if fake_score:
-            values[name] = float(np.mean([update[name] for update in fake_score]))
-    return values
 
 
 def _start(run: Run, checkpoints: Checkpoints):

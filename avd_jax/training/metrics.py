@@ -9,7 +9,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -39,13 +39,8 @@ class MetricsWriter:
         )
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Log the metrics of one generator update; a number that is not finite becomes null in the JSON."""
-        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        with self._reporting():
-            self._file.write(json.dumps({"step": step, **finite}) + "\n")
-            self._file.flush()
-        for name, value in metrics.items():
-            self._board.add_scalar(name, value, step)
+        """Log and show the metrics of one update."""
+        self.record(step, metrics)
         losses = {name: value for name, value in metrics.items() if name.startswith("loss/")}
         shown = {name.removeprefix("loss/"): f"{value:.4g}" for name, value in losses.items()}
         self._bar.set_postfix(shown, refresh=False)
@@ -53,6 +48,22 @@ class MetricsWriter:
             text = "  ".join(f"{name} {value}" for name, value in shown.items())
             seconds = metrics.get("time/step_seconds", math.nan)
             print(f"step {step}/{self._num_steps}  {text}  {seconds:.2f} s/step", flush=True)
+
+    def record(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Log numbers without showing them; one that is not finite becomes null in the JSON."""
+        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        with self._reporting():
+            self._file.write(json.dumps({"step": step, **finite}) + "\n")
+            self._file.flush()
+        for name, value in metrics.items():
+            self._board.add_scalar(name, value, step)
+
+    def histogram(self, step: int, name: str, counts: Sequence[int], edges: np.ndarray) -> None:
+        """Log how many values fell between neighbouring `edges`."""
+        with self._reporting():
+            self._file.write(json.dumps({"step": step, name: list(counts)}) + "\n")
+        middles = (np.asarray(edges[1:]) + edges[:-1]) / 2
+        self._board.add_histogram(name, np.repeat(middles, counts), step, bins=edges)
 
     def advance(self, step: int) -> None:
         """Move the progress bar to `step`."""

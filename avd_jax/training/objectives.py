@@ -19,6 +19,7 @@ from avd_jax.diffusion.student import backward_simulation, initial_noise
 from avd_jax.losses.adaptive_regression import LossHistory, regression_loss, weights_and_update
 from avd_jax.losses.distribution_matching import distribution_matching_loss, flow_matching_loss
 from avd_jax.losses.temporal import temporal_loss
+from avd_jax.training.meters import LATENT, latent_meters
 from avd_jax.training.networks import Networks, Params
 
 # Streams of an update's key, and of an example's.
@@ -85,7 +86,8 @@ def generator_loss(
 
     Returns:
       (loss, parts): a scalar, and a dict with `distribution_matching` [B], `temporal` scalar, and `regression`,
-      `regression_weight`, `timestep_index` [B]; a term that is switched off is 0 and is not computed.
+      `regression_weight`, `timestep_index`, `made/*` and `real/*` (see `latent_meters`) [B]; a term that is
+      switched off is 0 and is not computed.
     """
     weights = config.loss
     size = batch["latents"].shape[0]
@@ -95,10 +97,13 @@ def generator_loss(
         "regression": jnp.zeros(size),
         "regression_weight": jnp.zeros(size),
         "timestep_index": jnp.zeros(size, jnp.int32),
+        **{f"{whose}/{name}": jnp.full(size, jnp.nan) for whose in ("made", "real") for name in LATENT},
     }
     if weights.distribution_matching or weights.temporal:
         shape = batch["latents"].shape[1:]
         x0 = student_x0(config, networks, params, batch["prompt_embeds"], keys, stop, shape)
+        for whose, latents in (("made", jax.lax.stop_gradient(x0)), ("real", batch["latents"])):
+            parts |= {f"{whose}/{name}": value for name, value in latent_meters(latents).items()}
     if weights.distribution_matching:
         fake_x0, real_x0 = _scores(config, networks, fake_score, frozen, x0, batch["prompt_embeds"], keys)
         parts["distribution_matching"] = distribution_matching_loss(x0=x0, fake_x0=fake_x0, real_x0=real_x0)

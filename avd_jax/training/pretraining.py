@@ -50,6 +50,7 @@ FIELDS: dict[str, tuple[object, str]] = {
     "model.ffn_dim": (512, "hidden width of the feed-forward layers, without init_from"),
     "model.num_heads": (4, "attention heads, without init_from"),
     "model.num_layers": (4, "blocks, without init_from"),
+    "model.patch_size": ((1, 2, 2), "latent frames, rows and columns that make a token, without init_from"),
     "model.text_len": (32, "tokens of a prompt that the model sees, without init_from"),
     "data.latents": ("", "folder of encoded videos (scripts/encode.py --videos)"),
     "data.weights": ("", "without data.latents: folder with VAE, umT5 and tokenizer, to encode moving shapes with"),
@@ -183,7 +184,8 @@ class _Batches:
 def _model_config(config, info: LatentsInfo, folder: Path) -> WanDiTConfig:
     channels = info.latents_shape[-1]
     if not config.init_from:
-        return WanDiTConfig(**config.model, in_dim=channels, out_dim=channels, text_dim=info.text_dim)
+        sizes = {**config.model, "patch_size": tuple(config.model.patch_size)}
+        return WanDiTConfig(**sizes, in_dim=channels, out_dim=channels, text_dim=info.text_dim)
     model = convert.dit_config(config.init_from)
     if (model.in_dim, model.text_dim) != (channels, info.text_dim):
         raise UserError(

@@ -15,24 +15,32 @@ from avd_jax.data.latents import EncodedSet, pad_prompt_embeds
 from avd_jax.data.prompts import file_stem
 from avd_jax.data.video import contact_sheet, write_video
 from avd_jax.errors import UserError
+from avd_jax.evaluation.suite import measure
 from avd_jax.generation.pipeline import make_student_sampler, make_teacher_sampler, sample_keys
+from avd_jax.training.meters import Meters
 from avd_jax.training.metrics import MetricsWriter
 from avd_jax.training.run import Run
 from avd_jax.training.state import TrainState
 
 
 class SampleWriter:
-    """Writes `samples/step_<n>/*.mp4`, a contact sheet `samples/step_<n>.png`, and the videos to TensorBoard."""
+    """Writes `samples/step_<n>/*.mp4` and a contact sheet `samples/step_<n>.png`; feeds TensorBoard and the meters."""
 
-    def __init__(self, run: Run, workdir: Path, writer: MetricsWriter):
+    def __init__(self, run: Run, workdir: Path, writer: MetricsWriter, meters: Meters):
         """Choose the prompts and compile the samplers; the teacher's latents are made once and kept in the workdir."""
         config, shape = run.config, run.info.latents_shape
-        self._run, self._writer, self._folder = run, writer, workdir / "samples"
+        self._run, self._writer, self._meters, self._folder = run, writer, meters, workdir / "samples"
         self._captions, self._embeds = _first_prompts(run, config.sample.prompts)
         self._keys = sample_keys(range(len(self._captions)))
         self._decode = _decoder(config.sample.vae or config.init_from)
         self._student = make_student_sampler(run.networks.student, shape, timesteps=config.student.timesteps)
         self._teacher_videos = self._decode(self._teacher_latents()) if config.sample.teacher_steps else None
+        self._teacher_rows = self._measure(self._teacher_videos or [], self._captions)
+        clips = EncodedSet(run.latents_dir, "latents")
+        real = [clips[i] for i in range(min(len(self._captions), len(clips)))]
+        videos = self._decode(np.stack([clip["latents"] for clip in real]).astype(np.float32))
+        self._real_rows = self._measure(videos, [clip["caption"] for clip in real])
+        meters.expect_samples(self._real_rows[0])
 
     def write(self, step: int, state: TrainState) -> None:
         """Sample the student as it is at `step` (its EMA where one is kept)."""
@@ -49,7 +57,13 @@ class SampleWriter:
                 rows.append(self._teacher_videos[i])
                 labels.append(f"teacher, {self._run.config.sample.teacher_steps}x2 steps: {caption}")
         contact_sheet(rows, self._folder / f"{name}.png", captions=labels)
+        rows = self._measure(videos, self._captions)
+        self._writer.record(step, self._meters.after_samples(step, rows, self._teacher_rows, self._real_rows))
         self._writer.message(f"samples of step {step}: {self._folder / name}.png")
+
+    def _measure(self, videos: list[np.ndarray], captions: list[str]) -> list[dict[str, float]]:
+        fps = self._run.info.fps
+        return [measure(video, caption, fps=fps) for video, caption in zip(videos, captions, strict=False)]
 
     def _teacher_latents(self) -> np.ndarray:
         run, sample = self._run, self._run.config.sample

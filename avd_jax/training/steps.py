@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from avd_jax.losses.adaptive_regression import update_history
 from avd_jax.parallel.mesh import replicated
 from avd_jax.training import objectives
+from avd_jax.training.meters import LATENT
 from avd_jax.training.networks import Networks
 from avd_jax.training.objectives import Frozen
 from avd_jax.training.state import Optimizers, TrainState
@@ -64,9 +65,15 @@ def make_generator_step(config, networks: Networks, optimizers: Optimizers) -> S
             "loss/regression": jnp.mean(parts["regression"]),
             "loss/temporal": jnp.mean(parts["temporal"]),
             "regression/weight": jnp.mean(parts["regression_weight"]),
+            "regression_weight": parts["regression_weight"],
+            "timestep_index": parts["timestep_index"],
+            "rollout_stop": stop,
             "grad_norm/generator": norm,
             "skipped/total": state.skipped,
             "skipped/in_row": jnp.max(state.skipped_in_row),
+        }
+        metrics |= {
+            f"meter/{name}": jnp.mean(parts[f"made/{name}"]) / jnp.mean(parts[f"real/{name}"]) for name in LATENT
         }
         metrics |= {f"regression/ema_{i}": mean for i, mean in enumerate(state.history.mean)}
         return state, metrics

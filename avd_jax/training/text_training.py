@@ -42,7 +42,7 @@ def train_text_encoder(
     probes = nnx.Linear(config.dim, sum(map(len, words.values())), rngs=nnx.Rngs(seed + 1))
     splits = np.cumsum([len(answers) for answers in words.values()])[:-1].tolist()
     graphdef, params = nnx.split((encoder, probes))
-    optimizer = optax.adam(optax.warmup_cosine_decay_schedule(0.0, 2e-3, 50, num_steps))
+    optimizer = optax.adam(optax.cosine_decay_schedule(2e-3, num_steps))
 
     def loss(params, ids, mask, answers):
         encoder, probes = nnx.merge(graphdef, params)

@@ -45,14 +45,18 @@ FIELDS: dict[str, tuple[object, str]] = {
     "num_steps": (4000, "updates in the run; the learning rate falls to zero over them"),
     "batch_size": (3, "crops an update"),
     "model.base_dim": (8, "channels at full resolution"),
-    "model.dim_mult": ((1, 3, 6, 6), "channels of each level, in base_dim"),
+    "model.dim_mult": ((1, 3, 6), "channels of each level, in base_dim"),
+    "model.temporal_downsample": (
+        (True, True),
+        "whether each level but the last halves the frames, not only the sides",
+    ),
     "model.num_res_blocks": (1, "residual blocks a level of the encoder; the decoder has one more"),
     "data.first_clip": (1_000_000, "number of the first clip of the built-in world; later work uses the ones below"),
     "data.frames": (17, "frames of a whole clip, 4n + 1"),
     "data.height": (64, "pixels of a whole clip"),
     "data.width": (64, "pixels of a whole clip"),
     "data.crop_frames": (17, "frames of a crop, 4n + 1; colours drift beyond what was trained"),
-    "data.crop_size": (32, "pixels of a crop's sides, a multiple of 8"),
+    "data.crop_size": (32, "pixels of a crop's sides, a multiple of the VAE's stride"),
     "loss.gradient": (0.5, "weight of the differences of neighbouring pixels"),
     "loss.kl": (1e-4, "weight of the divergence from a normal distribution"),
     **with_defaults(
@@ -72,12 +76,13 @@ def validate(config) -> None:
     for name in ("model.base_dim", "model.num_res_blocks"):
         if flat[name] < 1:
             raise UserError(f"config.{name}={flat[name]} must be at least 1")
+    sizes = model_config(config)
     for name in ("data.frames", "data.crop_frames"):
-        if flat[name] % 4 != 1:
-            raise UserError(f"config.{name}={flat[name]} is not 4n + 1")
-    size = flat["data.crop_size"]
-    if size < 8 or size % 8 or size > min(flat["data.height"], flat["data.width"]):
-        raise UserError(f"config.data.crop_size={size} must be a multiple of 8, and no larger than the clip")
+        if flat[name] % sizes.temporal_stride != 1:
+            raise UserError(f"config.{name}={flat[name]} is not {sizes.temporal_stride}n + 1")
+    size, stride = flat["data.crop_size"], sizes.spatial_stride
+    if size < stride or size % stride or size > min(flat["data.height"], flat["data.width"]):
+        raise UserError(f"config.data.crop_size={size} must be a multiple of {stride}, and no larger than the clip")
     if flat["data.crop_frames"] > flat["data.frames"]:
         raise UserError(f"config.data.crop_frames={flat['data.crop_frames']} is more than data.frames")
 
@@ -89,6 +94,7 @@ def model_config(config) -> WanVAEConfig:
         base_dim=sizes.base_dim,
         dim_mult=tuple(sizes.dim_mult),
         num_res_blocks=sizes.num_res_blocks,
+        temporal_downsample=tuple(sizes.temporal_downsample),
         latents_mean=(0.0,) * WanVAEConfig.z_dim,
         latents_std=(1.0,) * WanVAEConfig.z_dim,
     )

@@ -1,0 +1,112 @@
+"""Collapse meters: how far the student's videos are from real ones while it trains.
+
+A collapse under distribution matching shows as frames that stop moving and as colours that saturate. Each meter is a
+share: the student's mean over the real data's. Latent meters come with every update whose rollout reaches the
+student's last step and cost nothing; the others are measured on the decoded samples, of student, teacher and real clips
+alike. A meter that leaves its band says so once, and once when it is back.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from avd_jax.evaluation.suite import RELATIVE, summarise
+from avd_jax.losses.temporal import temporal_variance
+
+LATENT = ("latent_temporal_variance", "latent_spread")
+ADVICE = {
+    "temporal_variance": ("motion freezes", "frames jump"),
+    "latent_temporal_variance": ("motion freezes", "frames jump"),
+    "saturation": ("colours fade", "colours are oversaturated"),
+    "colourfulness": ("colours fade", "colours are oversaturated"),
+    "latent_spread": ("contrast fades", "contrast and colours are too strong"),
+}
+BINS = np.linspace(0, 1, 11)  # of the regression weight
+WEIGHTS_A_HISTOGRAM = 256
+
+
+def latent_meters(latents: jax.Array) -> dict[str, jax.Array]:
+    """Return what the latent meters compare, [B] each, of latents [B F H W C].
+
+    The spread, the deviation over height and width, stands for contrast and saturation, which need decoded pixels.
+    """
+    latents = latents.astype(jnp.float32)  # variances are means of small squares
+    return {
+        "latent_temporal_variance": temporal_variance(latents),
+        "latent_spread": jnp.mean(jnp.std(latents, axis=(2, 3)), axis=(1, 2)),
+    }
+
+
+class Meters:
+    """Holds each meter's last value, and warns where it leaves its band."""
+
+    def __init__(
+        self, bands: Mapping[str, Sequence[float]], timesteps: Sequence[float], message: Callable[[str], None]
+    ):
+        """Take the bands by meter, the student's timesteps, and where warnings go."""
+        self._bands, self._timesteps, self._message = dict(bands), tuple(timesteps), message
+        self._outside: set[str] = set()
+        self._weights: list[list[float]] = [[] for _ in self._timesteps]
+        self.values = {
+            f"meter/{name}": float("nan") for name in LATENT
+        }  # the last of each; a checkpoint is rated by it
+
+    def after_update(self, step: int, metrics: dict) -> dict[str, list[int]]:
+        """Take the meters and weights of one update out of its metrics, but for meters that are worth logging.
+
+        Returns:
+          Histograms of the regression weight by name, each of a timestep, where enough weights have come together; the
+          counts are of ten bins over 0..1.
+        """
+        latent = {name: float(metrics.pop(f"meter/{name}")) for name in LATENT}
+        if int(metrics.pop("rollout_stop")) == len(self._timesteps) - 1 and np.isfinite(list(latent.values())).all():
+            metrics |= self._set(step, latent)
+        for index, weight in zip(metrics.pop("timestep_index"), metrics.pop("regression_weight"), strict=True):
+            self._weights[int(index)].append(float(weight))
+        if sum(map(len, self._weights)) < WEIGHTS_A_HISTOGRAM:
+            return {}
+        counts = {
+            f"regression/weight_histogram_t{timestep:g}": np.histogram(weights, BINS)[0].tolist()
+            for timestep, weights in zip(self._timesteps, self._weights, strict=True)
+        }
+        self._weights = [[] for _ in self._timesteps]
+        return counts
+
+    def expect_samples(self, names: Iterable[str]) -> None:
+        """Say which metrics the rows of `after_samples` will have, so that a checkpoint may be rated by them."""
+        self.values |= {f"meter/{name}": float("nan") for name in RELATIVE}
+        self.values |= {f"samples/{name}": float("nan") for name in names}
+
+    def after_samples(
+        self, step: int, rows: Sequence[Mapping], teacher: Sequence[Mapping], real: Sequence[Mapping]
+    ) -> dict[str, float]:
+        """Return what to log of decoded samples, one row a video, of student, teacher (or none) and real clips."""
+        student = summarise(rows, real)
+        values = self._set(step, {name: student[f"{name}/relative"] for name in RELATIVE})
+        if teacher:
+            of_teacher = summarise(teacher, real)
+            values |= {f"meter/teacher_{name}": of_teacher[f"{name}/relative"] for name in RELATIVE}
+        values |= {f"samples/{name}": value for name, value in student.items() if not name.endswith("/relative")}
+        self.values |= values
+        return values
+
+    def _set(self, step: int, shares: Mapping[str, float]) -> dict[str, float]:
+        named = {f"meter/{name}": value for name, value in shares.items()}
+        self.values |= named
+        for name, value in shares.items():
+            low, high = self._bands.get(name, (-np.inf, np.inf))
+            outside = not low <= value <= high
+            if outside == (name in self._outside):
+                continue
+            self._outside ^= {name}
+            if outside:
+                what = ADVICE[name][value > high]
+                self._message(
+                    f"warning: step {step}: meter/{name} is {value:.2f} of the real data's, outside "
+                    f"config.meters.{name}={low:g}..{high:g}: {what}"
+                )
+            else:
+                self._message(f"step {step}: meter/{name} is back at {value:.2f}, in its band {low:g}..{high:g}")
+        return named
