@@ -8,6 +8,8 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from avd_jax.errors import UserError, report_user_errors
+from avd_jax.parallel.compiler import keep_programs
+from avd_jax.parallel.hosts import connect, leaving_at_once
 from avd_jax.training.fields import Fields, check_names, describe, flags_parser
 
 
@@ -31,7 +33,9 @@ def run(
 def run_training(
     train: Callable[[object, Path], int], fields: Fields, *, required: Sequence[flags.FlagHolder] = ()
 ) -> None:
-    """Run a script that trains by a config: it gets the flags --config, --workdir and --explain.
+    """Run a script that trains by a config, on one host or several.
+
+    It gets the flags --config, --workdir and --explain, and those that tell one of several processes who takes part.
 
     Args:
       train: `(config, workdir)` -> exit status.
@@ -41,8 +45,11 @@ def run_training(
     config = config_flags.DEFINE_config_file("config", None, "config file; set a field with --config.FIELD=VALUE")
     workdir = flags.DEFINE_string("workdir", None, "the folder of the run: config, checkpoints, metrics")
     explain = flags.DEFINE_bool("explain", False, "print every field of the config with its help, and stop")
-    for name in ("config", "workdir", "explain"):  # --help shows what belongs to the script
-        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
+    coordinator = flags.DEFINE_string("coordinator", None, "of several processes: HOST:PORT of process 0")
+    num_processes = flags.DEFINE_integer("num_processes", None, "of several processes: how many")
+    process_id = flags.DEFINE_integer("process_id", None, "of several processes: the number of this one, from 0")
+    for flag in ("config", workdir.name, explain.name, coordinator.name, num_processes.name, process_id.name):
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[flag])  # --help shows them as the script's
     flags.mark_flag_as_required("config")
 
     def train_or_explain() -> int:
@@ -51,9 +58,11 @@ def run_training(
             print(describe(config.value, fields))
             return 0
         _check_given((workdir, *required))
+        connect(coordinator=coordinator.value, num_processes=num_processes.value, process_id=process_id.value)
+        keep_programs(Path(workdir.value) / "compiled")
         return train(config.value, Path(workdir.value))
 
-    run(train_or_explain, parse_flags=flags_parser(fields))
+    run(leaving_at_once(train_or_explain), parse_flags=flags_parser(fields))
 
 
 def checked(main: Callable[[], int | None], required: Sequence[flags.FlagHolder]) -> Callable:

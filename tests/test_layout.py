@@ -14,7 +14,7 @@ SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
 ALLOWED = {
     "errors": set(),
     "shapes": set(),
-    "command_line": {"training.fields"},
+    "command_line": {"parallel", "training.fields"},
     "models": {"shapes"},
     "diffusion": {"shapes"},
     "losses": {"shapes", "diffusion"},

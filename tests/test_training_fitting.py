@@ -33,7 +33,7 @@ def loss(params, batch, key):
     return jnp.sum(jnp.square(params["x"] - TARGET + noise)) * batch["scale"], {"loss/part": batch["scale"]}
 
 
-def run(config, workdir, scale=lambda number: 1.0, at_batch=lambda number: None):
+def run(config, workdir, scale=lambda number: 1.0, at_batch=lambda number: None, inputs=None):
     def build():
         optimizer, mesh = fitting.make_optimizer(config), make_mesh()
         abstract = fitting.abstract_state(optimizer, {"x": jax.ShapeDtypeStruct((3,), jnp.float32)}, mesh)
@@ -49,9 +49,10 @@ def run(config, workdir, scale=lambda number: 1.0, at_batch=lambda number: None)
             init=lambda: fitting.init_state(optimizer, {"x": jnp.zeros(3)}),
             step=fitting.compile_step(fitting.make_step(loss, optimizer, config.ema_decay), abstract, mesh),
             batches=fitting.CountedBatches(make),
+            inputs=inputs or {},
         )
 
-    return fitting.fit(build, config, workdir)
+    return fitting.fit(build, config, workdir, movable=("data.latents",))
 
 
 def test_it_finds_the_optimum(tmp_path):
@@ -68,6 +69,18 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, resumed, whole)
     steps = [json.loads(line)["step"] for line in (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_path_may_change_but_not_what_it_leads_to(tmp_path):
+    run(config_for(num_steps=2), tmp_path, inputs={"data.latents": "aaaa"})
+    moved = config_for(num_steps=2)
+    moved.data.latents = "elsewhere"
+    assert run(moved, tmp_path, inputs={"data.latents": "aaaa"})[0] == 0
+    with pytest.raises(UserError, match=r"/2: the run began with other contents of config.data.latents; name a copy"):
+        run(moved, tmp_path, inputs={"data.latents": "bbbb"})
+    moved.seed = 1
+    with pytest.raises(UserError, match=r"config\.seed was 0, is 1"):
+        run(moved, tmp_path, inputs={"data.latents": "aaaa"})
 
 
 def test_a_signal_saves_and_the_same_command_goes_on(tmp_path):

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 import signal
 
 import jax
@@ -9,41 +10,23 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from generation_cases import VAE, InMemory
-from training_cases import DIT, linear_network, linear_params, make_config, write_sets, write_weights
+from training_cases import DIT, linear_params, make_config, use_linear_network, write_sets, write_weights
 
 from avd_jax import convert
 from avd_jax.convert.architectures import WAN_VAE
 from avd_jax.errors import UserError
-from avd_jax.parallel.mesh import make_mesh, replicated
+from avd_jax.parallel.mesh import make_mesh
 from avd_jax.training import loop, run
 from avd_jax.training.metrics import MetricsWriter
 from avd_jax.training.workdir import StopSignals
 
 
-class LinearNetwork:
-    """Stands in for the transformer."""
-
-    def __init__(self, *_, **__):
-        pass
-
-    def __call__(self, *args):
-        return linear_network(*args)
-
-    def abstract_params(self):
-        return jax.eval_shape(linear_params)
-
-
 @pytest.fixture(autouse=True, scope="module")
 def linear():
     with pytest.MonkeyPatch.context() as patch:
-        use_linear_network(patch)
+        use_linear_network(patch.setattr)
+        patch.setattr(run, "make_mesh", functools.partial(make_mesh, devices=jax.devices()[:1]))
         yield
-
-
-def use_linear_network(patch):
-    patch.setattr(run, "make_network", LinearNetwork)
-    patch.setattr(run, "_load_params", lambda path, dtype, mesh: jax.device_put(linear_params(), replicated(mesh)))
-    patch.setattr(run, "make_mesh", functools.partial(make_mesh, devices=jax.devices()[:1]))
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +106,8 @@ def test_what_a_run_leaves(straight):
         "step",
         *(f"loss/{name}" for name in ("generator", "distribution_matching", "regression", "temporal", "fake_score")),
         *("regression/weight", *(f"regression/ema_{i}" for i in range(4))),
-        *("grad_norm/generator", "grad_norm/fake_score", "time/step_seconds", "skipped/total", "skipped/in_row"),
+        *("grad_norm/generator", "grad_norm/fake_score", "skipped/total", "skipped/in_row"),
+        *("time/step_seconds", "time/steps_per_second"),
     }
     assert all(set(line) == names for line in lines(straight))
     assert len({line["loss/generator"] for line in lines(straight)}) == 5
@@ -225,6 +209,22 @@ def test_other_settings_need_another_workdir(straight, inputs):
     # How long it runs and what is kept of it may change.
     assert loop.train(settings(inputs, log_every=3, checkpoint_every=9, checkpoint__keep=1), straight) == 0
     assert loop.train(settings(inputs), straight) == 0
+
+
+def test_weights_and_sets_may_move_but_not_change(straight, inputs, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(straight, workdir)
+    moved = {name: str(shutil.copytree(path, tmp_path / name)) for name, path in inputs.items()}
+    assert loop.train(settings(inputs | moved, num_steps=6), workdir) == 0
+    latents, _ = write_sets(tmp_path / "others", clips=6)
+    for field, path in (
+        ("data.latents", latents),
+        ("data.prompts", ""),
+        ("init_from", write_weights(tmp_path / "dit", seed=1)),
+    ):
+        other = settings(inputs | {field.replace(".", "__"): str(path)}, num_steps=7)
+        with pytest.raises(UserError, match=rf"/6: the run began with other contents of config.{field}; name a copy"):
+            loop.train(other, workdir)
 
 
 def test_wrong_settings_can_be_put_right_before_the_first_checkpoint(inputs, tmp_path):

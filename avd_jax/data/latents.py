@@ -25,6 +25,7 @@ and a record of `prompts` holds `text`, `prompt_embeds` and `prompt_embeds_shape
 bytes because neither TFDS nor the tf.Example format has the type.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -212,6 +213,14 @@ def read_metadata(folder: str | os.PathLike) -> LatentsInfo | PromptsInfo:
     if "latents_shape" in values:
         values["latents_shape"] = tuple(values["latents_shape"])
     return info_class(**values)
+
+
+def set_fingerprint(folder: str | os.PathLike) -> str:
+    """Return a short text that identifies a finished set: how it was encoded, and which inputs in which order."""
+    folder, digest = Path(folder), hashlib.sha256()
+    for path in (folder / "metadata.json", *sorted((folder / "manifest").glob("*.json"))):
+        digest.update(json.dumps(read_json(path), sort_keys=True).encode())
+    return digest.hexdigest()[:16]
 
 
 def read_negative_prompt_embeds(folder: str | os.PathLike, text_len: int) -> np.ndarray:

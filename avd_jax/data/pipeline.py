@@ -1,12 +1,13 @@
 """Training batches from encoded sets: endless, shuffled, exactly resumable, the same for any number of hosts.
 
-Records are shuffled globally and anew in each epoch, and host s of S takes the s-th block of rows of each global batch.
-A global batch is therefore the same, row by row, however many hosts share it, and since hosts count batches, the state
-of an iterator (`get_state`) fits every host and every number of hosts.
+Records are shuffled globally and anew in each epoch, and each host reads its rows of each global batch. A global batch
+is therefore the same, row by row, however many hosts share it, and since hosts count batches, the state of an iterator
+(`get_state`) fits every host and every number of hosts.
 """
 
 import os
 import sys
+from collections.abc import Sequence
 
 import grain
 import numpy as np
@@ -25,8 +26,7 @@ def training_batches(
     prompt_batches: int,
     seed: int,
     text_len: int,
-    shard_index: int = 0,
-    shard_count: int = 1,
+    rows: Sequence[int] | None = None,
 ) -> grain.DatasetIterator:
     """Iterate over what one cycle of updates needs: a batch of latents, and a batch of prompts for each update.
 
@@ -36,11 +36,10 @@ def training_batches(
       batch_size: of all hosts together.
       seed: of the order.
       text_len: length to which embeddings are padded with zeros; longer ones are cut.
-      shard_index: number of this host, usually `jax.process_index()`.
-      shard_count: number of hosts, usually `jax.process_count()`.
+      rows: of each global batch that this host reads, such as `parallel.hosts.batch_rows` gives; None: all.
 
     Returns:
-      An iterator, without end, over dicts of bfloat16 arrays with `batch_size / shard_count` rows:
+      An iterator, without end, over dicts of bfloat16 arrays with an entry for each of these rows:
         prompt_embeds: [B prompt_batches text_len text_dim], for the student's samples.
         latents: [B F h w C], for the regression loss.
         caption_embeds: [B text_len text_dim], of the captions of these latents.
@@ -48,11 +47,8 @@ def training_batches(
       with `grain.checkpoint.CheckpointSave`.
 
     Raises:
-      UserError: a set cannot be opened, the two were made with different text encoders, or the hosts cannot share
-        the batch evenly.
+      UserError: a set cannot be opened, or the two were made with different text encoders.
     """
-    if batch_size % shard_count:
-        raise UserError(f"batch_size {batch_size} cannot be shared evenly by {shard_count} hosts.")
     latents = EncodedSet(latents_dir, "latents")
     prompts = latents if prompts_dir is None else EncodedSet(prompts_dir, "prompts")
     for field in ("text_dim", "text_encoder"):
@@ -76,13 +72,13 @@ def training_batches(
 
     latents_stream = _endless(latents, int(latents_seed))
     prompts_stream = _endless(prompts, int(prompts_seed))
-    rows = batch_size // shard_count
+    rows = range(batch_size) if rows is None else rows
 
-    def read_row(row: int) -> dict[str, np.ndarray]:
-        batch, within = divmod(row, rows)
-        return join(batch * batch_size + shard_index * rows + within)
+    def read_row(number: int) -> dict[str, np.ndarray]:
+        batch, within = divmod(number, len(rows))
+        return join(batch * batch_size + rows[within])
 
-    batches = grain.MapDataset.range(sys.maxsize // (prompt_batches * shard_count)).map(read_row).batch(rows)
+    batches = grain.MapDataset.range(sys.maxsize // (prompt_batches * batch_size)).map(read_row).batch(len(rows))
     # Threads, not worker processes: the state then is one position, and nothing is copied between processes.
     options = grain.ReadOptions(num_threads=BATCHES_AHEAD, prefetch_buffer_size=BATCHES_AHEAD)
     return iter(batches.to_iter_dataset(options))

@@ -32,7 +32,7 @@ class Parts:
     def fingerprints(self) -> dict[str, str]:
         """Return component -> a short text that identifies its weights, in whatever layout they are stored."""
         networks = {name: getattr(self, name) for name in ("transformer", "vae", "text_encoder")}
-        found = {name: _fingerprint(weights) for name, weights in networks.items()}
+        found = {name: fingerprint(weights) for name, weights in networks.items()}
         return found | {"tokenizer": hashlib.sha256(self.tokenizer.serialized).hexdigest()[:16]}
 
 
@@ -63,7 +63,8 @@ def open_parts(settings: Settings) -> Parts:
     return parts
 
 
-def _fingerprint(weights: Weights) -> str:
+def fingerprint(weights: Weights) -> str:
+    """Return a short text that identifies a network's weights, in whatever layout they are stored, read from a few."""
     small = sorted(path for path, leaf in weights.leaves.items() if math.prod(leaf.shape) <= _SMALL_LEAF)
     chosen = small[:: math.ceil(len(small) / _MOST_LEAVES) or 1]
     if _TELLING_LEAF in weights.leaves and _TELLING_LEAF not in chosen:

@@ -303,10 +303,17 @@ class WanDiT(nnx.Module):
 @functools.partial(jax.jit, static_argnums=0, static_argnames="remat")
 def _apply_blocks(graphdef: nnx.GraphDef, stacked: nnx.State, x, modulation, context, rotation, *, remat: str):
     def apply_block(x, block_state):
-        return nnx.merge(graphdef, block_state)(x, modulation, context, rotation), None
+        block = nnx.merge(graphdef, jax.tree.map(_on_device, block_state))
+        return block(x, modulation, context, rotation), None
 
     policy = REMAT_POLICIES[remat]
     if policy is not None:
         apply_block = jax.checkpoint(apply_block, policy=policy, prevent_cse=False)
     x, _ = jax.lax.scan(apply_block, x, stacked)
     return x
+
+
+def _on_device(leaf: jax.Array) -> jax.Array:
+    """Return a layer's parameter, fetched where the stack of all layers is kept in the host's memory."""
+    in_host_memory = jax.typeof(leaf).memory_space == jax.memory.Space.Host
+    return jax.device_put(leaf, jax.memory.Space.Device) if in_host_memory else leaf

@@ -11,6 +11,7 @@ import ml_collections
 from avd_jax.diffusion.student import StudentSchedule
 from avd_jax.errors import UserError, closest
 from avd_jax.models.wan_dit import REMAT_POLICIES
+from avd_jax.parallel.memory import MEMORIES
 from avd_jax.training.fields import check_names, config_from
 
 FIELDS: dict[str, tuple[object, str]] = {
@@ -54,6 +55,7 @@ FIELDS: dict[str, tuple[object, str]] = {
     "ema_decay": (0.0, "decay of the running mean of the generator's weights; 0 keeps none"),
     "compute_dtype": ("bfloat16", "dtype of matrix products; masters and moments are float32"),
     "teacher_dtype": ("bfloat16", "dtype in which the frozen teacher is stored and run"),
+    "teacher_memory": ("device", "where the teacher's layers wait: 'device', or 'host', which sends one at a time"),
     "remat": ("block", "what the backward pass keeps of a block: " + ", ".join(REMAT_POLICIES)),
     "mesh.data": (-1, "devices along the data axis; -1: all that the others leave"),
     "mesh.fsdp": (1, "devices along the axis that shards parameters and batch"),
@@ -106,6 +108,7 @@ def validate(config) -> None:
         ("compute_dtype", ("float32", "bfloat16")),
         ("teacher_dtype", ("float32", "bfloat16")),
         ("checkpoint.best_mode", ("min", "max")),
+        ("teacher_memory", tuple(MEMORIES)),
         ("remat", tuple(REMAT_POLICIES)),
     ):
         _check(flat, name, flat[name] in choices, f"must be one of {', '.join(choices)}{closest(flat[name], choices)}")

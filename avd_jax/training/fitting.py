@@ -6,7 +6,7 @@ that is stopped or killed goes on from its last checkpoint and ends with the sam
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -17,14 +17,15 @@ import optax
 from jax.sharding import Mesh
 
 from avd_jax.errors import UserError
+from avd_jax.parallel.compiler import compiler_options
 from avd_jax.parallel.mesh import replicated
 from avd_jax.parallel.rules import tree_shardings
 from avd_jax.training.checkpoint import Checkpoints
 from avd_jax.training.fields import Fields, check_names
 from avd_jax.training.host_loop import Work, run_steps
-from avd_jax.training.metrics import MetricsWriter
+from avd_jax.training.metrics import open_metrics
 from avd_jax.training.networks import Params
-from avd_jax.training.workdir import StopSignals, claim, jsonable
+from avd_jax.training.workdir import CHANGEABLE, StopSignals, check_inputs, claim, jsonable
 
 Loss = Callable[[Params, Mapping, jax.Array], tuple[jax.Array, dict]]
 
@@ -162,7 +163,12 @@ def make_step(loss: Loss, optimizer: optax.GradientTransformation, ema_decay: fl
 def compile_step(step: Callable, abstract: FitState, mesh: Mesh) -> Callable:
     """Jit an update over the mesh; the old state's memory is reused, metrics are global."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
+    return jax.jit(
+        step,
+        donate_argnums=0,
+        out_shardings=(shardings, replicated(mesh)),
+        compiler_options=compiler_options(mesh),
+    )
 
 
 @dataclass(frozen=True)
@@ -177,6 +183,7 @@ class Fit:
       step: the compiled update.
       batches: yields what `step` takes, on the devices; `get_state` and `set_state` give and set its JSON position.
       on_checkpoint: called with (step, state) after each checkpoint, such as to write samples.
+      inputs: field -> what identifies the weights or the set that its path leads to.
     """
 
     config: object
@@ -186,10 +193,17 @@ class Fit:
     step: Callable
     batches: Iterator
     on_checkpoint: Callable[[int, FitState], object] = lambda step, state: None
+    inputs: Mapping[str, str] = field(default_factory=dict)
 
 
-def fit(build: Callable[[], Fit], config, workdir: Path) -> tuple[int, FitState]:
-    """Train, or go on training, in `workdir`; `build` puts the run together once the workdir is claimed.
+def fit(build: Callable[[], Fit], config, workdir: Path, *, movable: tuple[str, ...] = ()) -> tuple[int, FitState]:
+    """Train, or go on training, in `workdir`.
+
+    Args:
+      build: puts the run together once the workdir is claimed.
+      config: validated.
+      workdir: folder of the run.
+      movable: fields whose paths may change when the run goes on; their contents are in `Fit.inputs`.
 
     Returns:
       The exit status, 0 or 128 + the number of the signal that stopped the run, and the last state.
@@ -197,7 +211,8 @@ def fit(build: Callable[[], Fit], config, workdir: Path) -> tuple[int, FitState]
     Raises:
       UserError: the workdir holds another run, or the loss stays non-finite.
     """
-    claim(config, workdir)  # num_steps is not changeable: the learning rate falls to zero over them
+    # num_steps is not changeable: the learning rate falls to zero over them.
+    claim(config, workdir, changeable=(*CHANGEABLE, *movable))
     with StopSignals() as stop:
         run = build()
         checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep)
@@ -209,9 +224,10 @@ def fit(build: Callable[[], Fit], config, workdir: Path) -> tuple[int, FitState]
             meta = checkpoints.meta(latest)
             if meta["architecture"] != jsonable(run.architecture):
                 raise UserError(f"{checkpoints.folder / str(latest)}: is of another architecture; use its own config")
+            check_inputs(meta.get("inputs"), run.inputs, checkpoints.folder / str(latest))
             run.batches.set_state(meta["data"])
             state = checkpoints.restore(latest, run.abstract)
-        writer = MetricsWriter(workdir, first_step=int(state.step), num_steps=config.num_steps)
+        writer = open_metrics(workdir, first_step=int(state.step), num_steps=config.num_steps)
         try:
             return run_steps(_work(run, key), state, checkpoints, writer, stop)
         finally:
@@ -222,7 +238,11 @@ def _work(run: Fit, key) -> Work[FitState]:
     return Work(
         config=run.config,
         dispatch=lambda state, step: run.step(state, next(run.batches), jax.random.fold_in(key, step)),
-        describe=lambda: {"architecture": run.architecture, "data": run.batches.get_state()},
+        describe=lambda: {
+            "architecture": run.architecture,
+            "inputs": dict(run.inputs),
+            "data": run.batches.get_state(),
+        },
         summarise=lambda step, metrics: {name: float(value) for name, value in metrics.items()},
         sample=run.on_checkpoint,
         sample_every=run.config.checkpoint_every,

@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Generic, TypeVar
 
 import jax
@@ -15,7 +16,8 @@ import jax
 from avd_jax.errors import UserError
 from avd_jax.training.checkpoint import Checkpoints, State
 from avd_jax.training.fields import flatten
-from avd_jax.training.metrics import MetricsWriter
+from avd_jax.training.metrics import MetricsWriter, NoMetrics
+from avd_jax.training.profiling import Profile
 from avd_jax.training.workdir import StopSignals, jsonable
 
 SomeState = TypeVar("SomeState", bound=State)
@@ -34,6 +36,8 @@ class Work(Generic[SomeState]):
       sample: called with `(step, state)` every `sample_every` steps, after the checkpoint unless that is rated by the
         samples; its time is not a step's.
       sample_every: 0 never samples.
+      seconds_at_peak: that a step would take if every device worked at its peak; None if unknown.
+      profile: folder for a trace of a few steps; None traces none.
     """
 
     config: object
@@ -43,10 +47,16 @@ class Work(Generic[SomeState]):
     standing: Callable[[], dict[str, float]] = dict
     sample: Callable[[int, SomeState], object] = lambda step, state: None
     sample_every: int = 0
+    seconds_at_peak: float | None = None
+    profile: Path | None = None
 
 
 def run_steps(
-    work: Work[SomeState], state: SomeState, checkpoints: Checkpoints, writer: MetricsWriter, stop: StopSignals
+    work: Work[SomeState],
+    state: SomeState,
+    checkpoints: Checkpoints,
+    writer: MetricsWriter | NoMetrics,
+    stop: StopSignals,
 ) -> tuple[int, SomeState]:
     """Go on from `state.step` to `config.num_steps`, or until a signal.
 
@@ -69,12 +79,16 @@ class _HostLoop:
         self.latest: dict[str, float] = {}
         self.step = self.written = step
         self.clock = time.monotonic()
+        self.profile = Profile(work.profile, first_step=step, num_steps=work.config.num_steps)
 
     def go(self, state):
         config = self.config
-        while self.step < config.num_steps and not self.stop.signal:
-            state, metrics = self.work.dispatch(state, self.step)
+        while self.step < config.num_steps and not self.stop.before(self.step):
+            self.profile.before(self.step)
+            with jax.profiler.StepTraceAnnotation("step", step_num=self.step):
+                state, metrics = self.work.dispatch(state, self.step)
             self._fetch()  # of the step before, while the devices work on this one
+            self.profile.after(self.step, metrics)
             self.step += 1
             self.pending = self.step, metrics
             actions = [self._sample] if self.work.sample_every and self.step % self.work.sample_every == 0 else []
@@ -84,6 +98,7 @@ class _HostLoop:
             for act in actions:
                 act(state)
             self._stop_if_broken(state)
+        self.profile.close()
         self._save(state)
         self.checkpoints.wait()
         if self.stop.signal and self.step < config.num_steps:
@@ -114,7 +129,10 @@ class _HostLoop:
             now = time.monotonic()
             seconds = (now - self.clock) / (step - self.written)
             self.clock, self.written = now, step
-            self.writer.write(step, values | {"time/step_seconds": seconds})
+            speed = {"time/step_seconds": seconds, "time/steps_per_second": 1 / seconds}
+            if self.work.seconds_at_peak:
+                speed["time/mfu"] = self.work.seconds_at_peak / seconds
+            self.writer.write(step, values | speed)
 
     def _save(self, state) -> None:
         self._fetch()

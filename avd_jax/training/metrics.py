@@ -1,6 +1,7 @@
 """Where the numbers of a run go: `metrics.jsonl`, TensorBoard event files, and the terminal.
 
-Both files agree with the checkpoint that a run goes on from: what a killed run logged after it is removed.
+One run has one log: the first host writes it. Both files agree with the checkpoint that a run goes on from: what a
+killed run logged after it is removed.
 """
 
 import contextlib
@@ -20,6 +21,7 @@ from tqdm import tqdm
 
 from avd_jax.data.atomic import write_text
 from avd_jax.errors import UserError
+from avd_jax.parallel.hosts import is_first
 
 
 class MetricsWriter:
@@ -102,6 +104,38 @@ class MetricsWriter:
             raise UserError(
                 f"{self._path}: cannot be written ({error.strerror}); put that right and run the same command again"
             ) from error
+
+
+class NoMetrics:
+    """What the other hosts have in place of a `MetricsWriter`."""
+
+    def record(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Do nothing."""
+
+    def histogram(self, step: int, name: str, counts: Sequence[int], edges: np.ndarray) -> None:
+        """Do nothing."""
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Do nothing."""
+
+    def advance(self, step: int) -> None:
+        """Do nothing."""
+
+    def video(self, name: str, step: int, video: np.ndarray, fps: float) -> None:
+        """Do nothing."""
+
+    def message(self, text: str) -> None:
+        """Do nothing."""
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+def open_metrics(workdir: Path, *, first_step: int, num_steps: int) -> MetricsWriter | NoMetrics:
+    """Return this host's writer of a run that goes on after `first_step`."""
+    if not is_first():
+        return NoMetrics()
+    return MetricsWriter(workdir, first_step=first_step, num_steps=num_steps)
 
 
 def _lines_up_to(path: Path, step: int):

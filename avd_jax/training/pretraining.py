@@ -13,18 +13,21 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
 from avd_jax import convert
+from avd_jax.convert.architectures import WAN_DIT
+from avd_jax.convert.weights import open_weights
 from avd_jax.data.encoding import encode_shapes_world, text_encoder, video_encoder
-from avd_jax.data.latents import LatentsInfo, read_metadata, read_negative_prompt_embeds
+from avd_jax.data.latents import LatentsInfo, read_metadata, read_negative_prompt_embeds, set_fingerprint
 from avd_jax.data.pipeline import training_batches
 from avd_jax.diffusion.flow import add_noise, sample_timesteps, sigma_of_timestep
 from avd_jax.errors import UserError, closest
+from avd_jax.generation.weights import fingerprint
 from avd_jax.losses.distribution_matching import flow_matching_loss
 from avd_jax.models.wan_dit import REMAT_POLICIES, WanDiT, WanDiTConfig
-from avd_jax.parallel.mesh import batch_sharding, batch_shards, make_mesh
+from avd_jax.parallel.hosts import barrier, batch_rows, is_first
+from avd_jax.parallel.mesh import batch_shards, make_mesh
 from avd_jax.parallel.rules import spec_for
 from avd_jax.training.fitting import (
     SHARED_FIELDS,
@@ -141,9 +144,10 @@ def pretrain(config, workdir: Path) -> tuple[int, FitState, WanDiTConfig]:
             init=lambda: _init(config, model, optimizer, abstract, mesh),
             step=compile_step(make_step(loss, optimizer, config.ema_decay), abstract, mesh),
             batches=_Batches(folder, config, model, mesh),
+            inputs=_inputs(config, folder),
         )
 
-    status, state = fit(build, config, workdir)
+    status, state = fit(build, config, workdir, movable=("init_from", "data.latents", "data.weights"))
     return status, state, sizes[0]
 
 
@@ -159,7 +163,7 @@ class _Batches:
     """Batches of latents and captions on the devices, with the position of `training_batches`."""
 
     def __init__(self, folder: Path, config, model: WanDiTConfig, mesh):
-        self._sharding = batch_sharding(mesh)
+        self._rows = batch_rows(mesh, config.batch_size)
         self._batches = training_batches(
             folder,
             None,
@@ -167,8 +171,7 @@ class _Batches:
             prompt_batches=1,
             seed=config.seed,
             text_len=model.text_len,
-            shard_index=jax.process_index(),
-            shard_count=jax.process_count(),
+            rows=self._rows.rows,
         )
         self.get_state, self.set_state = self._batches.get_state, self._batches.set_state
 
@@ -177,8 +180,7 @@ class _Batches:
 
     def __next__(self) -> dict[str, jax.Array]:
         batch = next(self._batches)
-        put = partial(jax.make_array_from_process_local_data, self._sharding)
-        return {name: put(batch[name]) for name in ("latents", "caption_embeds")}
+        return {name: self._rows.put(batch[name]) for name in ("latents", "caption_embeds")}
 
 
 def _model_config(config, info: LatentsInfo, folder: Path) -> WanDiTConfig:
@@ -212,11 +214,18 @@ def _init(config, model: WanDiTConfig, optimizer, abstract: FitState, mesh) -> F
     return jax.jit(new, out_shardings=shardings)()
 
 
+def _inputs(config, folder: Path) -> dict[str, str]:
+    found = {"data.latents": set_fingerprint(folder)}
+    if config.init_from:
+        found["init_from"] = fingerprint(open_weights(config.init_from, WAN_DIT, "generator"))
+    return found
+
+
 def _data_folder(config, workdir: Path) -> Path:
     if config.data.latents:
         return Path(config.data.latents)
     world, weights = config.data.shapes_world, config.data.weights
-    if jax.process_index() == 0:
+    if is_first():
         encode_shapes_world(
             workdir / "data",
             vae=video_encoder(convert.load_vae(weights)),
@@ -229,5 +238,5 @@ def _data_folder(config, workdir: Path) -> Path:
             width=world.width,
             batch_size=8,
         )
-    multihost_utils.sync_global_devices("shapes_world")
+    barrier("shapes_world")
     return workdir / "data" / "latents"

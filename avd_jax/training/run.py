@@ -2,24 +2,33 @@
 
 import dataclasses
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import grain
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
-from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from avd_jax import convert
+from avd_jax.convert.architectures import WAN_DIT
+from avd_jax.convert.weights import open_weights
 from avd_jax.data.encoding import encode_shapes_world, text_encoder, video_encoder
-from avd_jax.data.latents import EncodedSet, LatentsInfo, read_metadata, read_negative_prompt_embeds
+from avd_jax.data.latents import (
+    EncodedSet,
+    LatentsInfo,
+    read_metadata,
+    read_negative_prompt_embeds,
+    set_fingerprint,
+)
 from avd_jax.data.pipeline import training_batches
 from avd_jax.errors import UserError
+from avd_jax.generation.weights import fingerprint
 from avd_jax.models.wan_dit import WanDiTConfig
-from avd_jax.parallel.mesh import batch_sharding, batch_shards, make_mesh, replicated
-from avd_jax.parallel.rules import spec_for
+from avd_jax.parallel.hosts import BatchRows, barrier, batch_rows, is_first
+from avd_jax.parallel.memory import parameter_sharding
+from avd_jax.parallel.mesh import batch_shards, make_mesh, replicated
 from avd_jax.training.cost import fake_score_updates
 from avd_jax.training.networks import Networks, Params, make_network
 from avd_jax.training.objectives import Frozen
@@ -34,9 +43,11 @@ class Run:
     Attributes:
       config: as given, validated.
       mesh: of all devices.
+      rows: those of each global batch that this host reads and holds.
       model_config: sizes of the three networks.
       info: what the latents set holds: the clips' size and frame rate.
       prompts_dir: the set whose first prompts are sampled.
+      inputs: field -> what identifies the weights or the set that its path leads to.
       networks, optimizers, frozen: see their classes.
       abstract: the state's shapes, dtypes and shardings.
       generator_step, fake_score_step: the compiled updates.
@@ -44,10 +55,12 @@ class Run:
 
     config: object
     mesh: Mesh
+    rows: BatchRows
     model_config: WanDiTConfig
     info: LatentsInfo
     latents_dir: Path
     prompts_dir: Path | None
+    inputs: dict[str, str]
     networks: Networks
     optimizers: Optimizers
     frozen: Frozen
@@ -71,13 +84,8 @@ class Run:
             prompt_batches=fake_score_updates(self.config) + 1,
             seed=self.config.seed,
             text_len=self.model_config.text_len,
-            shard_index=jax.process_index(),
-            shard_count=jax.process_count(),
+            rows=self.rows.rows,
         )
-
-    def on_devices(self, array: np.ndarray) -> jax.Array:
-        """Put this host's part of a batch on its devices."""
-        return jax.make_array_from_process_local_data(batch_sharding(self.mesh), array)
 
     def student_settings(self) -> dict:
         """Return what the student's checkpoints say about how to sample it."""
@@ -123,7 +131,7 @@ def build_run(config, workdir: Path) -> Run:
     abstract = abstract_state(config, optimizers, student.abstract_params(), mesh)
     negative = read_negative_prompt_embeds(prompts_dir or latents_dir, model_config.text_len)
     frozen = Frozen(
-        teacher=_load_params(config.init_from, config.teacher_dtype, mesh),
+        teacher=_load_params(config.init_from, config.teacher_dtype, mesh, config.teacher_memory),
         negative_prompt_embeds=jax.device_put(jnp.asarray(negative), replicated(mesh)),
     )
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
@@ -132,10 +140,12 @@ def build_run(config, workdir: Path) -> Run:
     return Run(
         config=config,
         mesh=mesh,
+        rows=batch_rows(mesh, config.batch_size),
         model_config=model_config,
         info=info,
         latents_dir=latents_dir,
         prompts_dir=prompts_dir,
+        inputs=_inputs(config, latents_dir, prompts_dir),
         networks=networks,
         optimizers=optimizers,
         frozen=frozen,
@@ -145,12 +155,15 @@ def build_run(config, workdir: Path) -> Run:
     )
 
 
-def _load_params(path: str, dtype: str, mesh: Mesh) -> Params:
-    dit = convert.load_dit(
-        path,
-        dtype=jnp.dtype(dtype),
-        sharding=lambda name, shape: NamedSharding(mesh, spec_for(name, shape, mesh)),
-    )
+def _inputs(config, latents_dir: Path, prompts_dir: Path | None) -> dict[str, str]:
+    weights = fingerprint(open_weights(config.init_from, WAN_DIT, "generator"))
+    found = {"init_from": weights, "data.latents": set_fingerprint(latents_dir)}
+    return found | ({"data.prompts": set_fingerprint(prompts_dir)} if prompts_dir else {})
+
+
+def _load_params(path: str, dtype: str, mesh: Mesh, memory: str = "device") -> Params:
+    sharding = partial(parameter_sharding, mesh=mesh, memory=memory)
+    dit = convert.load_dit(path, dtype=jnp.dtype(dtype), sharding=sharding)
     return nnx.to_pure_dict(nnx.state(dit))
 
 
@@ -158,14 +171,12 @@ def _data_folders(config, workdir: Path) -> tuple[Path, Path | None]:
     if config.data.latents:
         return Path(config.data.latents), Path(config.data.prompts) if config.data.prompts else None
     world, weights = config.data.shapes_world, config.init_from
-    vae = video_encoder(convert.load_vae(weights))
-    text = text_encoder(convert.load_umt5(weights), convert.load_tokenizer(weights))
     folder = workdir / "data"
-    if jax.process_index() == 0:
+    if is_first():
         encode_shapes_world(
             folder,
-            vae=vae,
-            text=text,
+            vae=video_encoder(convert.load_vae(weights)),
+            text=text_encoder(convert.load_umt5(weights), convert.load_tokenizer(weights)),
             clips=world.clips,
             prompts=world.prompts,
             frames=world.frames,
@@ -173,7 +184,7 @@ def _data_folders(config, workdir: Path) -> tuple[Path, Path | None]:
             height=world.height,
             width=world.width,
         )
-    multihost_utils.sync_global_devices("shapes_world")
+    barrier("shapes_world")
     return folder / "latents", folder / "prompts"
 
 

@@ -1,4 +1,7 @@
-"""Sample videos of a run: the student's for fixed prompts, each beside the teacher's for the same prompt and noise."""
+"""Sample videos of a run: the student's for fixed prompts, each beside the teacher's for the same prompt and noise.
+
+Every host samples and decodes, so that all know the same; the first one writes.
+"""
 
 import hashlib
 import json
@@ -17,8 +20,9 @@ from avd_jax.data.video import contact_sheet, write_video
 from avd_jax.errors import UserError
 from avd_jax.evaluation.suite import measure
 from avd_jax.generation.pipeline import make_student_sampler, make_teacher_sampler, sample_keys
+from avd_jax.parallel.hosts import from_first, is_first, to_host
 from avd_jax.training.meters import Meters
-from avd_jax.training.metrics import MetricsWriter
+from avd_jax.training.metrics import MetricsWriter, NoMetrics
 from avd_jax.training.run import Run
 from avd_jax.training.state import TrainState
 
@@ -26,7 +30,7 @@ from avd_jax.training.state import TrainState
 class SampleWriter:
     """Writes `samples/step_<n>/*.mp4` and a contact sheet `samples/step_<n>.png`; feeds TensorBoard and the meters."""
 
-    def __init__(self, run: Run, workdir: Path, writer: MetricsWriter, meters: Meters):
+    def __init__(self, run: Run, workdir: Path, writer: MetricsWriter | NoMetrics, meters: Meters):
         """Choose the prompts and compile the samplers; the teacher's latents are made once and kept in the workdir."""
         config, shape = run.config, run.info.latents_shape
         self._run, self._writer, self._meters, self._folder = run, writer, meters, workdir / "samples"
@@ -45,18 +49,20 @@ class SampleWriter:
     def write(self, step: int, state: TrainState) -> None:
         """Sample the student as it is at `step` (its EMA where one is kept)."""
         params = state.generator if state.ema is None else state.ema
-        videos = self._decode(np.asarray(self._student(params, self._keys, self._embeds)))
+        videos = self._decode(to_host(self._student(params, self._keys, self._embeds)))
         fps, name = self._run.info.fps, f"step_{step:06d}"
         rows, labels = [], []
         for i, (caption, video) in enumerate(zip(self._captions, videos, strict=True)):
-            write_video(self._folder / name / f"{i}_{file_stem(caption)}.mp4", video, fps=fps)
+            if is_first():
+                write_video(self._folder / name / f"{i}_{file_stem(caption)}.mp4", video, fps=fps)
             self._writer.video(f"samples/{i}", step, video, fps)
             rows.append(video)
             labels.append(f"student, step {step}: {caption}")
             if self._teacher_videos is not None:
                 rows.append(self._teacher_videos[i])
                 labels.append(f"teacher, {self._run.config.sample.teacher_steps}x2 steps: {caption}")
-        contact_sheet(rows, self._folder / f"{name}.png", captions=labels)
+        if is_first():
+            contact_sheet(rows, self._folder / f"{name}.png", captions=labels)
         rows = self._measure(videos, self._captions)
         self._writer.record(step, self._meters.after_samples(step, rows, self._teacher_rows, self._real_rows))
         self._writer.message(f"samples of step {step}: {self._folder / name}.png")
@@ -71,7 +77,7 @@ class SampleWriter:
         made_with += [sample.teacher_steps, sample.teacher_shift, run.info.latents_shape]
         digest = hashlib.sha256(json.dumps(made_with).encode()).hexdigest()[:12]
         path = self._folder / f"teacher_latents_{digest}.npy"  # other settings, other latents
-        if path.exists():
+        if from_first(path.exists()):
             try:
                 return np.load(path)
             except (OSError, ValueError) as error:
@@ -85,9 +91,10 @@ class SampleWriter:
             guidance_scale=run.config.guidance_scale,
         )
         latents = teacher(run.frozen.teacher, self._keys, self._embeds, run.frozen.negative_prompt_embeds)
-        latents = np.asarray(latents)
-        with replacing(path) as temporary, temporary.open("wb") as file:
-            np.save(file, latents)
+        latents = to_host(latents)
+        if is_first():
+            with replacing(path) as temporary, temporary.open("wb") as file:
+                np.save(file, latents)
         return latents
 
 

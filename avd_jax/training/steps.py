@@ -15,6 +15,7 @@ from einops import rearrange
 from jax.sharding import Mesh
 
 from avd_jax.losses.adaptive_regression import update_history
+from avd_jax.parallel.compiler import compiler_options
 from avd_jax.parallel.mesh import replicated
 from avd_jax.training import objectives
 from avd_jax.training.meters import LATENT
@@ -117,7 +118,12 @@ def make_fake_score_step(
 
 def compile_step(step: Step, state_shardings: TrainState, mesh: Mesh) -> Step:
     """Jit a step over the mesh: the old state's memory is reused, the new one is sharded alike, metrics are global."""
-    return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, replicated(mesh)))
+    return jax.jit(
+        step,
+        donate_argnums=0,
+        out_shardings=(state_shardings, replicated(mesh)),
+        compiler_options=compiler_options(mesh),
+    )
 
 
 def _accumulate(loss_fn, params, batch: dict, key, parts: int):

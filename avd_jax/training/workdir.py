@@ -1,15 +1,21 @@
 """A run's folder and the signals that stop it: what every training program does before and around its loop."""
 
 import json
+import os
 import signal
+from collections.abc import Mapping
 from pathlib import Path
+
+import jax
+from jax.experimental import multihost_utils
 
 from avd_jax.data.atomic import write_text
 from avd_jax.errors import UserError
+from avd_jax.parallel.hosts import barrier, is_first
 from avd_jax.training.fields import flatten
 
 # What may differ when a run goes on: what is kept of it, and on what it runs. All else decides its parameters.
-CHANGEABLE = ("log_every", "checkpoint_every", "checkpoint.", "sample_every", "sample.", "mesh.")
+CHANGEABLE = ("log_every", "checkpoint_every", "checkpoint.", "sample_every", "sample.", "mesh.", "teacher_memory")
 
 
 def claim(config, workdir: Path, *, changeable: tuple[str, ...] = CHANGEABLE) -> None:
@@ -22,30 +28,67 @@ def claim(config, workdir: Path, *, changeable: tuple[str, ...] = CHANGEABLE) ->
     try:
         # Until there is something to go on from, a setting that was wrong can be put right.
         started = any(child.name.isdigit() for child in (workdir / "checkpoints").glob("*"))
-        if not (started and path.exists()):
+        before = json.loads(path.read_text()) if started and path.exists() else {}
+        _check_unchanged(workdir, before, now, changeable)
+        barrier("config is checked")
+        if is_first():
             write_text(path, json.dumps(now, indent=2) + "\n")
-            return
-        before = json.loads(path.read_text())
     except OSError as error:
         raise UserError(f"{path}: cannot be used ({error.strerror}); choose another --workdir") from error
     except ValueError as error:
         raise UserError(f"{path}: is no JSON ({error}); remove it or choose another --workdir") from error
+
+
+def _check_unchanged(workdir: Path, before: dict, now: dict, changeable: tuple[str, ...]) -> None:
     changed = [name for name in now if name in before and before[name] != now[name] and not name.startswith(changeable)]
     if changed:
         shown = ", ".join(f"config.{name} was {before[name]!r}, is {now[name]!r}" for name in changed)
         raise UserError(f"{workdir}: holds a run with other settings ({shown}); use them, or another --workdir")
-    write_text(path, json.dumps(now, indent=2) + "\n")
+
+
+def check_inputs(before: Mapping[str, str] | None, now: Mapping[str, str], checkpoint: Path) -> None:
+    """Raise a UserError where weights or sets are not those that the run of `checkpoint` began with.
+
+    Args:
+      before, now: field -> what identifies the contents of the path in that field, wherever it lies; None where the
+        checkpoint does not say.
+      checkpoint: that the run is to go on from.
+    """
+    before = now if before is None else before
+    changed = sorted(f"config.{name}" for name in {*before, *now} if before.get(name) != now.get(name))
+    if changed:
+        raise UserError(
+            f"{checkpoint}: the run began with other contents of {', '.join(changed)}; name a copy of those, or "
+            "another --workdir"
+        )
 
 
 class StopSignals:
-    """Notes SIGTERM and SIGINT, so that the loop can end after the cycle under way; a second one kills as usual."""
+    """Notes SIGTERM and SIGINT, so that the loop can end after the cycle under way; a second one kills as usual.
+
+    On several hosts JAX's preemption service catches SIGTERM on any of them and chooses the step at which all stop;
+    SIGINT is turned into a SIGTERM.
+
+    Attributes:
+      signal: the number of the signal that stops the run, on all hosts alike; 0 without one.
+    """
 
     def __init__(self):
         self.signal = 0
 
     def __enter__(self) -> "StopSignals":
-        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        if jax.process_count() == 1:
+            handlers = {signal.SIGTERM: self._note, signal.SIGINT: self._note}
+        else:
+            handlers = {signal.SIGINT: self._pass_on}
+        self._before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         return self
+
+    def before(self, step: int) -> int:
+        """Return `signal`, before each step; where it is not 0, no host makes that step."""
+        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
+            self.signal = signal.SIGTERM
+        return self.signal
 
     def __exit__(self, *_) -> None:
         self._restore()
@@ -53,6 +96,10 @@ class StopSignals:
     def _note(self, number, _frame) -> None:
         self.signal = number
         self._restore()
+
+    def _pass_on(self, _number, _frame) -> None:
+        self._restore()
+        os.kill(os.getpid(), signal.SIGTERM)
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

@@ -1,0 +1,58 @@
+"""What the compiler is told: options for each platform, as far as it knows them, and where it keeps programs."""
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from avd_jax.parallel.mesh import replicated
+
+# All of them let collectives run beside the arithmetic that does not need them.
+OPTIONS: Mapping[str, Mapping[str, object]] = {
+    "tpu": {
+        "xla_tpu_enable_async_collective_fusion": True,
+        "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
+        "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
+        "xla_tpu_overlap_compute_collective_tc": True,
+        "xla_enable_async_all_gather": True,
+    },
+    "gpu": {"xla_gpu_enable_latency_hiding_scheduler": True},
+}
+
+
+def compiler_options(mesh: Mesh, wanted: Mapping[str, Mapping[str, object]] = OPTIONS) -> dict[str, object]:
+    """Return the options for programs on a mesh, for `jax.jit(compiler_options=...)`.
+
+    An option that the installed compiler does not know is left out: it comes and goes with libtpu's and XLA's versions,
+    and as a flag in the environment it would end the process.
+
+    Args:
+      mesh: of devices that are here, or of a topology that is compiled for ahead of time.
+      wanted: option -> value for each platform, "tpu", "gpu" or "cpu".
+    """
+    options = wanted.get(mesh.devices.flat[0].platform, {})
+    return {name: value for name, value in options.items() if _is_known(mesh, name, value)}
+
+
+@functools.cache
+def _is_known(mesh: Mesh, name: str, value: object) -> bool:
+    """Return whether the compiler takes an option, tried on the smallest of programs."""
+    scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(mesh))
+    try:
+        jax.jit(jnp.negative, compiler_options={name: value}).lower(scalar).compile()
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
+
+
+def keep_programs(folder: Path) -> None:
+    """Keep compiled programs in `folder`, so that a run that goes on does not compile again.
+
+    `JAX_COMPILATION_CACHE_DIR` names another folder. Programs for a CPU are not kept: they fit this machine only, and
+    the next one may be another.
+    """
+    if jax.default_backend() != "cpu" and not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))

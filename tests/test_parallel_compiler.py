@@ -1,0 +1,41 @@
+"""Compiler options: what the compiler does not know is left out; where programs are kept."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from avd_jax.parallel.compiler import OPTIONS, compiler_options, keep_programs
+from avd_jax.parallel.mesh import make_mesh
+
+
+def test_an_option_that_the_compiler_does_not_know_is_left_out():
+    wanted = {"cpu": {"xla_cpu_enable_fast_math": False, "xla_cpu_no_such_option": True}}
+    options = compiler_options(make_mesh(), wanted)
+    assert options == {"xla_cpu_enable_fast_math": False}
+    with pytest.raises(jax.errors.JaxRuntimeError, match="xla_cpu_no_such_option"):
+        jax.jit(jnp.negative, compiler_options=wanted["cpu"])(1.0)
+    assert jax.jit(jnp.negative, compiler_options=options)(1.0) == -1
+
+
+def test_each_platform_has_its_own():
+    assert compiler_options(make_mesh()) == {}
+    assert {name.split("_")[1] for name in OPTIONS["gpu"]} == {"gpu"}
+
+
+@pytest.fixture
+def no_cache():
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    yield
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+@pytest.mark.usefixtures("no_cache")
+def test_programs_are_kept_in_the_folder_unless_another_is_named(tmp_path, monkeypatch):
+    keep_programs(tmp_path)
+    assert not jax.config.jax_compilation_cache_dir, "a CPU's are not"
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    keep_programs(tmp_path / "first")
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "first")
+    keep_programs(tmp_path / "second")
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "first")

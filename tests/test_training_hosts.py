@@ -1,0 +1,186 @@
+"""A run on two processes of four devices each: the same losses as on one, and what SIGTERM and SIGKILL do to it."""
+
+import functools
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import pytest
+from generation_cases import VAE, InMemory
+from training_cases import make_config, use_linear_network, write_sets, write_weights
+
+from avd_jax import convert
+from avd_jax.convert.architectures import WAN_VAE
+from avd_jax.data.pipeline import training_batches
+from avd_jax.parallel.mesh import make_mesh
+from avd_jax.training import loop, run
+
+ROOT = Path(__file__).parents[1]
+NUM_STEPS = 20
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    latents, prompts = write_sets(folder)
+    return {
+        "init_from": str(write_weights(folder / "dit")),
+        "data__latents": str(latents),
+        "data__prompts": str(prompts),
+        "num_steps": NUM_STEPS,
+        "batch_size": 8,
+        "fake_score_updates": 1,
+        "checkpoint_every": 5,
+        "sample_every": 0,
+        "mesh__data": 2,
+        "mesh__fsdp": -1,
+        "optimizer__learning_rate": 1e-3,
+        "optimizer__fake_score_learning_rate": 1e-3,
+    }
+
+
+def here(settings, workdir, devices, **fields):
+    """Train in this process, on some of its devices."""
+    with pytest.MonkeyPatch.context() as patch:
+        use_linear_network(patch.setattr)
+        patch.setattr(run, "make_mesh", functools.partial(make_mesh, devices=jax.devices()[:devices]))
+        return loop.train(make_config(**settings | fields), workdir)
+
+
+def start(settings, workdir, processes=2, **fields):
+    """Start a run of so many processes that share eight devices."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        coordinator = f"127.0.0.1:{free.getsockname()[1]}"
+    path = workdir.with_suffix(".json")
+    path.write_text(json.dumps({"config": settings | fields, "workdir": str(workdir)}))
+    count = f"--xla_force_host_platform_device_count={8 // processes}"
+    environment = os.environ | {
+        "XLA_FLAGS": f"{count} --xla_backend_optimization_level=0",
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+    }
+    command = [sys.executable, str(ROOT / "tests" / "host_worker.py"), str(path), coordinator, str(processes)]
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return [subprocess.Popen([*command, str(i)], env=environment, **output) for i in range(processes)]
+
+
+def finish(processes, timeout=120):
+    """Return statuses, texts on stdout but for Gloo's, and texts on stderr; no process outlives the test."""
+    try:
+        outputs = [process.communicate(timeout=timeout) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    said = ["".join(line for line in out.splitlines(keepends=True) if "[Gloo]" not in line) for out, _ in outputs]
+    return [process.returncode for process in processes], said, [err for _, err in outputs]
+
+
+def wait_for(processes, condition, timeout=120):
+    until = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < until, "it never came to that"
+        assert all(process.poll() is None for process in processes), [process.communicate() for process in processes]
+        time.sleep(0.01)
+
+
+def metrics(workdir):
+    """The numbers of each step but for the times."""
+    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    return [{k: v for k, v in line.items() if not k.startswith("time/")} for line in lines if "loss/generator" in line]
+
+
+def steps(workdir):
+    return sorted(int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdigit())
+
+
+def assert_same_losses(found, expected):
+    assert len(found) == len(expected)
+    for line, wanted in zip(found, expected, strict=True):
+        assert line == pytest.approx(wanted, rel=1e-5, abs=1e-6)
+
+
+@pytest.fixture(scope="module")
+def straight(settings, tmp_path_factory):
+    """The workdir of a run on one device that nothing stopped."""
+    workdir = tmp_path_factory.mktemp("straight")
+    assert here(settings, workdir, 1, mesh__data=1) == 0
+    assert len(metrics(workdir)) == NUM_STEPS
+    return workdir
+
+
+def test_killed_on_two_hosts_it_ends_with_the_losses_of_one_device(settings, straight, tmp_path):
+    """The first host is killed; the second does not wait for it for ever."""
+    workdir = tmp_path / "run"
+    processes = start(settings, workdir)
+    wait_for(processes, lambda: 5 in steps(workdir))
+    processes[0].kill()
+    (killed, left), _, _ = finish(processes)
+    assert killed == -signal.SIGKILL
+    assert left != 0
+    assert steps(workdir)[-1] < NUM_STEPS
+
+    convert.save_orbax(InMemory(WAN_VAE, VAE), tmp_path / "weights" / "vae")
+    samples = {"sample_every": NUM_STEPS, "sample__vae": str(tmp_path / "weights"), "sample__prompts": 1}
+    resumed = start(settings, workdir, **samples, sample__teacher_steps=1)
+    statuses, (first, second), errors = finish(resumed)
+    assert statuses == [0, 0], errors
+    assert len(list((workdir / "samples").rglob("*.mp4"))) == 1
+    assert "going on from step" in first
+    assert f"done: {NUM_STEPS} steps" in first
+    assert second == "", "one host reports"
+    assert_same_losses(metrics(workdir), metrics(straight))
+    assert steps(workdir) == steps(straight)
+
+
+def test_eight_devices_of_one_host_make_the_same_losses(settings, straight, tmp_path):
+    assert here(settings, tmp_path, 8) == 0
+    assert_same_losses(metrics(tmp_path), metrics(straight))
+
+
+def test_sigterm_on_one_host_saves_one_step_on_all_and_fewer_devices_go_on(settings, straight, tmp_path):
+    workdir = tmp_path / "run"
+    processes = start(settings, workdir, num_steps=100000, checkpoint_every=0)
+    wait_for(processes, lambda: (workdir / "metrics.jsonl").exists() and metrics(workdir))
+    processes[1].terminate()
+    statuses, (first, second), errors = finish(processes)
+    assert statuses == [143, 143], errors
+    (saved,) = steps(workdir)
+    assert f"stopped by SIGTERM after step {saved}, which is saved" in first
+    assert second == ""
+    assert metrics(workdir)[-1]["step"] == saved
+    assert_same_losses(metrics(workdir)[:NUM_STEPS], metrics(straight)[:saved])
+
+    # Another number of hosts, of devices, another mesh: the same data, the same losses.
+    ends = {4: tmp_path / "four", 1: tmp_path / "one"}
+    for devices, folder in ends.items():
+        shutil.copytree(workdir, folder)
+        assert here(settings, folder, devices, num_steps=saved + 3, mesh__data=1, mesh__fsdp=-1) == 0
+        meta = json.loads((folder / "checkpoints" / str(saved + 3) / "meta" / "metadata").read_text())
+        assert meta["data"] == position_after(settings, saved + 3)
+    assert len(metrics(ends[4])) == saved + 3
+    assert_same_losses(metrics(ends[4])[saved:], metrics(ends[1])[saved:])
+
+
+def position_after(settings, batches):
+    iterator = training_batches(
+        settings["data__latents"], settings["data__prompts"], batch_size=8, prompt_batches=2, seed=0, text_len=8
+    )
+    for _ in range(batches):
+        next(iterator)
+    return iterator.get_state()
+
+
+def test_a_user_error_ends_every_host_with_one_line(settings, tmp_path):
+    processes = start(settings | {"batch_size": 12}, tmp_path / "run")
+    statuses, outputs, errors = finish(processes)
+    assert 1 in statuses
+    assert 0 not in statuses
+    assert outputs[1] == ""
+    assert any("error: config.batch_size=12" in error for error in errors)
