@@ -14,12 +14,8 @@ def get_config():
     config = config_from(FIELDS)
     config.data.weights = "weights/tiny"
     config.data.shapes_world.clips = 6000
-    config.model.dim = 160
-    config.model.ffn_dim = 640
-    config.model.num_heads = 5
-    config.model.num_layers = 5
-    config.model.patch_size = (1, 4, 4)
     config.model.text_len = 50
+    config.batch_size = 8
     config.num_steps = 6000
     config.optimizer.warmup_steps = 100
     return config
