@@ -9,6 +9,9 @@
 --checkpoint names one. --out gets an .mp4 and a .json for each video, and contact sheets. A file's name ends in the
 seed and a hash of the settings: other settings never overwrite a video, and the same command goes on after an
 interruption. A prompt and seed give the same video in every batch and on any number of devices, up to rounding.
+
+Where a frame interpolator lies with the student, or with --weights, the first half of its steps works on every second
+latent frame, which costs a third; --half_rate_steps 0 does without.
 """
 
 import shlex
@@ -20,6 +23,7 @@ from absl import flags
 from tqdm import tqdm
 
 from avd_jax import command_line
+from avd_jax.diffusion.student import HALF_RATE_POSITIONS
 from avd_jax.errors import UserError
 from avd_jax.generation.run import generate, make_plan
 from avd_jax.generation.settings import DTYPES, SOLVERS, Options, from_record_file, make_jobs, resolve
@@ -42,6 +46,8 @@ flags.DEFINE_integer("steps", None, "Steps of unipc. Default: 50.")
 flags.DEFINE_float("shift", None, "Timestep shift of unipc. Default: 5.")
 flags.DEFINE_float("guidance_scale", None, "Guidance of unipc, Wan's convention. Default: 5.")
 flags.DEFINE_string("negative_prompt", None, "What unipc's guidance avoids. Default: Wan's.")
+flags.DEFINE_integer("half_rate_steps", None, "First steps of a student on every second frame. Default: see above.")
+flags.DEFINE_enum("half_rate_positions", None, HALF_RATE_POSITIONS, "Of their frames. Default: as it was trained.")
 flags.DEFINE_integer("frames", None, "Frames of a video, 4n+1. Default: what a student was trained at, else 81.")
 flags.DEFINE_integer("height", None, "Pixels, a multiple of 16. Default: what a student was trained at, else 480.")
 flags.DEFINE_integer("width", None, "Pixels, a multiple of 16. Default: what a student was trained at, else 832.")
@@ -49,7 +55,7 @@ flags.DEFINE_float("fps", None, "Frames per second. Default: what a student was 
 flags.DEFINE_enum("dtype", None, DTYPES, "Of the networks, VAE excepted. Default: bfloat16, on a CPU float32.")
 
 DECISIVE = ("solver", "which", "steps", "shift", "guidance_scale", "negative_prompt")
-DECISIVE += ("frames", "height", "width", "fps", "dtype")
+DECISIVE += ("half_rate_steps", "half_rate_positions", "frames", "height", "width", "fps", "dtype")
 
 
 def main() -> None:

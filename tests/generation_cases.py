@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from avd_jax import convert
-from avd_jax.convert.architectures import UMT5, WAN_DIT, WAN_VAE
+from avd_jax.convert.architectures import INTERPOLATOR, UMT5, WAN_DIT, WAN_VAE
+from avd_jax.models.interpolator import InterpolatorConfig
 from avd_jax.models.umt5 import UMT5Config
 from avd_jax.models.wan_dit import WanDiTConfig
 from avd_jax.models.wan_vae import WanVAEConfig
@@ -37,7 +38,7 @@ class InMemory:
         self.architecture, self.config, self.leaves = architecture, config, architecture.leaves(config)
         rng = np.random.default_rng(seed)
         self._values = {
-            path: (0.2 * rng.standard_normal(leaf.shape) + path.endswith("scale")).astype(np.float32)
+            path: (0.2 * rng.standard_normal(leaf.shape) + path.endswith(("scale", "var"))).astype(np.float32)
             for path, leaf in self.leaves.items()
         }
 
@@ -52,6 +53,12 @@ class InMemory:
 def write_dit(folder: Path, *, config=DIT, seed=0, student=None) -> Path:
     """Write a transformer as converted weights or, with student settings, as a student."""
     convert.save_orbax(InMemory(WAN_DIT, config, seed), folder / "transformer", student=student)
+    return folder
+
+
+def write_interpolator(folder: Path) -> Path:
+    """Write an interpolator as converted weights."""
+    convert.save_orbax(InMemory(INTERPOLATOR, InterpolatorConfig(DIT.in_dim, (8, 8, 8))), folder / "interpolator")
     return folder
 
 

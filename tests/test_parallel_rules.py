@@ -6,11 +6,14 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 from training_cases import make_config
 
+from avd_jax.convert import flat_state
 from avd_jax.errors import UserError
+from avd_jax.models.interpolator import Interpolator, InterpolatorConfig
 from avd_jax.models.wan_dit import WAN_1_3B, WAN_14B
 from avd_jax.parallel.mesh import AXES
 from avd_jax.parallel.rules import LARGE_LEAF, RULES, dotted, shardings, spec_for, tree_shardings
@@ -68,6 +71,8 @@ def test_the_layer_axis_stays_whole():
 
 def test_every_rule_is_used():
     paths = [f".{dotted(keys)}" for keys, _ in jax.tree_util.tree_leaves_with_path(state(WAN_1_3B).generator)]
+    interpolator = nnx.eval_shape(lambda: Interpolator(InterpolatorConfig(), nnx.Rngs(0)))
+    paths += [f".{path}" for path in flat_state(nnx.state(interpolator))]
     for pattern, _ in RULES:
         assert any(re.search(pattern, path) for path in paths), pattern
 

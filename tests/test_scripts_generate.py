@@ -90,6 +90,8 @@ def test_messages(folder, tmp_path):
         (weights, out, prompt, "--which=ema"): f"{folder}/wan: holds no 'ema'",
         (weights, f"--out={tmp_path}/file/out", prompt, student): f"{tmp_path}/file/out: cannot be written",
         (out, f"--from_json={folder}/wan/vae/config.json"): f"{folder}/wan/vae/config.json: has no 'prompt'",
+        (weights, out, prompt, "--half_rate_steps=1"): "--half_rate_steps: only a student makes steps at half the",
+        (weights, out, prompt, student, "--half_rate_steps=1"): f"--half_rate_steps 1: {folder}/student has no frame",
         (out, "--from_json=a.json", "--steps=4"): "--steps: --from_json takes it from a.json; leave it out",
         (out, "--from_json=a.json", "--seed=4"): "--seed: --from_json takes it from a.json; leave it out",
     }

@@ -77,18 +77,24 @@ def load_interpolator(
     return load_module(open_weights(path, INTERPOLATOR, key), dtype, sharding)
 
 
-def open_interpolator_of(path: str | Path) -> Weights | None:
-    """Open the interpolator that lies with the student at `path` (as in `load_dit`); None where there is none."""
-    path = Path(path)
-    places = [path]
-    folder = path.parent if path.is_file() else path
-    if folder.name == WAN_DIT.component:  # of diffusers' layout or ours: the interpolator's folder stands beside it
-        places = [folder.parent]
-    elif path.is_file():
-        places.append(folder)
-    for place in places:
-        with contextlib.suppress(NotHereError):
-            return open_weights(place, INTERPOLATOR, "generator")
+def open_interpolator_of(*paths: str | Path | None) -> Weights | None:
+    """Open the interpolator that lies with the student at the first of `paths` (as in `load_dit`) that has one.
+
+    Args:
+      paths: places to look at; None is passed over.
+
+    Returns:
+      None where there is none.
+    """
+    for path in map(Path, filter(None, paths)):
+        folder = path.parent if path.is_file() else path
+        if folder.name == WAN_DIT.component:  # of diffusers' layout or ours: the interpolator's folder is beside it
+            places = [folder.parent]
+        else:
+            places = [path, folder] if path.is_file() else [path]
+        for place in places:
+            with contextlib.suppress(NotHereError):
+                return open_weights(place, INTERPOLATOR, "generator")
     return None
 
 

@@ -27,6 +27,7 @@ def training_batches(
     seed: int,
     text_len: int,
     rows: Sequence[int] | None = None,
+    held_out: int = 0,
 ) -> grain.DatasetIterator:
     """Iterate over what one cycle of updates needs: a batch of latents, and a batch of prompts for each update.
 
@@ -37,6 +38,7 @@ def training_batches(
       seed: of the order.
       text_len: length to which embeddings are padded with zeros; longer ones are cut.
       rows: of each global batch that this host reads, such as `parallel.hosts.batch_rows` gives; None: all.
+      held_out: records of the latents set that are left out, those of `held_out_indices`.
 
     Returns:
       An iterator, without end, over dicts of bfloat16 arrays with an entry for each of these rows:
@@ -70,7 +72,7 @@ def training_batches(
             "caption_embeds": pad_prompt_embeds(pair["prompt_embeds"], text_len),
         }
 
-    latents_stream = _endless(latents, int(latents_seed))
+    latents_stream = _endless(_Without(latents, held_out_indices(len(latents), held_out)), int(latents_seed))
     prompts_stream = _endless(prompts, int(prompts_seed))
     rows = range(batch_size) if rows is None else rows
 
@@ -84,6 +86,30 @@ def training_batches(
     return iter(batches.to_iter_dataset(options))
 
 
-def _endless(source: EncodedSet, seed: int) -> grain.MapDataset:
+def held_out_indices(records: int, count: int) -> list[int]:
+    """Return `count` numbers of records, spread evenly over a set of so many, which training is not to see.
+
+    Raises:
+      UserError: no record would be left.
+    """
+    if count >= records:
+        raise UserError(f"{count} records are to be held out of a set of {records}; hold out fewer.")
+    return [(2 * i + 1) * records // (2 * count) for i in range(count)]
+
+
+class _Without:
+    """A set without some of its records."""
+
+    def __init__(self, source: EncodedSet, left_out: list[int]):
+        self._source, self._indices = source, np.setdiff1d(np.arange(len(source)), left_out)
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: int) -> dict:
+        return self._source[self._indices[index]]
+
+
+def _endless(source: EncodedSet | _Without, seed: int) -> grain.MapDataset:
     """Return the set's records by position in an endless stream; each epoch has its own order."""
     return grain.MapDataset.source(source).shuffle(seed=seed).repeat()

@@ -8,8 +8,9 @@ and however it is sharded. `fold_in(key, 0)` gives the initial noise, `fold_in(k
 i. The noise is generated example by example under `vmap`, which for JAX's default threefry keys draws what a lone
 example would.
 
-A rollout whose early steps work on fewer frames is two of these loops: `student_sample` on the first timesteps gives
-their x0, then interpolation, then `renoise` to where the second loop goes on.
+With `HalfRate` the first steps work on every second frame (PAPER.md, Frame interpolation): the last of them ends in the
+interpolation of its x0 to all frames, which is re-noised to where the full rate goes on. Half-rate noise is every
+second frame of the noise that a full rate draws, so that a seed means the same with and without.
 """
 
 import itertools
@@ -48,6 +49,36 @@ class StudentSchedule:
         object.__setattr__(self, "timesteps", times)
 
 
+HALF_RATE_POSITIONS = {"consecutive": 1, "strided": 2}  # name -> distance of neighbouring half-rate frames
+DEFAULT_HALF_RATE_POSITIONS = "consecutive"
+
+
+@dataclass(frozen=True)
+class HalfRate:
+    """The first steps at half the frame rate.
+
+    Attributes:
+      steps: how many.
+      velocity_fn: as that of the rollout, for latents [B (F+1)/2 H W C].
+      interpolate: x0 [B (F+1)/2 H W C] -> [B F H W C].
+    """
+
+    steps: int
+    velocity_fn: Callable
+    interpolate: Callable
+
+
+def check_half_rate(steps: int, *, num_steps: int, frames: int) -> None:
+    """Raise a UserError where so many half-rate steps do not fit a student's steps or a clip's latent frames."""
+    if not 0 <= steps <= num_steps:
+        raise UserError(f"half_rate_steps={steps}: the student has {num_steps} steps; give 0 to {num_steps}")
+    if steps and (frames < 3 or frames % 2 == 0):
+        raise UserError(
+            f"half_rate_steps={steps}: {frames} latent frames have no half rate, which takes an odd number from 3 on "
+            "(8n + 1 video frames, 9 at least); choose another length, or half_rate_steps=0"
+        )
+
+
 @typechecked
 def initial_noise(keys: Keys, shape: tuple[int, ...]) -> Float[Array, "batch ..."]:
     """Return the noise that each example starts from, [B *shape] float32; `shape` is an example's, (F, H, W, C)."""
@@ -57,12 +88,19 @@ def initial_noise(keys: Keys, shape: tuple[int, ...]) -> Float[Array, "batch ...
 @typechecked
 def renoise(x0: Latents, keys: Keys, *, step: int | Int[Array, ""], timesteps: Timesteps) -> Latents:
     """Return x0 [B F H W C] noised to `timesteps` [B] with the noise that belongs after `step` (0-based)."""
-    noise = _example_noise(keys, step + 1, x0.shape[1:])
+    noise = _noise_after(keys, x0.shape[1:])(step)
     return add_noise(x0=x0, noise=noise, sigmas=sigma_of_timestep(timesteps))
 
 
 @typechecked
-def student_sample(velocity_fn: Callable, noise: Latents, keys: Keys, *, timesteps: Sequence[float | int]) -> Latents:
+def student_sample(
+    velocity_fn: Callable,
+    noise: Latents,
+    keys: Keys,
+    *,
+    timesteps: Sequence[float | int],
+    half_rate: HalfRate | None = None,
+) -> Latents:
     """Run all steps of the student.
 
     Args:
@@ -70,11 +108,32 @@ def student_sample(velocity_fn: Callable, noise: Latents, keys: Keys, *, timeste
       noise: [B F H W C], from `initial_noise`.
       keys: [B] typed random keys, the ones that `noise` was made with.
       timesteps: `StudentSchedule.timesteps`.
+      half_rate: how the first steps are made, where not like the others; their number fits (`check_half_rate`).
 
     Returns:
       the last x0 prediction, [B F H W C] in float32 at least.
     """
-    return _roll_out(velocity_fn, noise, keys, timesteps, len(timesteps))
+    if half_rate is None:
+        return full_rate_steps(velocity_fn, noise, keys, timesteps=timesteps, first_step=0)
+    xt = half_rate_steps(noise, keys, timesteps=timesteps, half_rate=half_rate)
+    return full_rate_steps(velocity_fn, xt, keys, timesteps=timesteps, first_step=half_rate.steps)
+
+
+@typechecked
+def half_rate_steps(noise: Latents, keys: Keys, *, timesteps: Sequence[float | int], half_rate: HalfRate) -> Latents:
+    """Run the half-rate steps from noise [B F H W C]; returns the input of the first full-rate step, [B F H W C]."""
+    steps = half_rate.steps
+    x0 = _half_rate_input(noise, keys, (*timesteps[:steps], 0.0), half_rate, steps)
+    timestep = jnp.full(noise.shape[:1], (*timesteps, 0.0)[steps], jnp.float32)
+    return renoise(half_rate.interpolate(x0), keys, step=steps - 1, timesteps=timestep)
+
+
+@typechecked
+def full_rate_steps(
+    velocity_fn: Callable, xt: Latents, keys: Keys, *, timesteps: Sequence[float | int], first_step: int
+) -> Latents:
+    """Run the steps from `first_step` on, whose input is `xt` [B F H W C]; returns the last x0 prediction."""
+    return _roll_out(velocity_fn, xt, timesteps, first_step, len(timesteps), _noise_after(keys, xt.shape[1:]))
 
 
 @typechecked
@@ -85,6 +144,7 @@ def backward_simulation(
     *,
     timesteps: Sequence[float | int],
     stop_step: int | Int[Array, ""],
+    half_rate: HalfRate | None = None,
 ) -> tuple[Latents, Timesteps]:
     """Run the student, without gradient, up to the input of one of its steps (PAPER.md, Training).
 
@@ -98,32 +158,81 @@ def backward_simulation(
       timesteps: `StudentSchedule.timesteps`.
       stop_step: integer in 0..len(timesteps)-1, one for the batch, usually traced; 0 returns the noise itself. The
         random choice must be the same on every host.
+      half_rate: how the first steps are made, where not like the others; stop_step is then `half_rate.steps` at least.
 
     Returns:
       xt [B F H W C], the input of step `stop_step`, and that step's timestep for each example, [B] float32.
     """
+    xt, first = jax.lax.stop_gradient(noise), 0
+    if half_rate is not None:
+        xt = half_rate_steps(xt, keys, timesteps=timesteps, half_rate=_without_gradient(half_rate))
+        xt, first = jax.lax.stop_gradient(xt), half_rate.steps
+    noise_after = _noise_after(keys, noise.shape[1:])
+    xt = _roll_out(_constant(velocity_fn), xt, timesteps, first, stop_step, noise_after)
+    return xt, _timestep_of(noise, timesteps, stop_step)
 
-    def without_gradient(latents, times):
-        # A loop of dynamic length has no reverse mode, so no tangent may enter it through the network's parameters.
-        return jax.lax.stop_gradient(velocity_fn(latents, times))
 
-    xt = _roll_out(without_gradient, jax.lax.stop_gradient(noise), keys, timesteps, stop_step)
-    timestep = jnp.asarray(timesteps, jnp.float32)[stop_step]
-    return xt, jnp.full(noise.shape[:1], timestep)
+@typechecked
+def half_rate_simulation(
+    noise: Latents,
+    keys: Keys,
+    *,
+    timesteps: Sequence[float | int],
+    stop_step: int | Int[Array, ""],
+    half_rate: HalfRate,
+) -> tuple[Float[Array, "batch half_frames height width channels"], Timesteps]:
+    """Run the student, without gradient, up to the input of one of its half-rate steps.
+
+    Args:
+      noise: [B F H W C], from `initial_noise`.
+      keys, timesteps: as in `backward_simulation`.
+      stop_step: below `half_rate.steps`.
+      half_rate: how the steps are made.
+
+    Returns:
+      xt [B (F+1)/2 H W C] and the step's timestep for each example, [B] float32.
+    """
+    half_rate = _without_gradient(half_rate)
+    xt = _half_rate_input(jax.lax.stop_gradient(noise), keys, timesteps, half_rate, stop_step)
+    return xt, _timestep_of(noise, timesteps, stop_step)
 
 
-def _roll_out(velocity_fn, noise, keys, timesteps, num_steps):
-    """Return the input of step `num_steps` [B F H W C], which behind the last step is the final x0."""
-    batch = noise.shape[:1]
+def _half_rate_input(noise, keys, timesteps, half_rate, stop):
+    """Return the input of step `stop` at half rate, whose noise is every second frame of the full rate's."""
+    noise_after = _noise_after(keys, noise.shape[1:])
+    return _roll_out(half_rate.velocity_fn, noise[:, ::2], timesteps, 0, stop, lambda step: noise_after(step)[:, ::2])
+
+
+def _constant(function):
+    # A loop of dynamic length has no reverse mode, so no tangent may enter it through the network's parameters.
+    return lambda *args: jax.lax.stop_gradient(function(*args))
+
+
+def _without_gradient(half_rate: HalfRate) -> HalfRate:
+    return HalfRate(half_rate.steps, _constant(half_rate.velocity_fn), half_rate.interpolate)
+
+
+def _timestep_of(noise, timesteps, step):
+    return jnp.full(noise.shape[:1], jnp.asarray(timesteps, jnp.float32)[step])
+
+
+def _roll_out(velocity_fn, xt, timesteps, first_step, stop_step, noise_after):
+    """Return the input of step `stop_step`, which behind the last step is the final x0, from that of `first_step`."""
+    batch = xt.shape[:1]
     times = jnp.asarray((*timesteps, 0.0), jnp.float32)
 
     def step(i, xt):
-        now = jnp.full(batch, times[i])
+        now, following = jnp.full(batch, times[i]), jnp.full(batch, times[i + 1])
         velocity = velocity_fn(xt, now)
         x0 = x0_from_velocity(xt=xt, velocity=velocity, sigmas=sigma_of_timestep(now))
-        return renoise(x0, keys, step=i, timesteps=jnp.full(batch, times[i + 1]))
+        return add_noise(x0=x0, noise=noise_after(i), sigmas=sigma_of_timestep(following))
 
-    return jax.lax.fori_loop(0, num_steps, step, at_least_float32(noise))
+    return jax.lax.fori_loop(first_step, stop_step, step, at_least_float32(xt))
+
+
+def _noise_after(keys, shape):
+    """Return the function from a step to the noise of `shape` that is added after it."""
+    return lambda step: _example_noise(keys, step + 1, shape)
 
 
 def _example_noise(keys, index, shape):

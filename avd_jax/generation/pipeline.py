@@ -7,6 +7,7 @@ backend sums in another order for another batch size.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import jax
@@ -15,7 +16,17 @@ import numpy as np
 from flax import nnx
 
 from avd_jax.diffusion.guidance import guide
-from avd_jax.diffusion.student import Keys, StudentSchedule, initial_noise, student_sample
+from avd_jax.diffusion.student import (
+    HALF_RATE_POSITIONS,
+    HalfRate,
+    Keys,
+    StudentSchedule,
+    check_half_rate,
+    full_rate_steps,
+    half_rate_steps,
+    initial_noise,
+    student_sample,
+)
 from avd_jax.diffusion.unipc import unipc_sample, unipc_schedule
 from avd_jax.errors import UserError
 from avd_jax.models.wan_dit import WanDiTConfig
@@ -63,39 +74,84 @@ def as_network(module: nnx.Module) -> tuple[Network, nnx.State]:
     """Return a module as a network and its parameters."""
     graphdef, state = nnx.split(module)
 
-    def network(params, latents, timesteps, prompt_embeds):
-        return nnx.merge(graphdef, params)(latents, timesteps, prompt_embeds)
+    def network(params, latents, timesteps, prompt_embeds, **options):
+        return nnx.merge(graphdef, params)(latents, timesteps, prompt_embeds, **options)
 
     return network, state
 
 
+@dataclass(frozen=True)
+class HalfRateSampling:
+    """How a student makes its first steps at half the frame rate.
+
+    Attributes:
+      steps: how many; 1 at least.
+      positions: of the frames in the rotary embedding, a key of HALF_RATE_POSITIONS.
+      interpolator: makes the missing frames, [B F H W C] -> [B 2F-1 H W C].
+    """
+
+    steps: int
+    positions: str
+    interpolator: nnx.Module
+
+
 def make_student_sampler(
-    network: Network, shape: LatentsShape, *, timesteps: Sequence[float | int]
+    network: Network,
+    shape: LatentsShape,
+    *,
+    timesteps: Sequence[float | int],
+    half_rate: HalfRateSampling | None = None,
 ) -> Callable[..., jax.Array]:
-    """Compile the few-step rollout of a student (PAPER.md, Training).
+    """Compile the few-step rollout of a student (PAPER.md, Training), one program for each rate that it runs at.
 
     Args:
-      network: see the module.
+      network: see the module; for strided half-rate positions it takes `frame_stride` too.
       shape: from `latents_shape`.
       timesteps: those that the student was trained for.
+      half_rate: for a rollout whose first steps are at half rate.
 
     Returns:
-      A jitted `(params, keys [B], prompt_embeds [B L D]) -> latents [B F H W C]`, float32; keys are from
+      A function `(params, keys [B], prompt_embeds [B L D]) -> latents [B F H W C]`, float32; keys are from
       `sample_keys`.
 
     Raises:
-      UserError: timesteps that are not decreasing in 1000..0.
+      UserError: timesteps that are not decreasing in 1000..0, or half-rate steps that do not fit them or the shape.
     """
     timesteps = StudentSchedule(tuple(timesteps)).timesteps
+    if half_rate is None:
+
+        @jax.jit
+        def sample(params, keys, prompt_embeds):
+            velocity_fn = _velocity_fn(network, params, prompt_embeds)
+            return student_sample(velocity_fn, initial_noise(keys, shape), keys, timesteps=timesteps)
+
+        return sample
+    steps = half_rate.steps
+    check_half_rate(steps, num_steps=len(timesteps), frames=shape[0])
+    # No argument where it changes nothing: networks that know no positions are networks too.
+    stride = HALF_RATE_POSITIONS[half_rate.positions]
+    options = {} if stride == 1 else {"frame_stride": stride}
+    graphdef, interpolator = nnx.split(half_rate.interpolator)
 
     @jax.jit
-    def sample(params, keys, prompt_embeds):
-        def velocity_fn(latents, times):
-            return network(params, latents, times, prompt_embeds)
+    def first(params, interpolator, keys, prompt_embeds):
+        velocity_fn = _velocity_fn(network, params, prompt_embeds, **options)
+        phase = HalfRate(steps, velocity_fn, nnx.merge(graphdef, interpolator))
+        return half_rate_steps(initial_noise(keys, shape), keys, timesteps=timesteps, half_rate=phase)
 
-        return student_sample(velocity_fn, initial_noise(keys, shape), keys, timesteps=timesteps)
+    @jax.jit
+    def rest(params, xt, keys, prompt_embeds):
+        velocity_fn = _velocity_fn(network, params, prompt_embeds)
+        return full_rate_steps(velocity_fn, xt, keys, timesteps=timesteps, first_step=steps)
 
-    return sample
+    def sample_at_both_rates(params, keys, prompt_embeds):
+        return rest(params, first(params, interpolator, keys, prompt_embeds), keys, prompt_embeds)
+
+    return sample_at_both_rates
+
+
+def _velocity_fn(network: Network, params, prompt_embeds, **options) -> Callable:
+    return lambda latents, times: network(params, latents, times, prompt_embeds, **options)
 
 
 def make_teacher_sampler(

@@ -28,6 +28,7 @@ from avd_jax.data.prompts import file_stem
 from avd_jax.data.video import contact_sheet, read_video, write_video
 from avd_jax.errors import UserError
 from avd_jax.generation.pipeline import (
+    HalfRateSampling,
     LatentsShape,
     as_network,
     latents_shape,
@@ -147,7 +148,12 @@ def _sample(plan: Plan, mesh: Mesh, size: int) -> Iterator[tuple[Job, np.ndarray
         return pad_prompt_embeds(texts[text], parts.transformer.config.text_len)
 
     if settings.solver == "student":
-        sampler, negative = make_student_sampler(network, shape, timesteps=settings.timesteps), ()
+        half_rate = None
+        if settings.half_rate_steps:
+            interpolator = load_module(parts.interpolator, dtype, lambda path, leaf: replicated(mesh))
+            half_rate = HalfRateSampling(settings.half_rate_steps, settings.half_rate_positions, interpolator)
+        sampler = make_student_sampler(network, shape, timesteps=settings.timesteps, half_rate=half_rate)
+        negative = ()
     else:
         guidance = {"shift": settings.shift, "guidance_scale": settings.guidance_scale}
         sampler = make_teacher_sampler(network, shape, num_steps=settings.steps, **guidance)

@@ -11,9 +11,17 @@ from pathlib import Path
 import jax
 from beartype.door import is_bearable
 
+from avd_jax.convert.architectures import WAN_VAE
 from avd_jax.convert.layouts import read_json, student_settings
+from avd_jax.convert.loading import open_interpolator_of
+from avd_jax.convert.weights import open_weights
 from avd_jax.data.prompts import WAN_NEGATIVE_PROMPT, read_prompts
-from avd_jax.diffusion.student import StudentSchedule
+from avd_jax.diffusion.student import (
+    DEFAULT_HALF_RATE_POSITIONS,
+    HALF_RATE_POSITIONS,
+    StudentSchedule,
+    check_half_rate,
+)
 from avd_jax.diffusion.unipc import unipc_schedule
 from avd_jax.errors import UserError, closest
 from avd_jax.generation.pipeline import MAX_SEED
@@ -38,6 +46,9 @@ class Options:
       which: network of a training checkpoint, "generator" or "ema".
       solver: one of SOLVERS.
       steps, shift, guidance_scale, negative_prompt: of the unipc solver only.
+      half_rate_steps: first steps of a student at half the frame rate; by default those that its training made so,
+        else the first half of them, where there is an interpolator.
+      half_rate_positions: of the frames in the rotary embedding at these steps, a key of HALF_RATE_POSITIONS.
       frames, height, width, fps: of the videos.
       dtype: of the parameters and the computation of transformer and text encoder.
     """
@@ -50,6 +61,8 @@ class Options:
     shift: float | None = None
     guidance_scale: float | None = None
     negative_prompt: str | None = None
+    half_rate_steps: int | None = None
+    half_rate_positions: str | None = None
     frames: int | None = None
     height: int | None = None
     width: int | None = None
@@ -64,6 +77,7 @@ class Settings:
     Attributes:
       timesteps: what the network is told at each step.
       shift, guidance_scale, negative_prompt: None for a student, which has none.
+      half_rate_positions: None without half-rate steps.
     """
 
     weights: str
@@ -80,6 +94,8 @@ class Settings:
     width: int
     fps: Number
     dtype: str
+    half_rate_steps: int = 0
+    half_rate_positions: str | None = None
 
     def __post_init__(self):
         for name in ("frames", "height", "width", "steps"):
@@ -87,6 +103,11 @@ class Settings:
         _check("fps", self.fps, 0.1 <= self.fps <= 1000, "give a number from 0.1 to 1000")
         _check("solver", self.solver, self.solver in SOLVERS, f"give one of {', '.join(SOLVERS)}")
         _check("dtype", self.dtype, self.dtype in DTYPES, f"give one of {', '.join(DTYPES)}")
+        if self.half_rate_steps:
+            what = f"give one of {', '.join(HALF_RATE_POSITIONS)}"
+            _check(
+                "half_rate_positions", self.half_rate_positions, self.half_rate_positions in HALF_RATE_POSITIONS, what
+            )
         if self.solver == "unipc":
             _check_shift(self.shift)
             _check("guidance_scale", self.guidance_scale, math.isfinite(self.guidance_scale), "give a finite number")
@@ -97,7 +118,10 @@ class Settings:
 
         Where the weights lie does not count, only what is in them: `fingerprints`, one a component.
         """
-        counted = {name: value for name, value in asdict(self).items() if name not in ("weights", "checkpoint")}
+        left_out = ["weights", "checkpoint"]
+        if not self.half_rate_steps:  # as if there were no such steps
+            left_out += ["half_rate_steps", "half_rate_positions"]
+        counted = {name: value for name, value in asdict(self).items() if name not in left_out}
         text = json.dumps({**counted, "fingerprints": dict(fingerprints)}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
@@ -146,7 +170,10 @@ def resolve(options: Options, *, note: Callable[[str], object] = print) -> Setti
                 )
         timesteps = _student_timesteps(source, student, named=bool(options.checkpoint), note=note)
         none = {"shift": None, "guidance_scale": None, "negative_prompt": None}
-        return Settings(**shared, **none, steps=len(timesteps), timesteps=timesteps)
+        half_rate = _half_rate(options, student or {}, len(timesteps), size["frames"], note)
+        return Settings(**shared, **none, **half_rate, steps=len(timesteps), timesteps=timesteps)
+    if options.half_rate_steps:
+        raise UserError("--half_rate_steps: only a student makes steps at half the frame rate; leave it out")
     steps, shift = _first(options.steps, WAN_STEPS), _first(options.shift, WAN_SHIFT)
     _check_positive("steps", steps)  # before the schedule is made of them
     _check_shift(shift)
@@ -210,7 +237,7 @@ def from_record_file(path: str, *, weights: str | None, checkpoint: str | None) 
     hints = typing.get_type_hints(Settings) | {"timesteps": list[Number]}  # JSON has no tuples
     expected = {"prompt": str, "seed": int, "settings": dict, "fingerprints": dict[str, str]}
     _check_entries(path, record, expected)
-    entries = dict(record["settings"])
+    entries = {"half_rate_steps": 0, "half_rate_positions": None} | record["settings"]  # older ones have neither
     entries |= {name: value for name, value in (("weights", weights), ("checkpoint", checkpoint)) if value}
     _check_entries(path, entries, hints)
     for name in ("shift", "guidance_scale", "negative_prompt"):
@@ -227,7 +254,8 @@ def from_record_file(path: str, *, weights: str | None, checkpoint: str | None) 
 
 def _check_student(source: str, student: Mapping) -> None:
     hints = typing.get_type_hints(Settings)
-    expected = {name: hints[name] for name in WAN_SIZE if name in student} | {"timesteps": list[Number]}
+    optional = (*WAN_SIZE, "half_rate_steps", "half_rate_positions")
+    expected = {name: hints[name] for name in optional if name in student} | {"timesteps": list[Number]}
     for name, hint in expected.items():
         if not is_bearable(student.get(name), hint):
             raise UserError(
@@ -244,6 +272,33 @@ def _student_timesteps(source: str, student: dict | None, *, named: bool, note: 
         note(f"{source} records no timesteps; taking those of the authors' students: {shown}")
         return timesteps
     return StudentSchedule(tuple(student["timesteps"])).timesteps
+
+
+def _half_rate(options: Options, student: Mapping, num_steps: int, frames: int, note: Callable) -> dict:
+    """Return half_rate_steps and half_rate_positions, having checked that the steps are possible."""
+    asked = options.half_rate_steps
+    if asked == 0:
+        return {}
+    weights = open_interpolator_of(options.checkpoint, options.weights)
+    if weights is None:
+        if asked is None:
+            return {}
+        place = options.checkpoint or options.weights
+        raise UserError(
+            f"--half_rate_steps {asked}: {place} has no frame interpolator; make one with "
+            f"scripts/train_interpolator.py --out {place}, or leave --half_rate_steps out"
+        )
+    steps = _first(asked, student.get("half_rate_steps") or None, num_steps // 2)
+    latent_frames = (frames - 1) // open_weights(options.weights, WAN_VAE, "").config.temporal_stride + 1
+    try:
+        check_half_rate(steps, num_steps=num_steps, frames=latent_frames)
+    except UserError as error:
+        if asked is not None:
+            raise UserError(f"--{error}") from None
+        note(f"all steps are at the full frame rate: {error}")
+        return {}
+    positions = _first(options.half_rate_positions, student.get("half_rate_positions"), DEFAULT_HALF_RATE_POSITIONS)
+    return {"half_rate_steps": steps, "half_rate_positions": positions} if steps else {}
 
 
 def _check_entries(path: str, entries: Mapping, hints: Mapping) -> None:

@@ -22,12 +22,16 @@ def axis_pairs(head_dim: int) -> tuple[int, int, int]:
     return head_dim // 2 - 2 * spatial, spatial, spatial
 
 
-def rotation(frames: int, height: int, width: int, head_dim: int) -> Rotation:
-    """Return (cos, sin), each float32 [frames*height*width, head_dim/2], of a token grid in patches."""
+def rotation(frames: int, height: int, width: int, head_dim: int, *, frame_stride: int = 1) -> Rotation:
+    """Return (cos, sin), each float32 [frames*height*width, head_dim/2], of a token grid in patches.
+
+    The frames' positions are 0, frame_stride, 2 frame_stride, ...
+    """
     tables = []
     for axis, (length, pairs) in enumerate(zip((frames, height, width), axis_pairs(head_dim), strict=True)):
         # float64 on the host: float32 loses digits of the angle at large positions.
-        angles = np.outer(np.arange(length), THETA ** (-np.arange(pairs) / pairs))
+        positions = np.arange(length) * (frame_stride if axis == 0 else 1)
+        angles = np.outer(positions, THETA ** (-np.arange(pairs) / pairs))
         shape = [1, 1, 1, pairs]
         shape[axis] = length
         tables.append(angles.reshape(shape))

@@ -233,7 +233,7 @@ class WanDiT(nnx.Module):
 
     @typechecked
     def __call__(
-        self, latents: Latents, timesteps: Timesteps, prompt_embeds: PromptEmbeds
+        self, latents: Latents, timesteps: Timesteps, prompt_embeds: PromptEmbeds, *, frame_stride: int = 1
     ) -> Float[Array, "batch frames height width out_channels"]:
         """Predict the velocity `noise - x0` of noisy latents.
 
@@ -242,6 +242,7 @@ class WanDiT(nnx.Module):
           timesteps: 1000 * sigma of each example, [B].
           prompt_embeds: umT5 embeddings [B L text_dim], L <= text_len; zero behind the last token, and padded with
             zeros to text_len here, since Wan attends to the padding too.
+          frame_stride: distance of the frames' positions; 2 where every second frame of a clip is given.
 
         Returns:
           velocity [B F H W out_dim], float32.
@@ -255,7 +256,7 @@ class WanDiT(nnx.Module):
         embedding = self.time_embedding_2(jax.nn.silu(embedding))
         modulation = rearrange(self.time_projection_1(jax.nn.silu(embedding)), "b (six d) -> b six d", six=6)
         context = self._embed_text(prompt_embeds)
-        rotation = rope.rotation(*grid, config.head_dim)
+        rotation = rope.rotation(*grid, config.head_dim, frame_stride=frame_stride)
 
         tokens = _apply_blocks(*nnx.split(self.blocks), tokens, modulation, context, rotation, remat=self.remat)
         patches = self.head(tokens, embedding)

@@ -16,8 +16,10 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from avd_jax.data.pipeline import training_batches
 from avd_jax.errors import UserError
 from avd_jax.parallel.compiler import compiler_options
+from avd_jax.parallel.hosts import batch_rows
 from avd_jax.parallel.mesh import replicated
 from avd_jax.parallel.rules import tree_shardings
 from avd_jax.training.checkpoint import Checkpoints
@@ -270,3 +272,29 @@ class CountedBatches:
     def set_state(self, state: Mapping) -> None:
         """Go on from a position."""
         self._number = state["batch"]
+
+
+class EncodedBatches:
+    """Batches of an encoded set on the devices: `latents` and `caption_embeds`, with the position of their iterator."""
+
+    def __init__(self, folder: Path, config, mesh: Mesh, *, text_len: int, held_out: int = 0):
+        """Open the set of latents in `folder`; `config` has batch_size and seed, and see `training_batches`."""
+        self._rows = batch_rows(mesh, config.batch_size)
+        self._batches = training_batches(
+            folder,
+            None,
+            batch_size=config.batch_size,
+            prompt_batches=1,
+            seed=config.seed,
+            text_len=text_len,
+            rows=self._rows.rows,
+            held_out=held_out,
+        )
+        self.get_state, self.set_state = self._batches.get_state, self._batches.set_state
+
+    def __iter__(self):
+        return self
+
+    def __next__(self) -> dict[str, jax.Array]:
+        batch = next(self._batches)
+        return {name: self._rows.put(batch[name]) for name in ("latents", "caption_embeds")}

@@ -13,24 +13,24 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
 from avd_jax import convert
 from avd_jax.convert.architectures import WAN_DIT
 from avd_jax.convert.weights import open_weights
 from avd_jax.data.encoding import encode_shapes_world, text_encoder, video_encoder
 from avd_jax.data.latents import LatentsInfo, read_metadata, read_negative_prompt_embeds, set_fingerprint
-from avd_jax.data.pipeline import training_batches
 from avd_jax.diffusion.flow import add_noise, sample_timesteps, sigma_of_timestep
 from avd_jax.errors import UserError, closest
 from avd_jax.generation.weights import fingerprint
 from avd_jax.losses.distribution_matching import flow_matching_loss
 from avd_jax.models.wan_dit import REMAT_POLICIES, WanDiT, WanDiTConfig
-from avd_jax.parallel.hosts import barrier, batch_rows, is_first
+from avd_jax.parallel.hosts import barrier, is_first
 from avd_jax.parallel.mesh import batch_shards, make_mesh
 from avd_jax.parallel.rules import spec_for
 from avd_jax.training.fitting import (
     SHARED_FIELDS,
+    EncodedBatches,
     Fit,
     FitState,
     abstract_state,
@@ -44,6 +44,20 @@ from avd_jax.training.fitting import (
 from avd_jax.training.networks import Network, Params, make_network
 from avd_jax.training.objectives import example_keys
 
+DATA_FIELDS: dict[str, tuple[object, str]] = {
+    "data.latents": ("", "folder of encoded videos (scripts/encode.py --videos)"),
+    "data.weights": ("", "without data.latents: folder with VAE, umT5 and tokenizer, to encode moving shapes with"),
+    "data.shapes_world.clips": (1200, "and so many clips of them"),
+    "data.shapes_world.frames": (17, "video frames a clip, 4n + 1"),
+    "data.shapes_world.height": (64, "pixels, a multiple of 16"),
+    "data.shapes_world.width": (64, "pixels, a multiple of 16"),
+    "data.shapes_world.fps": (16, "frames a second"),
+}
+MESH_FIELDS: dict[str, tuple[object, str]] = {
+    "mesh.data": (-1, "devices along the data axis; -1: all that the others leave"),
+    "mesh.fsdp": (1, "devices along the axis that shards parameters and batch"),
+    "mesh.seq": (1, "devices along the axis that shards tokens"),
+}
 FIELDS: dict[str, tuple[object, str]] = {
     "seed": (0, "decides the initial weights, the order of the data and all noise"),
     "num_steps": (10000, "updates in the run; the learning rate falls to zero over them"),
@@ -55,22 +69,14 @@ FIELDS: dict[str, tuple[object, str]] = {
     "model.num_layers": (4, "blocks, without init_from"),
     "model.patch_size": ((1, 2, 2), "latent frames, rows and columns that make a token, without init_from"),
     "model.text_len": (32, "tokens of a prompt that the model sees, without init_from"),
-    "data.latents": ("", "folder of encoded videos (scripts/encode.py --videos)"),
-    "data.weights": ("", "without data.latents: folder with VAE, umT5 and tokenizer, to encode moving shapes with"),
-    "data.shapes_world.clips": (1200, "and so many clips of them"),
-    "data.shapes_world.frames": (17, "video frames a clip, 4n + 1"),
-    "data.shapes_world.height": (64, "pixels, a multiple of 16"),
-    "data.shapes_world.width": (64, "pixels, a multiple of 16"),
-    "data.shapes_world.fps": (16, "frames a second"),
+    **DATA_FIELDS,
     "timestep.shift": (3.0, "timestep shift of the random timesteps"),
     "timestep.min": (0.0, "lower bound of these timesteps, of 1000"),
     "timestep.max": (1000.0, "upper bound of these timesteps, of 1000"),
     "prompt_dropout": (0.1, "share of the examples that see the negative prompt instead of their own"),
     "compute_dtype": ("float32", "dtype of matrix products; masters and moments are float32"),
     "remat": ("none", "what the backward pass keeps of a block: " + ", ".join(REMAT_POLICIES)),
-    "mesh.data": (-1, "devices along the data axis; -1: all that the others leave"),
-    "mesh.fsdp": (1, "devices along the axis that shards parameters and batch"),
-    "mesh.seq": (1, "devices along the axis that shards tokens"),
+    **MESH_FIELDS,
     **SHARED_FIELDS,
 }
 
@@ -87,7 +93,12 @@ def validate(config) -> None:
         raise UserError(f"config.prompt_dropout={flat['prompt_dropout']} must be a share, 0 to 1")
     if not 0 <= flat["timestep.min"] <= flat["timestep.max"] <= 1000:
         raise UserError(f"config.timestep.min={flat['timestep.min']} and timestep.max must rise in 0..1000")
-    if not (flat["data.latents"] or flat["data.weights"]):
+    check_data_named(config)
+
+
+def check_data_named(config) -> None:
+    """Raise a UserError where neither `data.latents` nor `data.weights` is given."""
+    if not (config.data.latents or config.data.weights):
         raise UserError(
             "config.data.latents is empty: give the folder that scripts/encode.py wrote, or data.weights to encode "
             "moving shapes with"
@@ -123,13 +134,8 @@ def pretrain(config, workdir: Path) -> tuple[int, FitState, WanDiTConfig]:
     sizes: list[WanDiTConfig] = []
 
     def build() -> Fit:
-        mesh = make_mesh(**config.mesh)
-        if config.batch_size % batch_shards(mesh):
-            raise UserError(f"config.batch_size={config.batch_size} must be a multiple of {batch_shards(mesh)} shards")
-        folder = _data_folder(config, workdir)
-        info = read_metadata(folder)
-        if not isinstance(info, LatentsInfo):
-            raise UserError(f"config.data.latents={folder}: is a set of prompts, not of latents")
+        mesh = batch_mesh(config)
+        folder, info = latents_of(config, workdir)
         model = _model_config(config, info, folder)
         sizes.append(model)
         network = make_network(model, dtype=config.compute_dtype, param_dtype="float32", remat=config.remat)
@@ -143,7 +149,7 @@ def pretrain(config, workdir: Path) -> tuple[int, FitState, WanDiTConfig]:
             abstract=abstract,
             init=lambda: _init(config, model, optimizer, abstract, mesh),
             step=compile_step(make_step(loss, optimizer, config.ema_decay), abstract, mesh),
-            batches=_Batches(folder, config, model, mesh),
+            batches=EncodedBatches(folder, config, mesh, text_len=model.text_len),
             inputs=_inputs(config, folder),
         )
 
@@ -157,30 +163,6 @@ def trained_dit(model: WanDiTConfig, params: Params) -> WanDiT:
     state = jax.tree.map(lambda leaf: leaf, network.abstract)
     nnx.replace_by_pure_dict(state, params)
     return nnx.merge(network.graphdef, state)
-
-
-class _Batches:
-    """Batches of latents and captions on the devices, with the position of `training_batches`."""
-
-    def __init__(self, folder: Path, config, model: WanDiTConfig, mesh):
-        self._rows = batch_rows(mesh, config.batch_size)
-        self._batches = training_batches(
-            folder,
-            None,
-            batch_size=config.batch_size,
-            prompt_batches=1,
-            seed=config.seed,
-            text_len=model.text_len,
-            rows=self._rows.rows,
-        )
-        self.get_state, self.set_state = self._batches.get_state, self._batches.set_state
-
-    def __iter__(self):
-        return self
-
-    def __next__(self) -> dict[str, jax.Array]:
-        batch = next(self._batches)
-        return {name: self._rows.put(batch[name]) for name in ("latents", "caption_embeds")}
 
 
 def _model_config(config, info: LatentsInfo, folder: Path) -> WanDiTConfig:
@@ -221,9 +203,28 @@ def _inputs(config, folder: Path) -> dict[str, str]:
     return found
 
 
-def _data_folder(config, workdir: Path) -> Path:
-    if config.data.latents:
-        return Path(config.data.latents)
+def batch_mesh(config) -> Mesh:
+    """Return the mesh of `config.mesh`; raises a UserError where it does not divide `config.batch_size`."""
+    mesh = make_mesh(**config.mesh)
+    if config.batch_size % batch_shards(mesh):
+        raise UserError(f"config.batch_size={config.batch_size} must be a multiple of {batch_shards(mesh)} shards")
+    return mesh
+
+
+def latents_of(config, workdir: Path) -> tuple[Path, LatentsInfo]:
+    """Return the set of latents that `config.data` names, encoded now where it is one of moving shapes.
+
+    Raises:
+      UserError: the set cannot be read, or holds prompts.
+    """
+    folder = Path(config.data.latents) if config.data.latents else _encoded_shapes(config, workdir)
+    info = read_metadata(folder)
+    if not isinstance(info, LatentsInfo):
+        raise UserError(f"config.data.latents={folder}: is a set of prompts, not of latents")
+    return folder, info
+
+
+def _encoded_shapes(config, workdir: Path) -> Path:
     world, weights = config.data.shapes_world, config.data.weights
     if is_first():
         encode_shapes_world(

@@ -1,0 +1,22 @@
+"""The frame interpolator of weights/tiny, trained on the built-in world of shapes.
+
+    python scripts/train_interpolator.py --config configs/tiny_interpolator.py --workdir runs/tiny_interpolator \
+        --out weights/tiny
+
+It needs the VAE, tokenizer and text encoder of weights/tiny. About 4 minutes on a shared two-core CPU.
+"""
+
+from avd_jax.training.fields import config_from
+from avd_jax.training.interpolation import FIELDS
+
+
+def get_config():
+    """Return settings for a small world: a higher rate, fewer and smaller updates."""
+    config = config_from(FIELDS)
+    config.data.weights = "weights/tiny"
+    config.data.shapes_world.clips = 1000
+    config.num_steps = 1500
+    config.batch_size = 16
+    config.optimizer.learning_rate = 1e-3
+    config.checkpoint_every = 500
+    return config
