@@ -53,8 +53,8 @@ def test_each_rate_sees_its_own_frames_and_positions(positions, stride):
 
 def test_an_interpolator_with_the_student_is_used_unless_told_otherwise(folder):
     assert resolved(folder).half_rate_steps == 1  # of three
-    assert resolved(folder).half_rate_positions == "consecutive"
-    assert resolved(folder, half_rate_positions="strided").half_rate_positions == "strided"
+    assert resolved(folder).half_rate_positions == "strided"
+    assert resolved(folder, half_rate_positions="consecutive").half_rate_positions == "consecutive"
     assert resolved(folder, half_rate_steps=2).half_rate_steps == 2
     off = resolved(folder, half_rate_steps=0)
     assert (off.half_rate_steps, off.half_rate_positions) == (0, None)
@@ -78,10 +78,10 @@ def test_a_length_without_a_half_rate_is_made_at_the_full_one_unless_asked(folde
 
 
 def test_how_the_student_was_trained_is_the_default(folder, tmp_path):
-    recorded = STUDENT | {"half_rate_steps": 2, "half_rate_positions": "strided"}
+    recorded = STUDENT | {"half_rate_steps": 2, "half_rate_positions": "consecutive"}
     write_interpolator(write_dit(tmp_path, student=recorded))
     settings = resolve(Options(weights=f"{folder}/wan", checkpoint=str(tmp_path)))
-    assert (settings.half_rate_steps, settings.half_rate_positions) == (2, "strided")
+    assert (settings.half_rate_steps, settings.half_rate_positions) == (2, "consecutive")
 
 
 def test_videos_are_made_and_made_again(folder, tmp_path):

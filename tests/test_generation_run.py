@@ -192,7 +192,7 @@ def test_a_full_disk_leaves_no_part_of_a_video(settings, tmp_path, monkeypatch):
 
 
 def test_values_that_are_not_finite_are_no_video(settings, tmp_path, monkeypatch):
-    def sampler(network, shape, *, timesteps):
+    def sampler(network, shape, *, timesteps, half_rate):
         return lambda params, keys, prompt_embeds: jax.device_put(np.full((2, *shape), np.nan), keys.sharding)
 
     monkeypatch.setattr(run, "make_student_sampler", sampler)

@@ -86,6 +86,18 @@ def duration(path: str | os.PathLike) -> float:
     raise UserError(f"{path}: does not state how long it is; rewrite it as mp4, or take one clip a video.")
 
 
+def frame_rate_and_size(path: str | os.PathLike) -> tuple[float, int, int]:
+    """Return (frames per second, height, width) as the video's header states them (UserError where it states none)."""
+    try:
+        with av.open(os.fspath(path)) as container:
+            stream = _video_stream(container, path)
+            if stream.average_rate and stream.height and stream.width:
+                return float(stream.average_rate), stream.height, stream.width
+    except (av.FFmpegError, OSError) as error:
+        raise UserError(f"{path}: cannot be read as a video ({error.strerror or error}).") from error
+    raise UserError(f"{path}: does not state its frame rate and size; rewrite it as mp4.")
+
+
 def write_video(path: str | os.PathLike, video: np.ndarray, *, fps: float, quality: int = 8) -> None:
     """Write an H.264 mp4 that browsers play; the file appears only when it is complete.
 

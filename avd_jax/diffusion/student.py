@@ -50,7 +50,8 @@ class StudentSchedule:
 
 
 HALF_RATE_POSITIONS = {"consecutive": 1, "strided": 2}  # name -> distance of neighbouring half-rate frames
-DEFAULT_HALF_RATE_POSITIONS = "consecutive"
+# A small teacher denoises every second frame 3.6 times better where it is told so (README, Frame interpolation).
+DEFAULT_HALF_RATE_POSITIONS = "strided"
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import math
 
 import ml_collections
 
-from avd_jax.diffusion.student import StudentSchedule
+from avd_jax.diffusion.student import DEFAULT_HALF_RATE_POSITIONS, HALF_RATE_POSITIONS, StudentSchedule
 from avd_jax.errors import UserError, closest
 from avd_jax.models.wan_dit import REMAT_POLICIES
 from avd_jax.parallel.memory import MEMORIES
@@ -32,6 +32,12 @@ FIELDS: dict[str, tuple[object, str]] = {
     "data.shapes_world.width": (64, "pixels, a multiple of 16"),
     "data.shapes_world.fps": (16, "frames a second"),
     "student.timesteps": ((1000.0, 900.0, 757.0, 522.0), "timesteps (1000 sigma) of the student's steps"),
+    "half_rate.steps": (0, "first steps of the student that see every second frame, in training too; 0: none"),
+    "half_rate.positions": (
+        DEFAULT_HALF_RATE_POSITIONS,
+        "of these frames in the rotary embedding: " + ", ".join(HALF_RATE_POSITIONS),
+    ),
+    "half_rate.interpolator": ("", "weights that make the other frames, in any layout; they stay with the student"),
     "score.shift": (5.0, "timestep shift of the random timesteps at which teacher and fake_score are compared"),
     "score.min_timestep": (20.0, "lower bound of these timesteps, of 1000"),
     "score.max_timestep": (980.0, "upper bound of these timesteps, of 1000"),
@@ -110,6 +116,7 @@ def validate(config) -> None:
         ("checkpoint.best_mode", ("min", "max")),
         ("teacher_memory", tuple(MEMORIES)),
         ("remat", tuple(REMAT_POLICIES)),
+        ("half_rate.positions", tuple(HALF_RATE_POSITIONS)),
     ):
         _check(flat, name, flat[name] in choices, f"must be one of {', '.join(choices)}{closest(flat[name], choices)}")
     _check(flat, "seed", 0 <= flat["seed"] < 2**32, "must be 0..2^32 - 1")
@@ -132,7 +139,10 @@ def validate(config) -> None:
     _check(flat, "init_from", flat["init_from"], "must name the teacher's weights")
     if not any(flat[f"loss.{term}"] for term in ("distribution_matching", "regression", "temporal")):
         raise UserError("config.loss: every term has weight 0, nothing would be trained; set one of them")
-    StudentSchedule(tuple(config.student.timesteps))
+    num_steps = len(StudentSchedule(tuple(config.student.timesteps)).timesteps)
+    _check(flat, "half_rate.steps", 0 <= flat["half_rate.steps"] <= num_steps, f"must be 0 to {num_steps}")
+    if flat["half_rate.steps"] and not flat["half_rate.interpolator"]:
+        raise UserError("config.half_rate.interpolator is empty: give weights, see scripts/train_interpolator.py")
     if not config.data.latents and not config.data.shapes_world.clips:
         raise UserError("config.data.latents is empty: give the folder that scripts/encode.py --videos wrote")
 

@@ -15,15 +15,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from avd_jax import convert
 from avd_jax.convert.architectures import INTERPOLATOR
+from avd_jax.convert.weights import open_weights
 from avd_jax.data.atomic import write_text
-from avd_jax.data.latents import EncodedSet, LatentsInfo
+from avd_jax.data.latents import EncodedSet, LatentsInfo, set_fingerprint
 from avd_jax.data.pipeline import held_out_indices
 from avd_jax.data.video import contact_sheet
 from avd_jax.errors import UserError
+from avd_jax.generation.weights import fingerprint
 from avd_jax.models.interpolator import Interpolator, InterpolatorConfig
+from avd_jax.parallel.hosts import is_first
+from avd_jax.parallel.mesh import replicated
 from avd_jax.shapes import Latents
 from avd_jax.training.fields import with_defaults
 from avd_jax.training.fitting import (
@@ -151,10 +156,11 @@ def train_interpolator(config, workdir: Path) -> tuple[int, FitState, Interpolat
             init=lambda: init(nnx.to_pure_dict(state)),
             step=compile_step(make_step(loss, optimizer, config.ema_decay), abstract, mesh),
             batches=EncodedBatches(folder, config, mesh, text_len=1, held_out=config.data.held_out),
-            on_checkpoint=HeldOut(config, folder, workdir, merge).write,
+            on_checkpoint=HeldOut(config, folder, workdir, merge, mesh).write,
+            inputs=_inputs(config, folder),
         )
 
-    status, state = fit(build, config, workdir)
+    status, state = fit(build, config, workdir, movable=("init_from", "data.latents", "data.weights"))
     return status, state, found[0]
 
 
@@ -170,7 +176,7 @@ class HeldOut:
     `held_out.md` gets a row a checkpoint, `samples/step_<n>.png` four pictures a clip: left, made, right and truth.
     """
 
-    def __init__(self, config, folder: Path, workdir: Path, merge: Callable[[Params], Interpolator]):
+    def __init__(self, config, folder: Path, workdir: Path, merge: Callable[[Params], Interpolator], mesh: Mesh):
         """Read the clips; `merge` makes a network of parameters."""
         clips = EncodedSet(folder, "latents")
         indices = held_out_indices(len(clips), config.data.held_out)
@@ -180,8 +186,9 @@ class HeldOut:
         self._baselines = {
             name: np.mean([baseline_errors(clip)[name] for clip in self._clips]) for name in ("copy left", "average")
         }
-        self._error = jax.jit(lambda params, clip: interpolation_loss(merge(params), clip))
-        self._double = jax.jit(lambda params, clip: merge(params)(clip[:, ::2]))
+        compiled = partial(jax.jit, out_shardings=replicated(mesh))
+        self._error = compiled(lambda params, clip: interpolation_loss(merge(params), clip))
+        self._double = compiled(lambda params, clip: merge(params)(clip[:, ::2]))
         weights = config.sample.vae or config.data.weights
         self._vae = convert.load_vae(weights) if weights and config.sample.clips else None
 
@@ -194,7 +201,7 @@ class HeldOut:
         head = ["| step | copy left | average | interpolator | below average |", "| --- | --- | --- | --- | --- |"]
         rows = path.read_text().splitlines()[len(head) :] if path.exists() else []
         rows = [old for old in rows if int(old.split("|")[1]) < step]  # a killed run may have written later ones
-        if jax.process_index() == 0:
+        if is_first():
             write_text(path, "\n".join([*head, *rows, row]) + "\n")
         print(f"step {step}: held-out error {error:.4f}, {1 - error / average:.1%} below averaging", flush=True)
         if self._vae is not None:
@@ -204,13 +211,13 @@ class HeldOut:
         pictures = []
         for clip in self._clips[: len(self._captions)]:
             middle = clip.shape[1] // 4 * 2 + 1  # a missing frame, near the middle
-            truth, made = self._vae.decode(clip)[0], self._vae.decode(self._double(state.ema, clip))[0]
+            truth, made = self._vae.decode(clip)[0], self._vae.decode(np.asarray(self._double(state.ema, clip)))[0]
             stride = self._vae.config.temporal_stride
             places = [max(0, stride * frame - stride // 2) for frame in (middle - 1, middle, middle + 1)]
             left, between, right = places
             pictures.append(np.stack([truth[left], made[between], truth[right], truth[between]]))
         captions = [f"left, made, right, truth: {caption}" for caption in self._captions]
-        if jax.process_index() == 0:
+        if is_first():
             contact_sheet(pictures, self._workdir / "samples" / f"step_{step:06d}.png", captions)
 
 
@@ -225,6 +232,13 @@ def _start(config, info: LatentsInfo) -> Interpolator:
             f"{channels}; encode the videos with its VAE"
         )
     return unet
+
+
+def _inputs(config, folder: Path) -> dict[str, str]:
+    found = {"data.latents": set_fingerprint(folder)}
+    if config.init_from:
+        found["init_from"] = fingerprint(open_weights(config.init_from, INTERPOLATOR))
+    return found
 
 
 def _merge(graphdef: nnx.GraphDef, like: nnx.State, params: Params) -> Interpolator:

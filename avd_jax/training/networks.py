@@ -19,11 +19,11 @@ class Network:
     graphdef: nnx.GraphDef
     abstract: nnx.State
 
-    def __call__(self, params: Params, latents, timesteps, prompt_embeds):
-        """Return the velocity, [B F H W C]."""
+    def __call__(self, params: Params, latents, timesteps, prompt_embeds, **options):
+        """Return the velocity, [B F H W C]; `options` as in `WanDiT`."""
         state = jax.tree.map(lambda leaf: leaf, self.abstract)  # a copy: the next line fills it in place
         nnx.replace_by_pure_dict(state, params)
-        return nnx.merge(self.graphdef, state)(latents, timesteps, prompt_embeds)
+        return nnx.merge(self.graphdef, state)(latents, timesteps, prompt_embeds, **options)
 
     def abstract_params(self) -> Params:
         """Return the parameters' shapes and dtypes."""
@@ -39,9 +39,25 @@ def make_network(config: WanDiTConfig, *, dtype: str, param_dtype: str, remat: s
     return Network(*nnx.split(nnx.eval_shape(build)))
 
 
+def apply_of(module: nnx.Module) -> tuple[Callable, Params]:
+    """Return a module as a function `(params, *inputs)` and its parameters."""
+    graphdef, state = nnx.split(module)
+
+    def apply(params: Params, *inputs):
+        like = jax.tree.map(lambda leaf: leaf, state)  # a copy: the next line fills it in place
+        nnx.replace_by_pure_dict(like, params)
+        return nnx.merge(graphdef, like)(*inputs)
+
+    return apply, nnx.to_pure_dict(state)
+
+
 @dataclass(frozen=True)
 class Networks:
-    """What the steps apply: the trained graph (generator and fake_score) and the teacher's."""
+    """What the steps apply: the trained graph (generator and fake_score) and the teacher's.
+
+    `interpolator(params, latents)` makes the missing frames of half-rate steps; None where there are none.
+    """
 
     student: Callable
     teacher: Callable
+    interpolator: Callable | None = None

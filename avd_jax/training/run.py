@@ -12,8 +12,8 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from avd_jax import convert
-from avd_jax.convert.architectures import WAN_DIT
-from avd_jax.convert.weights import open_weights
+from avd_jax.convert.architectures import INTERPOLATOR, WAN_DIT
+from avd_jax.convert.weights import load_module, open_weights
 from avd_jax.data.encoding import encode_shapes_world, text_encoder, video_encoder
 from avd_jax.data.latents import (
     EncodedSet,
@@ -23,15 +23,18 @@ from avd_jax.data.latents import (
     set_fingerprint,
 )
 from avd_jax.data.pipeline import training_batches
+from avd_jax.diffusion.student import check_half_rate
 from avd_jax.errors import UserError
+from avd_jax.generation.pipeline import HalfRateSampling
 from avd_jax.generation.weights import fingerprint
 from avd_jax.models.wan_dit import WanDiTConfig
 from avd_jax.parallel.hosts import BatchRows, barrier, batch_rows, is_first
 from avd_jax.parallel.memory import parameter_sharding
 from avd_jax.parallel.mesh import batch_shards, make_mesh, replicated
 from avd_jax.training.cost import fake_score_updates
-from avd_jax.training.networks import Networks, Params, make_network
+from avd_jax.training.networks import Networks, Params, apply_of, make_network
 from avd_jax.training.objectives import Frozen
+from avd_jax.training.shipping import write_interpolator
 from avd_jax.training.state import Optimizers, TrainState, abstract_state, init_state, make_optimizers
 from avd_jax.training.steps import Step, compile_step, make_fake_score_step, make_generator_step
 
@@ -49,6 +52,7 @@ class Run:
       prompts_dir: the set whose first prompts are sampled.
       inputs: field -> what identifies the weights or the set that its path leads to.
       networks, optimizers, frozen: see their classes.
+      half_rate: how the student's first steps are made, where not like the others.
       abstract: the state's shapes, dtypes and shardings.
       generator_step, fake_score_step: the compiled updates.
     """
@@ -64,6 +68,7 @@ class Run:
     networks: Networks
     optimizers: Optimizers
     frozen: Frozen
+    half_rate: HalfRateSampling | None
     abstract: TrainState
     generator_step: Step
     fake_score_step: Step
@@ -99,6 +104,8 @@ class Run:
             "height": info.height,
             "width": info.width,
             "fps": float(info.fps),
+            "half_rate_steps": config.half_rate.steps,
+            "half_rate_positions": config.half_rate.positions,
         }
 
     def architecture(self) -> dict:
@@ -127,12 +134,15 @@ def build_run(config, workdir: Path) -> Run:
 
     student = make_network(model_config, dtype=config.compute_dtype, param_dtype="float32", remat=config.remat)
     teacher = make_network(model_config, dtype=config.teacher_dtype, param_dtype=config.teacher_dtype, remat="none")
-    networks, optimizers = Networks(student, teacher), make_optimizers(config)
+    half_rate = _half_rate(config, info, workdir)
+    apply, interpolator = apply_of(half_rate.interpolator) if half_rate else (None, None)
+    networks, optimizers = Networks(student, teacher, apply), make_optimizers(config)
     abstract = abstract_state(config, optimizers, student.abstract_params(), mesh)
     negative = read_negative_prompt_embeds(prompts_dir or latents_dir, model_config.text_len)
     frozen = Frozen(
         teacher=_load_params(config.init_from, config.teacher_dtype, mesh, config.teacher_memory),
         negative_prompt_embeds=jax.device_put(jnp.asarray(negative), replicated(mesh)),
+        interpolator=jax.device_put(interpolator, replicated(mesh)),
     )
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     generator_step = make_generator_step(config, networks, optimizers)
@@ -149,15 +159,36 @@ def build_run(config, workdir: Path) -> Run:
         networks=networks,
         optimizers=optimizers,
         frozen=frozen,
+        half_rate=half_rate,
         abstract=abstract,
         generator_step=compile_step(generator_step, shardings, mesh),
         fake_score_step=compile_step(fake_score_step, shardings, mesh),
     )
 
 
+def _half_rate(config, info: LatentsInfo, workdir: Path) -> HalfRateSampling | None:
+    """Open the interpolator, if one is named, and leave a copy with the run, for its student to find."""
+    settings = config.half_rate
+    if not settings.interpolator:
+        return None
+    weights, channels = open_weights(settings.interpolator, INTERPOLATOR), info.latents_shape[-1]
+    if weights.config.channels != channels:
+        raise UserError(
+            f"config.half_rate.interpolator={settings.interpolator}: takes latents of {weights.config.channels} "
+            f"channels, the set has {channels}; use the one that was trained for this VAE"
+        )
+    check_half_rate(settings.steps, num_steps=len(config.student.timesteps), frames=info.latents_shape[0])
+    interpolator = load_module(weights, jnp.float32)
+    if is_first():
+        write_interpolator(interpolator, workdir)
+    return HalfRateSampling(settings.steps, settings.positions, interpolator) if settings.steps else None
+
+
 def _inputs(config, latents_dir: Path, prompts_dir: Path | None) -> dict[str, str]:
     weights = fingerprint(open_weights(config.init_from, WAN_DIT, "generator"))
     found = {"init_from": weights, "data.latents": set_fingerprint(latents_dir)}
+    if config.half_rate.interpolator:
+        found["half_rate.interpolator"] = fingerprint(open_weights(config.half_rate.interpolator, INTERPOLATOR))
     return found | ({"data.prompts": set_fingerprint(prompts_dir)} if prompts_dir else {})
 
 

@@ -37,7 +37,9 @@ class SampleWriter:
         self._captions, self._embeds = _first_prompts(run, config.sample.prompts)
         self._keys = sample_keys(range(len(self._captions)))
         self._decode = _decoder(config.sample.vae or config.init_from)
-        self._student = make_student_sampler(run.networks.student, shape, timesteps=config.student.timesteps)
+        self._student = make_student_sampler(
+            run.networks.student, shape, timesteps=config.student.timesteps, half_rate=run.half_rate
+        )
         self._teacher_videos = self._decode(self._teacher_latents()) if config.sample.teacher_steps else None
         self._teacher_rows = self._measure(self._teacher_videos or [], self._captions)
         clips = EncodedSet(run.latents_dir, "latents")

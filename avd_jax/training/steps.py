@@ -95,7 +95,7 @@ def make_fake_score_step(
 
         def loss_fn(params, part, keys):
             losses = objectives.fake_score_loss(
-                config, networks, params, state.generator, part, keys, stop, latents_shape
+                config, networks, params, state.generator, part, keys, stop, latents_shape, frozen.interpolator
             )
             return jnp.mean(losses), {}
 

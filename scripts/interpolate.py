@@ -1,0 +1,37 @@
+"""Double the frame rate of finished videos: through the VAE's encoder, the frame interpolator, and the decoder.
+
+  python scripts/interpolate.py --src out --weights runs/wan --checkpoint runs/avd --out smooth
+
+--src is a video, a folder of videos, or a .npy file of latents [F H W C] as the VAE gives them, with --fps for what
+they show. A video loses its last frames to become 4n+1 long, and its edges to have sides that are multiples of 8.
+"""
+
+from pathlib import Path
+
+from absl import flags
+from tqdm import tqdm
+
+from avd_jax import command_line
+from avd_jax.errors import UserError
+from avd_jax.generation.smoothing import Smoother, sources
+
+SRC = flags.DEFINE_string("src", None, "Video, folder of videos, or .npy of latents.")
+WEIGHTS = flags.DEFINE_string("weights", None, "VAE, and the interpolator where no --checkpoint has one.")
+CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Student with its interpolator, or an interpolator.")
+OUT = flags.DEFINE_string("out", None, "Folder for the videos.")
+FPS = flags.DEFINE_float("fps", None, "Frames per second of what the latents of a .npy show; a video says its own.")
+
+
+def main() -> None:
+    """Open the networks, then double one video after another."""
+    if FPS.value is not None and FPS.value <= 0:
+        raise UserError(f"--fps {FPS.value}: give a number above 0")
+    found = sources(Path(SRC.value), fps=FPS.value)
+    smoother = Smoother(weights=WEIGHTS.value, checkpoint=CHECKPOINT.value)
+    for source in tqdm(found, unit="video"):
+        smoother.double(source, Path(OUT.value) / f"{source.path.stem}.mp4")
+    print(f"{OUT.value}: {len(found)} made, at twice the frame rate")
+
+
+if __name__ == "__main__":
+    command_line.run(main, required=(SRC, WEIGHTS, OUT))
