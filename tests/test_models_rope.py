@@ -65,3 +65,9 @@ def test_half_precision_is_rotated_in_float32():
     assert rotated.dtype == jnp.bfloat16
     exact = np.asarray(rope.rotate(x.astype(np.float32), *table))
     np.testing.assert_allclose(np.asarray(rotated, np.float32), exact, rtol=2**-8, atol=1e-6)
+
+
+def test_strided_frames_have_the_positions_of_every_second_one():
+    strided, all_frames = (rope.rotation(frames, 2, 3, 16, frame_stride=stride) for frames, stride in ((3, 2), (5, 1)))
+    for half, full in zip(strided, all_frames, strict=True):
+        np.testing.assert_array_equal(half.reshape(3, 2, 3, -1), full.reshape(5, 2, 3, -1)[::2])
