@@ -3,7 +3,8 @@
     python scripts/train_interpolator.py --config configs/tiny_interpolator.py --workdir runs/tiny_interpolator \
         --out weights/tiny
 
-It needs the VAE, tokenizer and text encoder of weights/tiny. About 4 minutes on a shared two-core CPU.
+It needs the VAE, tokenizer and text encoder of weights/tiny. Expected result: held_out.md in the workdir, whose last
+column was above 90 % after the first 100 updates with the VAE that this was tried on.
 """
 
 from avd_jax.training.fields import config_from
