@@ -4,7 +4,7 @@
         --out weights/tiny
 
 It needs the VAE, tokenizer and text encoder of weights/tiny. Expected result: held_out.md in the workdir, whose last
-column was above 90 % after the first 100 updates with the VAE that this was tried on.
+column was 82 % after 200 updates on 300 clips; one update takes half a second on a shared two-core CPU.
 """
 
 from avd_jax.training.fields import config_from
