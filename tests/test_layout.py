@@ -26,6 +26,7 @@ ALLOWED = {
     "training": {
         *("shapes", "models", "diffusion", "losses", "convert", "parallel", "data", "evaluation", "generation"),
     },
+    "experiments": {"convert", "parallel", "data", "evaluation", "generation", "training"},
 }
 FRAMEWORKS = {"torch", "tensorflow", "diffusers", "transformers"}
 

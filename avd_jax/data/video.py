@@ -72,6 +72,27 @@ def read_video(
     return video
 
 
+def read_whole_video(path: str | os.PathLike) -> tuple[np.ndarray, float]:
+    """Read every frame of a video at its own size and rate.
+
+    Returns:
+      float32 [F H W 3] in [-1, 1], and the frames per second.
+
+    Raises:
+      UserError: the file is missing, not a video, or damaged.
+    """
+    try:
+        with av.open(os.fspath(path)) as container:
+            stream = _video_stream(container, path)
+            rate = float(stream.average_rate or 0)
+            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
+    except (av.FFmpegError, OSError) as error:
+        raise UserError(f"{path}: cannot be read as a video ({error.strerror or error}).") from error
+    if not frames or not rate:
+        raise UserError(f"{path}: has no frames, or does not state their rate; rewrite it as mp4.")
+    return np.stack(frames).astype(np.float32) / 127.5 - 1.0, rate
+
+
 def duration(path: str | os.PathLike) -> float:
     """Return the length of the video stream in seconds, as its header states it (UserError where it states none)."""
     try:

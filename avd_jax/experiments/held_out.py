@@ -1,0 +1,80 @@
+"""Videos for captions of the built-in world that no training sees: drawn ones, and those that a model makes."""
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from avd_jax.data import shapes_world
+from avd_jax.data.video import write_video
+from avd_jax.experiments.videos import CaptionedVideo
+from avd_jax.generation.run import generate, make_plan
+from avd_jax.generation.settings import Job, Options, resolve
+from avd_jax.parallel.mesh import make_mesh
+
+# Trainings take clips from 0, 1,000,000 and 2,000,000 on.
+FIRST_CLIP = 500_000
+WORLD_SIZE: Mapping[str, float] = {"frames": 17, "height": 64, "width": 64, "fps": 16.0}
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a model made: its videos in the order of the captions, and the seconds that one more of them takes.
+
+    The seconds are those between the end of the first batch, which waits for the compiler, and the end of the last;
+    NaN where there was only one batch to make. Decoding and writing the file are included.
+    """
+
+    videos: list[CaptionedVideo]
+    seconds: float
+
+
+def captions(count: int) -> list[str]:
+    """Return the first held-out captions."""
+    return [shapes_world.caption(FIRST_CLIP + i) for i in range(count)]
+
+
+def drawn_videos(
+    count: int, folder: Path, *, frames: int, height: int, width: int, fps: float, style: str = "painted"
+) -> list[CaptionedVideo]:
+    """Write what the first held-out captions describe as video files, where they are not there yet."""
+    videos = []
+    for i in range(count):
+        file = folder / f"{style}_{i:04d}_{frames}x{height}x{width}.mp4"
+        if not file.is_file():
+            clip, _ = shapes_world.clip(FIRST_CLIP + i, frames=frames, height=height, width=width, style=style)
+            write_video(file, clip, fps=fps)
+        videos.append(CaptionedVideo(file, shapes_world.caption(FIRST_CLIP + i)))
+    return videos
+
+
+def make_videos(
+    options: Options,
+    count: int,
+    folder: Path,
+    *,
+    batch_size: int,
+    on_progress: Callable[[int], object] = lambda done: None,
+) -> Made:
+    """Let a model make a video for each of the first held-out captions; those that are there are not made again.
+
+    Caption number i is sampled with seed i, whatever the model: teacher and student start from the same noise.
+
+    Raises:
+      UserError: as for `make_plan` and `generate`.
+    """
+    settings = resolve(options, note=lambda text: None)
+    jobs = [Job(caption, i) for i, caption in enumerate(captions(count))]
+    plan = make_plan(settings, jobs, folder)
+    ends: list[float] = []
+
+    def progress(done: int) -> None:
+        ends.append(time.monotonic())
+        on_progress(done)
+
+    on_progress(count - len(plan.todo))
+    generate(plan, mesh=make_mesh(), batch_size=batch_size, command="", on_progress=progress)
+    later = len(ends) - batch_size
+    seconds = (ends[-1] - ends[batch_size - 1]) / later if later > 0 else math.nan
+    return Made([CaptionedVideo(plan.videos[job], job.prompt) for job in jobs], seconds)

@@ -1,0 +1,98 @@
+"""Measure videos, and show them on a page: metrics.json and report.html (metrics: avd_jax/evaluation/).
+
+  python scripts/evaluate.py --videos out/ --out out/evaluation
+  python scripts/evaluate.py --checkpoint runs/tiny --weights weights/tiny --beside_teacher --out runs/tiny
+  python scripts/evaluate.py --weights weights/tiny --steps 50 --guidance_scale 3 --shift 3 --out runs/teacher
+
+The first measures any videos; captions are those of scripts/generate.py's JSON files, or of a captions.jsonl with one
+{"file": "a.mp4", "caption": "..."} a line. The others let a student (4 steps) or a teacher (UniPC) make videos for
+captions of the built-in world that no training has seen, and set them beside the real ones. Metrics that know the
+scene are there for that world only. An interrupted command goes on with the videos that are missing.
+"""
+
+import math
+from functools import partial
+from pathlib import Path
+
+from absl import flags
+from tqdm import tqdm
+
+from avd_jax import command_line
+from avd_jax.convert.layouts import student_settings
+from avd_jax.errors import UserError
+from avd_jax.experiments.comparison import REAL, compare
+from avd_jax.experiments.held_out import WORLD_SIZE, drawn_videos, make_videos
+from avd_jax.experiments.videos import videos_in
+from avd_jax.generation.settings import Options, resolve
+
+VIDEOS = flags.DEFINE_string("videos", None, "Folder of videos to measure, instead of weights.")
+CAPTIONS = flags.DEFINE_string("captions", None, "Their captions. Default: captions.jsonl, or the JSON beside each.")
+WEIGHTS = flags.DEFINE_string("weights", None, "VAE, text encoder, tokenizer (and transformer), in any known layout.")
+CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Student: a training run or checkpoint, an export, a model.pt.")
+WHICH = flags.DEFINE_enum("which", None, ["generator", "ema"], "Network of a training run. Default: generator.")
+BESIDE_TEACHER = flags.DEFINE_bool("beside_teacher", False, "Also the teacher: with --steps, and with the student's.")
+STEPS = flags.DEFINE_integer("steps", 50, "UniPC steps of the teacher.", lower_bound=1)
+GUIDANCE_SCALE = flags.DEFINE_float("guidance_scale", None, "The teacher's. Default: the student's training's, else 5.")
+SHIFT = flags.DEFINE_float("shift", None, "The teacher's timestep shift. Default: the student's training's, else 5.")
+COUNT = flags.DEFINE_integer("count", 100, "Held-out captions.", lower_bound=1)
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 10, "Videos to sample together.", lower_bound=1)
+OUT = flags.DEFINE_string("out", None, "Folder for metrics.json, report.html and the videos that are made.")
+
+
+def check_flags() -> None:
+    """Raise a UserError that names the flag to mend."""
+    if bool(VIDEOS.value) == bool(WEIGHTS.value):
+        raise UserError("give either --videos with a folder of them, or --weights (and --checkpoint) to make some")
+    if CAPTIONS.value and not VIDEOS.value:
+        raise UserError("--captions: only goes with --videos; videos that are made have held-out captions")
+    if (BESIDE_TEACHER.value or WHICH.value) and not CHECKPOINT.value:
+        raise UserError("--checkpoint is missing: the student that --beside_teacher or --which is about")
+
+
+def settings_of_sets() -> dict[str, Options]:
+    """Return what the flags ask to be made: name of a set -> how."""
+    student = (student_settings(CHECKPOINT.value) if CHECKPOINT.value else None) or {}
+    shared = {"weights": WEIGHTS.value, **{name: student.get(name, WORLD_SIZE[name]) for name in WORLD_SIZE}}
+    guidance = {"guidance_scale": GUIDANCE_SCALE.value, "shift": SHIFT.value}
+    guidance = {name: student.get(name) if value is None else value for name, value in guidance.items()}
+    teacher = {"solver": "unipc", **shared, **guidance}
+    if not CHECKPOINT.value:
+        return {f"teacher, {STEPS.value}x2 steps": Options(**teacher, steps=STEPS.value)}
+    options = Options(**shared, checkpoint=CHECKPOINT.value, which=WHICH.value, solver="student")
+    steps = resolve(options, note=print).steps
+    sets = {f"student, {steps} steps": options}
+    if BESIDE_TEACHER.value:
+        made = dict.fromkeys((STEPS.value, steps))
+        sets = {f"teacher, {n}x2 steps": Options(**teacher, steps=n) for n in made} | sets
+    return sets
+
+
+def main() -> None:
+    """Make the videos that are asked for, measure, and say where the page is."""
+    check_flags()
+    out = Path(OUT.value)
+    if VIDEOS.value:
+        sets = {"videos": videos_in(Path(VIDEOS.value), Path(CAPTIONS.value) if CAPTIONS.value else None)}
+        about = f"Videos of {VIDEOS.value}."
+    else:
+        asked, sets = settings_of_sets(), {}
+        for name, options in asked.items():
+            with tqdm(total=COUNT.value, desc=name, unit="video") as bar:
+                make = partial(make_videos, batch_size=BATCH_SIZE.value, on_progress=bar.update)
+                sets[name] = make(options, COUNT.value, out / "videos").videos
+        size = {name: getattr(next(iter(asked.values())), name) for name in WORLD_SIZE}
+        sets = {REAL: drawn_videos(COUNT.value, out / "videos" / REAL, **size)} | sets
+        about = "For captions that no training has seen; each model's video starts from the same noise."
+    run = Path(CHECKPOINT.value) if CHECKPOINT.value and (Path(CHECKPOINT.value) / "metrics.jsonl").is_file() else None
+    with tqdm(total=sum(map(len, sets.values())), desc="metrics", unit="video") as bar:
+        means = compare(sets, out, title="Evaluation", about=about, run=run, on_progress=bar.update)
+    for name, values in means.items():
+        shown = {
+            metric: values.get(metric, math.nan) for metric in ("alignment", "instance_preservation", "saturation")
+        }
+        print(f"{name}: {', '.join(f'{metric} {value:.3f}' for metric, value in shown.items() if value == value)}")
+    print(f"{out / 'report.html'}")
+
+
+if __name__ == "__main__":
+    command_line.run(main, required=(OUT,))
