@@ -15,10 +15,14 @@ from avd_jax.training.config import default_config
 def get_config():
     """Return the paper's settings; the defaults are the paper's, so only what is local to a run is set."""
     config = default_config()
+    config.model = "1.3B"
     config.batch_size = 16
     config.num_steps = 2000
     config.mesh.data = 1
-    config.mesh.fsdp = -1  # every device holds a shard of the parameters and of the batch
+    config.mesh.fsdp = -1  # parameters, and as many devices as the batch has examples
+    config.mesh.seq = -1  # the rest share the tokens of each example
+    config.attention.fused_backward = False  # the fused kernel's partial sums do not leave room on a 16 GiB device
+    config.attention.backward_blocks = (512, 2048, 512)
     config.checkpoint_every = 100
     config.sample_every = 250
     return config

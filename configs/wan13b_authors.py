@@ -18,10 +18,14 @@ def get_config():
     config.loss.regression = 1.0
     config.loss.temporal_clip = 0.8
     config.loss.adaptive_uses = "after"
+    config.model = "1.3B"
     config.batch_size = 16
     config.num_steps = 2000
     config.mesh.data = 1
-    config.mesh.fsdp = -1
+    config.mesh.fsdp = -1  # parameters, and as many devices as the batch has examples
+    config.mesh.seq = -1  # the rest share the tokens of each example
+    config.attention.fused_backward = False  # the fused kernel's partial sums do not leave room on a 16 GiB device
+    config.attention.backward_blocks = (512, 2048, 512)
     config.checkpoint_every = 100
     config.sample_every = 250
     return config

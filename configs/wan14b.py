@@ -15,10 +15,12 @@ from avd_jax.training.config import default_config
 def get_config():
     """Return the paper's settings; sizes come from `init_from`."""
     config = default_config()
+    config.model = "14B"
     config.batch_size = 8
     config.num_steps = 2000
     config.mesh.data = 1
-    config.mesh.fsdp = -1
+    config.mesh.fsdp = -1  # parameters, and as many devices as the batch has examples
+    config.mesh.seq = -1  # the rest share the tokens of each example
     config.checkpoint_every = 100
     config.checkpoint.keep = 1  # one is 343 GB
     config.sample_every = 250

@@ -1,11 +1,18 @@
-"""Attention against a float64 softmax written out in NumPy."""
+"""Attention against a float64 softmax written out in NumPy, and the other kernels and meshes against that one."""
+
+import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
-from avd_jax.models.attention import attention
+from avd_jax.errors import UserError
+from avd_jax.models.attention import OUTPUT_NAME, attention
+from avd_jax.models.placement import Placement, SplashBlocks
+from avd_jax.parallel.mesh import make_mesh
 
 
 def reference(query, key, value):
@@ -65,3 +72,129 @@ def test_gradient_is_that_of_the_formula():
                 moved[argument][index] += sign * step
                 losses.append(np.sum(reference(*moved) ** 2))
             assert gradient[index] == pytest.approx((losses[0] - losses[1]) / (2 * step), rel=1e-3, abs=1e-5)
+
+
+BLOCKS = SplashBlocks(forward=(128, 256, 128), backward=(128, 256, 128))
+SPLIT = dataclasses.replace(BLOCKS, fused_backward=False)
+
+
+def wide_inputs(tokens, context, *, batch=2, heads=2, head_dim=128):
+    rng = np.random.default_rng(0)
+    shapes = ((batch, heads, n, head_dim) for n in (tokens, context, context))
+    return [jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes]
+
+
+@functools.cache
+def values_and_gradients(placement, tokens, context, valid_keys, interpret):
+    """The output, and the gradients of a random functional of it."""
+    arrays = wide_inputs(tokens, context)
+    weights = jnp.asarray(np.random.default_rng(1).standard_normal(arrays[0].shape), jnp.float32)
+
+    def loss(*arrays):
+        output = attention(*arrays, placement=placement, valid_keys=valid_keys, interpret=interpret)
+        return jnp.sum(output * weights), output
+
+    gradients, output = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(*arrays)
+    return output, gradients
+
+
+@pytest.mark.parametrize("blocks", [BLOCKS, SPLIT], ids=["fused", "split"])
+@pytest.mark.parametrize(
+    ("tokens", "context", "valid_keys"),
+    [
+        (256, 256, 256),  # whole blocks
+        (384, 384, 377),  # padded by the caller: blocks of 256 are padded once more
+        (200, 200, None),  # padded by the kernel's wrapper
+        (200, 128, None),  # cross-attention
+        (130, 70, 60),  # both padded, in other amounts
+    ],
+)
+def test_the_tpu_kernel_agrees_with_xla(tokens, context, valid_keys, blocks):
+    splash = Placement("splash", blocks=blocks)
+    found = values_and_gradients(splash, tokens, context, valid_keys, True)
+    expected = values_and_gradients(Placement("xla"), tokens, context, valid_keys, False)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, atol=3e-5)
+
+
+def test_padded_keys_get_no_gradient():
+    _, (_, key, value) = values_and_gradients(Placement("splash", blocks=BLOCKS), 384, 384, 377, True)
+    for gradient in (key, value):
+        assert not np.any(gradient[:, :, 377:])
+        assert np.all(np.any(gradient[:, :, :377], axis=-1))
+
+
+@pytest.mark.parametrize("kernel", ["xla", "splash"])
+@pytest.mark.parametrize(("tokens", "context"), [(256, 256), (256, 70)])
+def test_sequence_parallelism_changes_nothing(kernel, tokens, context):
+    """Heads and tokens change places and back, on a mesh that shares the batch too."""
+    mesh = make_mesh(data=1, fsdp=2, seq=4)
+    arrays = wide_inputs(tokens, context, heads=4, head_dim=16 if kernel == "xla" else 128)
+    placement = Placement(kernel, mesh=mesh, batch_axes=("data", "fsdp"), sequence_axis="seq", blocks=BLOCKS)
+
+    def run(placement):
+        def loss(*arrays):
+            output = attention(*arrays, placement=placement, valid_keys=context - 5, interpret=True)
+            return jnp.sum(output**2), output
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(*arrays)
+
+    for a, b in zip(jax.tree.leaves(run(placement)), jax.tree.leaves(run(Placement("xla"))), strict=True):
+        np.testing.assert_allclose(a, b, atol=5e-5)
+
+
+def test_ulysses_exchanges_and_gathers_nothing():
+    """Self-attention moves heads and tokens with four all-to-alls and no more."""
+    mesh = make_mesh(data=1, fsdp=2, seq=4)
+    placement = Placement("xla", mesh=mesh, batch_axes=("data", "fsdp"), sequence_axis="seq")
+    sharding = NamedSharding(mesh, PartitionSpec(("data", "fsdp"), None, "seq"))
+    arrays = [jax.device_put(x, sharding) for x in wide_inputs(64, 64, heads=4, head_dim=16)]
+    text = jax.jit(lambda *arrays: attention(*arrays, placement=placement)).lower(*arrays).compile().as_text()
+    assert text.count(" all-to-all(") == 4
+    assert "all-gather" not in text
+
+
+def test_a_batch_that_the_mesh_does_not_divide_is_held_whole():
+    mesh = make_mesh(data=1, fsdp=4, seq=2)
+    placement = Placement("xla", mesh=mesh, batch_axes=("data", "fsdp"), sequence_axis="seq")
+    arrays = wide_inputs(16, 16, batch=3, head_dim=8)
+    np.testing.assert_allclose(
+        jax.jit(lambda *arrays: attention(*arrays, placement=placement))(*arrays), attention(*arrays), atol=1e-5
+    )
+
+
+def test_heads_must_be_shared_out_evenly():
+    mesh = make_mesh(data=1, fsdp=1, seq=8)
+    placement = Placement("xla", mesh=mesh, batch_axes=("data", "fsdp"), sequence_axis="seq")
+    with pytest.raises(UserError, match=r"12 attention heads .* config.mesh.seq=8 .* 1, 2, 3, 4, 6, 12"):
+        jax.eval_shape(lambda *arrays: attention(*arrays, placement=placement), *wide_inputs(16, 16, heads=12))
+
+
+def test_saved_attention_runs_its_forward_once():
+    """With the policy that names the output, a gradient holds as many forward kernels as there are attentions."""
+    query, key, value = wide_inputs(128, 128)
+
+    def loss(query, policy):
+        def block(query):
+            output = attention(jnp.cos(query), key, value, placement=Placement("splash", blocks=BLOCKS), interpret=True)
+            return jnp.sum(jnp.sin(output))
+
+        return jax.checkpoint(block, policy=policy)(query)
+
+    def forward_kernels(policy):
+        return _live_kernels(jax.make_jaxpr(jax.grad(functools.partial(loss, policy=policy)))(query).jaxpr, "_fwd")
+
+    assert forward_kernels(jax.checkpoint_policies.save_only_these_names(OUTPUT_NAME)) == 1
+    assert forward_kernels(jax.checkpoint_policies.nothing_saveable) == 2
+
+
+def _live_kernels(jaxpr, name):
+    """Count the kernels of some name in a program, but for calls without results, which the compiler drops."""
+    count = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "pallas_call":
+            count += name in str(equation.params.get("name") or equation.params["name_and_src_info"])
+        elif equation.outvars:
+            inner = (value for value in equation.params.values() if hasattr(value, "eqns"))
+            count += sum(_live_kernels(getattr(value, "jaxpr", value), name) for value in inner)
+    return count

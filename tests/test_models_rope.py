@@ -1,5 +1,6 @@
 """Rotary embedding against complex numbers on interleaved pairs, as Wan writes it, and what it is for."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -71,3 +72,18 @@ def test_strided_frames_have_the_positions_of_every_second_one():
     strided, all_frames = (rope.rotation(frames, 2, 3, 16, frame_stride=stride) for frames, stride in ((3, 2), (5, 1)))
     for half, full in zip(strided, all_frames, strict=True):
         np.testing.assert_array_equal(half.reshape(3, 2, 3, -1), full.reshape(5, 2, 3, -1)[::2])
+
+
+def test_the_gradient_turns_back():
+    """Against the transpose of the formula, which is linear in x."""
+    rng = np.random.default_rng(0)
+    x, weights = (rng.standard_normal((2, 3, 30, 12)).astype(np.float32) for _ in range(2))
+    cos, sin = rope.rotation(3, 2, 5, 12)
+
+    def formula(x):
+        first, second = jnp.split(x, 2, axis=-1)
+        return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+    np.testing.assert_allclose(rope.rotate(x, cos, sin), formula(x), atol=1e-6)
+    gradient = jax.grad(lambda x: jnp.sum(rope.rotate(x, cos, sin) * weights))(x)
+    np.testing.assert_allclose(gradient, jax.linear_transpose(formula, x)(weights)[0], atol=1e-6)

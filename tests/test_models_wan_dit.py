@@ -139,9 +139,9 @@ def test_one_block_is_traced_however_many_there_are(monkeypatch):
     calls = []
     original = wan_dit.Block.__call__
 
-    def counted(self, *args):
+    def counted(self, *args, **options):
         calls.append(1)
-        return original(self, *args)
+        return original(self, *args, **options)
 
     monkeypatch.setattr(wan_dit.Block, "__call__", counted)
     config = dataclasses.replace(TINY, num_layers=7)

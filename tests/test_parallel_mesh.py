@@ -16,6 +16,13 @@ from avd_jax.parallel.mesh import batch_sharding, batch_shards, make_mesh, repli
         ({"data": 1, "fsdp": -1}, (1, 8, 1)),
         ({"data": 2, "fsdp": 2, "seq": 2}, (2, 2, 2)),
         ({"data": 4, "seq": -1}, (4, 1, 2)),
+        # Two free sizes: as many batch shards as the batch has examples for, the rest share tokens.
+        ({"data": 1, "fsdp": -1, "seq": -1, "batch_size": 16}, (1, 8, 1)),
+        ({"data": 1, "fsdp": -1, "seq": -1, "batch_size": 4}, (1, 4, 2)),
+        ({"data": 1, "fsdp": -1, "seq": -1, "batch_size": 12}, (1, 4, 2)),
+        ({"data": 2, "fsdp": -1, "seq": -1, "batch_size": 4}, (2, 2, 2)),
+        ({"data": -1, "fsdp": 2, "seq": -1, "batch_size": 4}, (2, 2, 2)),
+        ({"data": 1, "fsdp": -1, "seq": -1, "batch_size": 1}, (1, 1, 8)),
     ],
 )
 def test_sizes(sizes, shape):
@@ -35,7 +42,12 @@ def test_some_of_the_devices():
         ({"fsdp": 3}, "fsdp=3 .*does not multiply to the 8 devices"),
         ({"fsdp": 16}, "fsdp=16 .*does not multiply to the 8 devices"),
         ({"data": 1}, "data=1 x fsdp=1 x seq=1 does not multiply to the 8 devices here; set config.mesh"),
-        ({"fsdp": -1}, "at most one of them -1"),
+        ({"fsdp": -1}, "only one size may be -1, or seq and one other"),
+        ({"fsdp": -1, "seq": -1, "batch_size": 8}, "only one size may be -1"),
+        (
+            {"data": 4, "fsdp": 2, "batch_size": 12},
+            "batch of 12 .* cannot be shared out over data=4 x fsdp=2; change it",
+        ),
         ({"fsdp": 0}, "must be positive"),
         ({"seq": -2}, "must be positive"),
     ],
@@ -52,3 +64,29 @@ def test_the_batch_is_cut_along_data_and_fsdp():
     assert {shard.data.shape for shard in batch.addressable_shards} == {(2, 3)}
     whole = jax.device_put(np.arange(24).reshape(8, 3), replicated(mesh))
     assert {shard.data.shape for shard in whole.addressable_shards} == {(8, 3)}
+
+
+class Chip:
+    """A TPU chip, as far as a mesh asks."""
+
+    platform, device_kind = "tpu", "TPU v4"
+
+    def __init__(self, number, per_slice):
+        self.id, self.slice_index = number, number // per_slice
+        self.process_index, self.core_on_chip = number // 4, 0
+        within = number % per_slice
+        self.coords = (within % 2, within // 2 % 2, within // 4)
+
+    def __repr__(self):
+        return f"Chip({self.id})"
+
+
+def test_only_data_spans_slices():
+    chips = [Chip(number, 8) for number in range(16)]
+    mesh = make_mesh(data=2, fsdp=4, seq=2, devices=chips)
+    for i in range(2):
+        assert {chip.slice_index for chip in mesh.devices[i].flat} == {i}
+    with pytest.raises(
+        UserError, match=r"data=1: the 16 devices are 2 slices.*set config.mesh.data to a multiple of 2"
+    ):
+        make_mesh(data=1, fsdp=16, devices=chips)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
-from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from training_cases import make_config
 
@@ -15,14 +15,16 @@ from avd_jax.convert import flat_state
 from avd_jax.errors import UserError
 from avd_jax.models.interpolator import Interpolator, InterpolatorConfig
 from avd_jax.models.wan_dit import WAN_1_3B, WAN_14B
-from avd_jax.parallel.mesh import AXES
-from avd_jax.parallel.rules import LARGE_LEAF, RULES, dotted, shardings, spec_for, tree_shardings
+from avd_jax.parallel.mesh import AXES, PARAMETER_AXES
+from avd_jax.parallel.rules import LARGE_LEAF, RULES, dotted, sharding_table, shardings, spec_for, tree_shardings
 from avd_jax.training.networks import make_network
 from avd_jax.training.state import init_state, make_optimizers
 
+W = PARAMETER_AXES
 
-def mesh(*, fsdp, data=1):
-    return AbstractMesh((data, fsdp, 1), AXES, axis_types=(AxisType.Auto,) * 3)
+
+def mesh(*, fsdp, data=1, seq=1):
+    return AbstractMesh((data, fsdp, seq), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 @functools.cache
@@ -34,20 +36,20 @@ def state(config):
     return jax.eval_shape(lambda params: init_state(settings, optimizers, params), network.abstract_params())
 
 
-@pytest.mark.parametrize(("config", "fsdp"), [(WAN_1_3B, 8), (WAN_1_3B, 64), (WAN_14B, 128)])
-def test_everything_large_is_cut_into_as_many_parts_as_the_axis_has(config, fsdp):
-    tree = state(config)
-    specs = tree_shardings(tree, mesh(fsdp=fsdp))
+@pytest.mark.parametrize(("config", "fsdp", "seq"), [(WAN_1_3B, 8, 1), (WAN_1_3B, 16, 4), (WAN_14B, 16, 8)])
+def test_everything_large_is_cut_into_as_many_parts_as_there_are_devices(config, fsdp, seq):
+    tree, shards = state(config), fsdp * seq
+    specs = tree_shardings(tree, mesh(fsdp=fsdp, seq=seq))
     seen, per_device, whole = set(), 0, 0
     for (keys, leaf), sharding in zip(jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(specs), strict=True):
         local = sharding.shard_shape(leaf.shape)
         size = functools.reduce(lambda a, b: a * b, local, 1)
         per_device, whole = per_device + size, whole + leaf.size
         if leaf.size >= 2 * LARGE_LEAF:
-            assert size * fsdp == leaf.size, f"{dotted(keys)} {leaf.shape} is held whole"
+            assert size * shards == leaf.size, f"{dotted(keys)} {leaf.shape} is held whole"
             seen.add(dotted(keys).split(".")[0])
     assert seen == {"generator", "fake_score", "ema", "generator_optimizer", "fake_score_optimizer"}
-    assert per_device < 1.1 * whole / fsdp
+    assert per_device < 1.1 * whole / shards
 
 
 def test_moments_and_ema_follow_their_parameters():
@@ -64,9 +66,9 @@ def test_moments_and_ema_follow_their_parameters():
 
 
 def test_the_layer_axis_stays_whole():
-    assert spec_for("blocks.self_attn.q.kernel", (30, 1536, 12, 128), mesh(fsdp=4)) == P(None, "fsdp", None, None)
-    assert spec_for("blocks.ffn_2.kernel", (30, 8960, 1536), mesh(fsdp=4)) == P(None, None, "fsdp")
-    assert spec_for("generator_optimizer.1.0.mu.head.head.kernel", (1536, 64), mesh(fsdp=4)) == P("fsdp", None)
+    assert spec_for("blocks.self_attn.q.kernel", (30, 1536, 12, 128), mesh(fsdp=4)) == P(None, W, None, None)
+    assert spec_for("blocks.ffn_2.kernel", (30, 8960, 1536), mesh(fsdp=4)) == P(None, None, W)
+    assert spec_for("generator_optimizer.1.0.mu.head.head.kernel", (1536, 64), mesh(fsdp=4)) == P(W, None)
 
 
 def test_every_rule_is_used():
@@ -85,10 +87,29 @@ def test_what_is_small_stays_whole_where_the_mesh_does_not_divide_it():
 def test_what_is_large_must_be_covered():
     with pytest.raises(UserError, match=r"no sharding rule matches blocks.new.table \(1024, 1024\); add a line to"):
         spec_for("blocks.new.table", (1024, 1024), mesh(fsdp=2))
-    with pytest.raises(UserError, match=r"blocks.ffn_0.kernel .*: 1536 is not divisible by mesh axis fsdp=7"):
-        spec_for("blocks.ffn_0.kernel", (30, 1536, 8960), mesh(fsdp=7))
+    with pytest.raises(
+        UserError, match=r"blocks.ffn_0.kernel .*: no axis can be cut into fsdp=11 x seq=1=11 parts; set"
+    ):
+        spec_for("blocks.ffn_0.kernel", (30, 1536, 8960), mesh(fsdp=11))
+
+
+def test_another_axis_is_cut_where_the_rules_own_does_not_divide():
+    # 1536 is no multiple of 7, 8960 is; the layers are never cut.
+    assert spec_for("blocks.ffn_0.kernel", (30, 1536, 8960), mesh(fsdp=7)) == P(None, None, W)
+    assert spec_for("blocks.ffn_0.kernel", (30, 1536, 8960), mesh(fsdp=7, seq=5)) == P(None, None, W)
+    assert spec_for("blocks.self_attn.q.kernel", (30, 1535, 12, 128), mesh(fsdp=4)) == P(None, None, None, W)
+
+
+def test_the_table_names_what_is_large():
+    shapes = {"blocks.ffn_0.kernel": (30, 1536, 8960), "blocks.ffn_0.bias": (30, 8960)}
+    on = mesh(fsdp=4, seq=2)
+    leaves = {
+        path: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(on, spec_for(path, shape, on)))
+        for path, shape in shapes.items()
+    }
+    assert sharding_table(leaves) == "blocks.ffn_0.kernel  30 x 1536 x 8960  - x fsdp+seq x -  196.9 MiB"
 
 
 def test_flat_leaves():
     leaves = {"a.q.kernel": jax.ShapeDtypeStruct((8, 2, 4), jnp.float32)}
-    assert shardings(leaves, mesh(fsdp=4))["a.q.kernel"].spec == P("fsdp", None, None)
+    assert shardings(leaves, mesh(fsdp=4))["a.q.kernel"].spec == P(W, None, None)

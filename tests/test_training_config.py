@@ -100,7 +100,6 @@ def test_good_values():
         ({"seed": -1}, "config.seed=-1 must be 0..2^32 - 1"),
         ({"student__timesteps": (900.0, 1000.0)}, "timesteps are [900.0, 1000.0]: give decreasing numbers"),
         ({"student__timesteps": ()}, "timesteps are []"),
-        ({"mesh__seq": 2}, "config.mesh.seq=2 must be 1"),
         ({"init_from": ""}, "config.init_from='' must name the teacher's weights"),
         ({"data__latents": ""}, "config.data.latents is empty: give the folder that scripts/encode.py --videos wrote"),
         (

@@ -6,7 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from training_cases import LATENTS_SHAPE, linear_network, linear_params, make_batch, make_config, recording
+from training_cases import (
+    LATENTS_SHAPE,
+    generator_loss,
+    linear_network,
+    linear_params,
+    make_batch,
+    make_config,
+    recording,
+)
 
 from avd_jax.losses.adaptive_regression import LossHistory
 from avd_jax.training import objectives
@@ -50,7 +58,7 @@ def compiled(config):
     @jax.jit
     def compute(params, stop, keys, batch):
         def loss(params):
-            return objectives.generator_loss(config, networks, params, FAKE_SCORE, FROZEN, HISTORY, batch, keys, stop)
+            return generator_loss(config, networks, params, FAKE_SCORE, FROZEN, HISTORY, batch, keys, stop)
 
         return jax.value_and_grad(loss, has_aux=True)(params)
 
@@ -246,7 +254,7 @@ def test_the_constants_of_the_generators_loss():
     def loss(fake_score, teacher, mean):
         frozen, history = objectives.Frozen(teacher, FROZEN.negative_prompt_embeds), LossHistory(mean, HISTORY.seen)
         args = config, networks, GENERATOR, fake_score, frozen, history, BATCH, keys(), stop
-        return objectives.generator_loss(*args)[0]
+        return generator_loss(*args)[0]
 
     gradients = jax.grad(loss, argnums=(0, 1, 2))(FAKE_SCORE, TEACHER, HISTORY.mean)
     assert all((leaf == 0).all() for leaf in jax.tree.leaves(gradients))

@@ -9,7 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from training_cases import DIT, LATENTS_SHAPE, linear_network, linear_params, make_batch, make_config, recording
+from training_cases import (
+    DIT,
+    LATENTS_SHAPE,
+    generator_loss,
+    linear_network,
+    linear_params,
+    make_batch,
+    make_config,
+    recording,
+)
 
 from avd_jax.parallel.mesh import batch_sharding, make_mesh, replicated
 from avd_jax.parallel.rules import dotted
@@ -60,7 +69,7 @@ def test_an_update_is_clipped_adamw():
 
     def loss(params):
         args = run.config, networks, params, before.fake_score, FROZEN, before.history, batch, keys, stop
-        return objectives.generator_loss(*args)[0]
+        return generator_loss(*args)[0]
 
     gradient = jax.tree.map(np.asarray, jax.grad(loss)(before.generator))
     norm = np.sqrt(sum(np.sum(np.square(leaf, dtype=np.float64)) for leaf in jax.tree.leaves(gradient)))
@@ -306,7 +315,7 @@ def test_the_state_keeps_its_shardings_and_no_large_leaf_is_whole(sizes):
         assert leaf.sharding.is_equivalent_to(expected.sharding, leaf.ndim), dotted(keys)
         assert (leaf.shape, leaf.dtype) == (expected.shape, expected.dtype), dotted(keys)
         if dotted(keys).endswith("kernel"):
-            assert leaf.addressable_shards[0].data.size * sizes[1] == leaf.size, dotted(keys)
+            assert leaf.addressable_shards[0].data.size * sizes[1] * sizes[2] == leaf.size, dotted(keys)
     assert [update._cache_size() for update in updates] == [1, 1], "the second update runs the first one's program"
 
 

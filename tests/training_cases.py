@@ -21,7 +21,7 @@ from avd_jax.data import latents as sets
 from avd_jax.data.set_writer import SetWriter
 from avd_jax.models.wan_dit import WanDiTConfig
 from avd_jax.parallel.mesh import replicated
-from avd_jax.training import run
+from avd_jax.training import networks, objectives, run
 from avd_jax.training.config import default_config
 
 DIT = WanDiTConfig(
@@ -79,7 +79,7 @@ def use_linear_network(setattr: Callable) -> None:
     def load_params(path, dtype, mesh, memory="device"):
         return jax.tree.map(lambda leaf: jax.device_put(np.asarray(leaf), replicated(mesh)), linear_params())
 
-    setattr(run, "make_network", LinearNetwork)
+    setattr(networks, "make_network", LinearNetwork)
     setattr(run, "_load_params", load_params)
 
 
@@ -95,6 +95,15 @@ def recording(network: Callable, calls: list, name: str) -> Callable:
         return velocity
 
     return recorded
+
+
+def generator_loss(config, networks, params, fake_score, frozen, history, batch, keys, stop):
+    """Return L_G and what it is made of; 0 for what is switched off."""
+    loss, parts = jnp.zeros(()), objectives.no_parts(len(batch["prompt_embeds"]))
+    for term in objectives.generator_terms(config, networks, fake_score, frozen, history, stop):
+        value, found = term(params, batch, keys)
+        loss, parts = loss + value, parts | found
+    return loss, parts
 
 
 def make_batch(size: int = 4, *, seed: int = 0, shape=LATENTS_SHAPE, text_len: int = 8, text_dim: int = 16) -> dict:

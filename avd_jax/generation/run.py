@@ -38,7 +38,8 @@ from avd_jax.generation.pipeline import (
 )
 from avd_jax.generation.settings import Job, Settings, to_record
 from avd_jax.generation.weights import Parts, open_parts
-from avd_jax.parallel.mesh import batch_sharding, batch_shards, replicated
+from avd_jax.models.placement import Placement
+from avd_jax.parallel.mesh import BATCH_AXES, batch_sharding, batch_shards, replicated
 from avd_jax.parallel.rules import spec_for
 
 SHEET_ROWS = 12
@@ -142,6 +143,7 @@ def _sample(plan: Plan, mesh: Mesh, size: int) -> Iterator[tuple[Job, np.ndarray
     dtype = jnp.dtype(settings.dtype)
     dit = load_module(parts.transformer, dtype, lambda path, leaf: NamedSharding(mesh, spec_for(path, leaf, mesh)))
     vae = load_module(parts.vae, jnp.float32, lambda path, leaf: replicated(mesh))  # as Wan runs it
+    dit.placement = Placement(mesh=mesh, batch_axes=BATCH_AXES, sequence_axis="seq")
     network, params = as_network(dit)
 
     def padded(text: str) -> np.ndarray:

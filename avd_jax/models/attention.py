@@ -1,14 +1,24 @@
-"""Attention as one function, with the kernel that the backend does best.
+"""Attention as one function, with the kernel that suits the devices and with sequence parallelism.
 
 Heads stand before tokens, `B H N K`: the projections write them so, and no transpose stands between a projection, the
-rotary embedding and the kernel.
+rotary embedding, the exchange of heads for tokens and the kernel.
+
+Where a mesh axis shares the tokens, an all-to-all gives each device all tokens of some heads, and another brings the
+output back (Ulysses, arXiv 2309.14509). Keys of another sequence, such as the text's, are few: every device has them
+all, and attends from its own tokens.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float
 
+from avd_jax.errors import UserError
+from avd_jax.models.placement import Placement
+from avd_jax.models.splash import splash_attention
 from avd_jax.shapes import Array, Heads, typechecked
 
 ContextHeads = Float[Array, "batch heads context_tokens head_dim"]
@@ -17,26 +27,106 @@ OUTPUT_NAME = "attention_output"  # what a remat policy names to keep attention'
 
 
 @typechecked
-def attention(query: Heads, key: ContextHeads, value: ContextHeads) -> Heads:
+def attention(
+    query: Heads,
+    key: ContextHeads,
+    value: ContextHeads,
+    *,
+    placement: Placement = Placement(),  # noqa: B008 - it is frozen
+    valid_keys: int | None = None,
+    interpret: bool = False,
+) -> Heads:
     """Return softmax(query key^T / sqrt(K)) value: [B H N K] for queries [B H N K], keys and values [B H M K].
 
-    cuDNN's fused kernel serves half-precision on CUDA devices, XLA everything else. Softmax is float32 in both.
+    Softmax is float32 in every kernel.
+
+    Args:
+      query, key, value: global arrays. Tokens that are sharded must be divided by the shards.
+      placement: the kernel and, where there is more than one device, the mesh.
+      valid_keys: how many of the keys count, the first ones; the rest are padding. None: all.
+      interpret: run the splash kernel step by step, on any backend.
+
+    Raises:
+      UserError: heads that the sequence axis does not divide.
     """
-    half_precision = query.dtype in (jnp.bfloat16, jnp.float16)
-    if half_precision and jax.default_backend() in ("gpu", "cuda"):
-        output = _cudnn(query, key, value)
-    else:
-        output = _xla(query, key, value)
-    return checkpoint_name(output, OUTPUT_NAME)
+    valid_keys = key.shape[2] if valid_keys is None else valid_keys
+    # Here, where the compiler makes it part of whatever wrote the queries.
+    query = (query.astype(jnp.float32) * query.shape[-1] ** -0.5).astype(query.dtype)
+    attend = functools.partial(_attend, placement=placement, valid_keys=valid_keys, interpret=interpret)
+    mesh = placement.mesh
+    if mesh is None or mesh.size == 1:
+        return attend(query, key, value)
+
+    axis, shards = placement.sequence_axis, placement.sequence_shards
+    check_heads(query.shape[1], shards)
+    own_keys = key.shape[2] == query.shape[2]  # self-attention: the keys are cut as the queries are
+    queries_spec = placement.spec(query.shape[0], None, axis)
+    keys_spec = queries_spec if own_keys else placement.spec(query.shape[0])
+
+    @functools.partial(
+        jax.shard_map,
+        mesh=mesh,
+        in_specs=(queries_spec, keys_spec, keys_spec),
+        out_specs=queries_spec,
+        check_vma=False,  # kernels do not say how their results vary over the mesh
+    )
+    def attend_on_each_device(query, key, value):
+        if shards == 1 or not own_keys:
+            return attend(query, key, value)
+        output = attend(*(_tokens_for_heads(x, axis, shards) for x in (query, key, value)))
+        return _heads_for_tokens(output, axis, shards)
+
+    return attend_on_each_device(query, key, value)
 
 
-def _xla(query, key, value):
-    scores = jnp.einsum("bhqk,bhmk->bhqm", query * query.shape[-1] ** -0.5, key, preferred_element_type=jnp.float32)
+def _tokens_for_heads(x, axis: str, shards: int):
+    """Return all tokens of some heads, [B H/s N K], for some tokens of all heads, [B H N/s K]."""
+    # The axis that is exchanged stands first, else XLA moves it there and back.
+    parts = rearrange(x, "b (s h) n k -> s b h n k", s=shards)
+    return rearrange(jax.lax.all_to_all(parts, axis, 0, 0, tiled=True), "s b h n k -> b h (s n) k")
+
+
+def _heads_for_tokens(x, axis: str, shards: int):
+    """Undo `_tokens_for_heads`."""
+    parts = rearrange(x, "b h (s n) k -> s b h n k", s=shards)
+    return rearrange(jax.lax.all_to_all(parts, axis, 0, 0, tiled=True), "s b h n k -> b (s h) n k")
+
+
+def check_heads(heads: int, shards: int) -> None:
+    """Raise a UserError unless `heads` can be shared out over `shards` devices of the sequence axis."""
+    if heads % shards:
+        fitting = [n for n in range(1, heads + 1) if heads % n == 0]
+        raise UserError(
+            f"{heads} attention heads cannot be shared out over config.mesh.seq={shards} devices; set it to one of "
+            + ", ".join(map(str, fitting))
+        )
+
+
+def _attend(query, key, value, *, placement: Placement, valid_keys: int, interpret: bool):
+    """Attend on one device."""
+    kernel = placement.kernel_for(query.dtype)
+    if kernel == "splash":
+        return splash_attention(
+            query,
+            key,
+            value,
+            valid_keys=valid_keys,
+            blocks=placement.blocks,
+            residual_name=OUTPUT_NAME,
+            interpret=interpret,
+        )
+    plain = _cudnn if kernel == "cudnn" else _xla
+    return checkpoint_name(plain(query, key, value, valid_keys), OUTPUT_NAME)
+
+
+def _xla(query, key, value, valid_keys):
+    key, value = (x[:, :, :valid_keys] for x in (key, value))
+    scores = jnp.einsum("bhqk,bhmk->bhqm", query, key, preferred_element_type=jnp.float32)
     # Scores of 32,760 keys need float32: bf16 sums of so many exponentials are off by percents.
     probabilities = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
     return jnp.einsum("bhqm,bhmk->bhqk", probabilities, value)
 
 
-def _cudnn(query, key, value):
-    query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
-    return jnp.swapaxes(jax.nn.dot_product_attention(query, key, value, implementation="cudnn"), 1, 2)
+def _cudnn(query, key, value, valid_keys):
+    query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query, key[:, :, :valid_keys], value[:, :, :valid_keys]))
+    return jnp.swapaxes(jax.nn.dot_product_attention(query, key, value, scale=1.0, implementation="cudnn"), 1, 2)

@@ -4,6 +4,7 @@ Wan rotates interleaved pairs (2i, 2i+1). Here the pair is (i, i + K/2), which n
 checkpoint permutes the q and k projections and their norms to match, so attention scores are the same.
 """
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
@@ -50,6 +51,26 @@ def rotation(frames: int, height: int, width: int, head_dim: int, *, frame_strid
 @typechecked
 def rotate(x: Heads, cos: Float[Array, "tokens half"], sin: Float[Array, "tokens half"]) -> Heads:
     """Rotate the pairs (i, i + K/2) of queries or keys [B H N K] by the angles of their tokens, in float32."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)  # bf16 angles would blur neighbouring positions
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x.dtype)
+    return _rotate(x, cos, sin)
+
+
+@jax.custom_vjp
+def _rotate(x, cos, sin):
+    x32 = x.astype(jnp.float32)  # bf16 angles would blur neighbouring positions
+    # Reversing an axis of two halves becomes part of the loop that computes the rest; joining two results would not.
+    halves = rearrange(x32, "b h n (two half) -> b h n two half", two=2)
+    rotated = halves * cos[:, None] + halves[..., ::-1, :] * jnp.stack([-sin, sin], axis=1)
+    return rearrange(rotated, "b h n two half -> b h n (two half)").astype(x.dtype)
+
+
+def _rotate_forward(x, cos, sin):
+    return _rotate(x, cos, sin), (cos, sin)
+
+
+def _rotate_backward(angles, gradient):
+    # The transpose of a rotation turns back. The angles are positions, which nothing learns.
+    cos, sin = angles
+    return _rotate(gradient, cos, -sin), jnp.zeros_like(cos), jnp.zeros_like(sin)
+
+
+_rotate.defvjp(_rotate_forward, _rotate_backward)

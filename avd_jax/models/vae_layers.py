@@ -3,6 +3,10 @@
 A clip is processed in groups of frames, the first group being its first frame alone. Every layer that looks back in
 time is called as `y, past = layer(x, past)`: `past` holds the last frames that it has seen, and None says that `x` is
 the clip's first frame. Activations are `B F H W C`.
+
+A loop over groups needs groups of one size, so the first frame may also come repeated to a whole group, with zeros as
+its past: then `layer(x, past, first)` with a true `first`, which may be traced, gives a `y` whose first frame alone
+means anything, and the past that the first frame alone leaves.
 """
 
 import functools
@@ -121,13 +125,13 @@ class CausalConvolution(Convolution):
             padding=((1, 1), (1, 1)),
         )
 
-    def __call__(self, x, past):
+    def __call__(self, x, past, first=False):
         """Apply to x [B F H W C] after `past`, the two frames before it [B 2 H W C]; return y and x's last two."""
         if past is None:
             # Both earlier taps would see zeros only.
             return super().__call__(x, last_taps=1), jnp.pad(x, ((0, 0), (1, 0), (0, 0), (0, 0), (0, 0)))
         x = jnp.concatenate([past, x], axis=1)
-        return super().__call__(x), x[:, -2:]
+        return super().__call__(x), jnp.where(first, x[:, 1:3], x[:, -2:])
 
 
 class RMSNorm(nnx.Module):
@@ -156,12 +160,12 @@ class ResidualBlock(nnx.Module):
         self.conv2 = CausalConvolution(out_channels, out_channels, **options)
         self.shortcut = nnx.Linear(in_channels, out_channels, **options) if in_channels != out_channels else None
 
-    def __call__(self, x, past):
+    def __call__(self, x, past, first=False):
         """Apply to x [B F H W in_channels]; `past` is the pair of both convolutions' pasts."""
         past1, past2 = (None, None) if past is None else past
         skip = x if self.shortcut is None else self.shortcut(x)
-        x, past1 = self.conv1(jax.nn.silu(self.norm1(x)), past1)
-        x, past2 = self.conv2(jax.nn.silu(self.norm2(x)), past2)
+        x, past1 = self.conv1(jax.nn.silu(self.norm1(x)), past1, first)
+        x, past2 = self.conv2(jax.nn.silu(self.norm2(x)), past2, first)
         return x + skip, (past1, past2)
 
 
@@ -192,13 +196,15 @@ class Downsample(nnx.Module):
         self.conv = Convolution(channels, channels, (1, 3, 3), strides=(1, 2, 2), padding=((0, 1), (0, 1)), **options)
         self.time_conv = Convolution(channels, channels, (3, 1, 1), strides=(2, 1, 1), **options) if temporal else None
 
-    def __call__(self, x, past):
+    def __call__(self, x, past, first=False):
         """Apply to x [B F H W C], F even after the first frame; `past` is the half-size frame before it."""
         x = self.conv(x)
         if self.time_conv is None:
             return x, None
-        last = x[:, -1:]
-        return (x if past is None else self.time_conv(jnp.concatenate([past, x], axis=1))), last
+        if past is None:
+            return x, x
+        halved = self.time_conv(jnp.concatenate([past, x], axis=1))
+        return jnp.where(first, x[:, : halved.shape[1]], halved), jnp.where(first, x[:, :1], x[:, -1:])
 
 
 class Upsample(nnx.Module):
@@ -209,7 +215,7 @@ class Upsample(nnx.Module):
         self.time_conv = Convolution(channels, 2 * channels, (3, 1, 1), **options) if temporal else None
         self.conv = Convolution(channels, channels // 2, (1, 3, 3), padding=((1, 1), (1, 1)), **options)
 
-    def __call__(self, x, past):
+    def __call__(self, x, past, first=False):
         """Apply to x [B F H W C]; `past` is the two frames before it, as the time convolution sees them."""
         if self.time_conv is not None:
             if past is None:
@@ -217,6 +223,7 @@ class Upsample(nnx.Module):
                 past = jnp.zeros((x.shape[0], 2, *x.shape[2:]), x.dtype)
             else:
                 seen = jnp.concatenate([past, x], axis=1)
-                past = seen[:, -2:]
-                x = rearrange(self.time_conv(seen), "b f h w (two c) -> b (f two) h w c", two=2)
+                doubled = rearrange(self.time_conv(seen), "b f h w (two c) -> b (f two) h w c", two=2)
+                past = jnp.where(first, 0, seen[:, -2:])
+                x = jnp.where(first, repeat(x, "b f h w c -> b (f two) h w c", two=2), doubled)
         return self.conv(repeat(x, "b f h w c -> b f (h two) (w deux) c", two=2, deux=2)), past

@@ -15,7 +15,8 @@ from jaxtyping import Float
 
 from avd_jax.errors import UserError
 from avd_jax.models import rope
-from avd_jax.models.attention import OUTPUT_NAME, attention
+from avd_jax.models.attention import OUTPUT_NAME, attention, check_heads
+from avd_jax.models.placement import Placement
 from avd_jax.shapes import Array, Heads, Latents, PromptEmbeds, Timesteps, Tokens, typechecked
 
 REMAT_POLICIES = {
@@ -55,6 +56,7 @@ class WanDiTConfig:
 
 WAN_1_3B = WanDiTConfig()
 WAN_14B = WanDiTConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)
+WAN_MODELS = {"1.3B": WAN_1_3B, "14B": WAN_14B}
 
 
 class ProjectToHeads(nnx.Module):
@@ -113,19 +115,31 @@ class Attention(nnx.Module):
         self.norm_q = HeadsRMSNorm(config, param_dtype=param_dtype)
         self.norm_k = HeadsRMSNorm(config, param_dtype=param_dtype)
 
-    def __call__(self, x: Tokens, context: Tokens, rotation: rope.Rotation | None = None) -> Tokens:
-        """Attend from `x` [B N D] to `context` [B M D]; `rotation` (self-attention only) carries the positions."""
+    def __call__(
+        self,
+        x: Tokens,
+        context: Tokens,
+        *,
+        placement: Placement,
+        rotation: rope.Rotation | None = None,
+        valid_keys: int | None = None,
+    ) -> Tokens:
+        """Attend from `x` [B N D] to `context` [B M D], of which the first `valid_keys` count.
+
+        `rotation` (self-attention only) carries the positions.
+        """
         query, key, value = self.norm_q(self.q(x)), self.norm_k(self.k(context)), self.v(context)
         if rotation is not None:
             query, key = rope.rotate(query, *rotation), rope.rotate(key, *rotation)
-        return self.o(attention(query, key, value))
+        return self.o(attention(query, key, value, placement=placement, valid_keys=valid_keys))
 
 
 def modulated_norm(x: Tokens, *, shift: Array, scale: Array, eps: float) -> Tokens:
     """Layer norm without weights, then `(1 + scale) * x + shift` per example; float32 in, `x.dtype` out."""
     x32 = x.astype(jnp.float32)
+    # Both moments in one pass over x; in float32 the difference of squares is exact enough for a residual stream.
     mean = jnp.mean(x32, axis=-1, keepdims=True)
-    variance = jnp.mean(jnp.square(x32 - mean), axis=-1, keepdims=True)
+    variance = jnp.maximum(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) - jnp.square(mean), 0)
     normed = (x32 - mean) * jax.lax.rsqrt(variance + eps)
     return (normed * (1 + scale[:, None]) + shift[:, None]).astype(x.dtype)
 
@@ -142,7 +156,6 @@ class Block(nnx.Module):
             rngs=rngs,
             dtype=jnp.float32,
             param_dtype=param_dtype,
-            use_fast_variance=False,
         )
         self.cross_attn = Attention(config, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
         self.ffn_0 = linear(config.dim, config.ffn_dim)
@@ -156,13 +169,20 @@ class Block(nnx.Module):
         timestep_modulation: Float[Array, "batch 6 dim"],
         context: Tokens,
         rotation: rope.Rotation,
+        *,
+        placement: Placement,
+        valid_tokens: int,
     ) -> Tokens:
-        """Return the block's output; gates and shifts are float32, since they multiply the whole residual stream."""
+        """Return the block's output; gates and shifts are float32, since they multiply the whole residual stream.
+
+        Tokens of `x` from `valid_tokens` on are padding, to which no other token attends.
+        """
         modulation = self.modulation[...].astype(jnp.float32) + timestep_modulation
         shift_attn, scale_attn, gate_attn, shift_ffn, scale_ffn, gate_ffn = jnp.moveaxis(modulation, 1, 0)
         normed = modulated_norm(x, shift=shift_attn, scale=scale_attn, eps=self.eps)
-        x = x + (self.self_attn(normed, normed, rotation) * gate_attn[:, None]).astype(x.dtype)
-        x = x + self.cross_attn(self.norm3(x).astype(x.dtype), context)
+        attended = self.self_attn(normed, normed, placement=placement, rotation=rotation, valid_keys=valid_tokens)
+        x = x + (attended * gate_attn[:, None]).astype(x.dtype)
+        x = x + self.cross_attn(self.norm3(x).astype(x.dtype), context, placement=placement)
         normed = modulated_norm(x, shift=shift_ffn, scale=scale_ffn, eps=self.eps)
         hidden = jax.nn.gelu(self.ffn_0(normed), approximate=True)
         return x + (self.ffn_2(hidden) * gate_ffn[:, None]).astype(x.dtype)
@@ -199,6 +219,10 @@ class WanDiT(nnx.Module):
       dtype: compute dtype of matrix products and of the residual stream.
       param_dtype: dtype of the stored parameters.
       remat: what the backward pass keeps of each block, a key of REMAT_POLICIES.
+      placement: the devices and the attention kernel; an attribute that can be set later.
+
+    Raises:
+      UserError: an unknown `remat`, or heads that the placement's sequence axis does not divide.
     """
 
     def __init__(
@@ -209,12 +233,14 @@ class WanDiT(nnx.Module):
         dtype=jnp.float32,
         param_dtype=jnp.float32,
         remat: str = "none",
+        placement: Placement = Placement(),  # noqa: B008 - it is frozen
     ):
         if remat not in REMAT_POLICIES:
             raise UserError(f"remat={remat!r} is not one of {', '.join(REMAT_POLICIES)}")
+        check_heads(config.num_heads, placement.sequence_shards)
         linear = functools.partial(nnx.Linear, rngs=rngs, param_dtype=param_dtype)
         patch_t, patch_h, patch_w = config.patch_size
-        self.config, self.dtype, self.remat = config, dtype, remat
+        self.config, self.dtype, self.remat, self.placement = config, dtype, remat, placement
         self.patch_embedding = linear(config.in_dim * patch_t * patch_h * patch_w, config.dim, dtype=dtype)
         self.text_embedding_0 = linear(config.text_dim, config.dim, dtype=dtype)
         self.text_embedding_2 = linear(config.dim, config.dim, dtype=dtype)
@@ -256,10 +282,21 @@ class WanDiT(nnx.Module):
         embedding = self.time_embedding_2(jax.nn.silu(embedding))
         modulation = rearrange(self.time_projection_1(jax.nn.silu(embedding)), "b (six d) -> b six d", six=6)
         context = self._embed_text(prompt_embeds)
+        valid_tokens = tokens.shape[1]
         rotation = rope.rotation(*grid, config.head_dim, frame_stride=frame_stride)
+        tokens, *rotation = self._pad(tokens, *rotation)
 
-        tokens = _apply_blocks(*nnx.split(self.blocks), tokens, modulation, context, rotation, remat=self.remat)
-        patches = self.head(tokens, embedding)
+        tokens = _apply_blocks(
+            *nnx.split(self.blocks),
+            tokens,
+            modulation,
+            context,
+            tuple(rotation),
+            remat=self.remat,
+            placement=self.placement,
+            valid_tokens=valid_tokens,
+        )
+        patches = self.head(tokens, embedding)[:, :valid_tokens]
         frames, height, width = grid
         patch_t, patch_h, patch_w = config.patch_size
         velocity = rearrange(
@@ -290,6 +327,12 @@ class WanDiT(nnx.Module):
         )
         return self.patch_embedding(patches).astype(self.dtype), grid
 
+    def _pad(self, tokens: Tokens, cos: Array, sin: Array) -> tuple[Array, Array, Array]:
+        """Pad the tokens and their rotation once for all blocks, so that devices and kernel blocks divide them."""
+        missing = self.placement.padded_tokens(tokens.shape[1], self.dtype) - tokens.shape[1]
+        tokens = self.placement.constrain(jnp.pad(tokens, ((0, 0), (0, missing), (0, 0))))
+        return tokens, *(jnp.pad(angles, ((0, missing), (0, 0))) for angles in (cos, sin))
+
     def _embed_text(self, prompt_embeds: PromptEmbeds) -> Tokens:
         missing = self.config.text_len - prompt_embeds.shape[1]
         if missing < 0:
@@ -301,11 +344,23 @@ class WanDiT(nnx.Module):
 
 
 # Jitted here, once for all calls: a user who calls the model eagerly would otherwise compile the scan each time.
-@functools.partial(jax.jit, static_argnums=0, static_argnames="remat")
-def _apply_blocks(graphdef: nnx.GraphDef, stacked: nnx.State, x, modulation, context, rotation, *, remat: str):
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("remat", "placement", "valid_tokens"))
+def _apply_blocks(
+    graphdef: nnx.GraphDef,
+    stacked: nnx.State,
+    x,
+    modulation,
+    context,
+    rotation,
+    *,
+    remat: str,
+    placement: Placement,
+    valid_tokens: int,
+):
     def apply_block(x, block_state):
         block = nnx.merge(graphdef, jax.tree.map(_on_device, block_state))
-        return block(x, modulation, context, rotation), None
+        x = block(x, modulation, context, rotation, placement=placement, valid_tokens=valid_tokens)
+        return placement.constrain(x), None
 
     policy = REMAT_POLICIES[remat]
     if policy is not None:

@@ -1,16 +1,17 @@
 """The Wan2.1 video autoencoder (wan/modules/vae.py, arXiv 2503.20314).
 
-It maps 4n + 1 frames to n + 1 latent frames with 8 times smaller sides. Frames are processed in groups, the first frame
-alone and then 4 at a time, with the causal convolutions' last frames carried through a `lax.scan`: memory does not grow
-with the clip, and one group is compiled, not n.
+It maps 4n + 1 frames to n + 1 latent frames with 8 times smaller sides. Frames come in groups, the first frame
+and then 4 at a time, with the causal convolutions' last frames carried through a `lax.scan`: memory does not grow with
+the clip, and one group is compiled, not n + 1. Blocks of one shape in a row are compiled once, too.
 """
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange
+from einops import rearrange, repeat
 from flax import nnx
 
 from avd_jax.errors import UserError
@@ -86,10 +87,10 @@ class Encoder(nnx.Module):
         self.head_norm = RMSNorm(channels, param_dtype=param_dtype)
         self.head_conv = CausalConvolution(channels, 2 * config.z_dim, **options)
 
-    def __call__(self, frames, past):
+    def __call__(self, frames, past, first=False):
         """Encode frames [B F H W 3] to [B F/4 H/8 W/8 2*z_dim]; return it with the layers' pasts."""
         layers = [self.conv1, *self.downsamples, *self.middle]
-        return _run(layers, self.head_norm, self.head_conv, frames, past)
+        return _run(layers, self.head_norm, self.head_conv, frames, past, first)
 
 
 class Decoder(nnx.Module):
@@ -113,10 +114,10 @@ class Decoder(nnx.Module):
         self.head_norm = RMSNorm(channels, param_dtype=param_dtype)
         self.head_conv = CausalConvolution(channels, RGB, **options)
 
-    def __call__(self, frames, past):
+    def __call__(self, frames, past, first=False):
         """Decode frames [B F H W z_dim] to [B 4F 8H 8W 3]; return it with the layers' pasts."""
         layers = [self.conv1, *self.middle, *self.upsamples]
-        return _run(layers, self.head_norm, self.head_conv, frames, past)
+        return _run(layers, self.head_norm, self.head_conv, frames, past, first)
 
 
 def _middle(channels, options):
@@ -129,15 +130,37 @@ def _middle(channels, options):
     )
 
 
-def _run(layers, head_norm, head_conv, x, past):
-    pasts = [None] * (len(layers) + 1) if past is None else list(past)
-    for i, layer in enumerate(layers):
-        if isinstance(layer, AttentionBlock):
-            x = layer(x)
+def _run(layers, head_norm, head_conv, x, past, first):
+    """Apply all layers; `past` is a tuple with an entry for each row of alike layers, and one for the head."""
+    rows = [list(row) for _, row in itertools.groupby(layers, key=_shape_of_block)]
+    pasts = [None] * (len(rows) + 1) if past is None else list(past)
+    for i, row in enumerate(rows):
+        if isinstance(row[0], AttentionBlock):
+            x = row[0](x)
+        elif len(row) == 1:
+            x, pasts[i] = row[0](x, pasts[i], first)
         else:
-            x, pasts[i] = layer(x, pasts[i])
-    x, pasts[-1] = head_conv(jax.nn.silu(head_norm(x)), pasts[-1])
+            x, pasts[i] = _apply_row(row, x, pasts[i], first)
+    x, pasts[-1] = head_conv(jax.nn.silu(head_norm(x)), pasts[-1], first)
     return x, tuple(pasts)
+
+
+def _shape_of_block(layer):
+    """Return what layers have in common that one compiled block can serve, and nothing else has."""
+    if isinstance(layer, ResidualBlock) and layer.shortcut is None:
+        return layer.conv1.kernel.shape
+    return id(layer)
+
+
+def _apply_row(blocks, x, past, first):
+    """Apply blocks of the same shape one after another in a loop; their pasts are stacked."""
+    graphdefs, states = zip(*map(nnx.split, blocks), strict=True)
+
+    def apply(x, state_and_past):
+        state, past = state_and_past
+        return nnx.merge(graphdefs[0], state)(x, past, first)
+
+    return jax.lax.scan(apply, x, (jax.tree.map(lambda *leaves: jnp.stack(leaves), *states), past))
 
 
 class WanVAE(nnx.Module):
@@ -225,14 +248,19 @@ def _decode(graphdef, state, latents):
 
 def _by_group(network, frames, size: int):
     """Apply `network` to the first frame, then to groups of `size` frames, handing on what its layers have seen."""
-    first, past = network(frames[:, :1], None)
-    if frames.shape[1] == 1:
-        return first
+    first_group = repeat(frames[:, :1], "b 1 h w c -> b f h w c", f=size)
+    groups = jnp.concatenate([first_group, frames[:, 1:]], axis=1)
+    groups = rearrange(groups, "b (n f) h w c -> n b f h w c", f=size)
+    # One frame is enough to learn the shapes of what the layers keep.
+    _, past = jax.eval_shape(lambda frame: network(frame, None), frames[:, :1])
+    past = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), past)
 
-    def apply_to_group(past, group):
-        y, past = network(group, past)
+    def apply_to_group(past, group_and_first):
+        group, first = group_and_first
+        y, past = network(group, past, first)
         return past, y
 
-    groups = rearrange(frames[:, 1:], "b (n f) h w c -> n b f h w c", f=size)
-    _, rest = jax.lax.scan(apply_to_group, past, groups)
-    return jnp.concatenate([first, rearrange(rest, "n b f h w c -> b (n f) h w c")], axis=1)
+    _, outputs = jax.lax.scan(apply_to_group, past, (groups, jnp.arange(len(groups)) == 0))
+    skipped = outputs.shape[2] - 1  # what the repetitions of the first frame gave
+    outputs = rearrange(outputs, "n b f h w c -> b (n f) h w c")
+    return jnp.concatenate([outputs[:, :1], outputs[:, 1 + skipped :]], axis=1) if skipped else outputs

@@ -2,7 +2,8 @@
 
 A path is the dotted path of a leaf, such as `generator.blocks.self_attn.q.kernel`; Adam's moments and the EMA end in
 the path of their parameter and so follow the same line. A spec is aligned to the right of the leaf's shape: the layer
-axis of stacked blocks stays whole.
+axis of stacked blocks stays whole. Parameters are cut over `fsdp` and `seq` together, since each device needs a layer's
+whole parameters only while it computes that layer.
 """
 
 import math
@@ -14,14 +15,18 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from avd_jax.errors import UserError
+from avd_jax.parallel.mesh import PARAMETER_AXES
 
 RULES: tuple[tuple[str, P], ...] = (
-    (r"\.(q|k|v)\.kernel$", P("fsdp", None, None)),  # D H K
-    (r"\.o\.kernel$", P(None, None, "fsdp")),  # H K D
-    (r"\.(ffn_0|text_embedding_0|time_embedding_0|time_projection_1)\.kernel$", P("fsdp", None)),
-    (r"\.(ffn_2|text_embedding_2|time_embedding_2|patch_embedding)\.kernel$", P(None, "fsdp")),
-    (r"\.head\.head\.kernel$", P("fsdp", None)),
-    (r"\.((enc|dec)\d\.conv|upconv\d)\.kernel$", P(None, None, None, "fsdp")),  # of the interpolator, output last
+    (r"\.(q|k|v)\.kernel$", P(PARAMETER_AXES, None, None)),  # D H K
+    (r"\.o\.kernel$", P(None, None, PARAMETER_AXES)),  # H K D
+    (r"\.(ffn_0|text_embedding_0|time_embedding_0|time_projection_1)\.kernel$", P(PARAMETER_AXES, None)),
+    (r"\.(ffn_2|text_embedding_2|time_embedding_2|patch_embedding)\.kernel$", P(None, PARAMETER_AXES)),
+    (r"\.head\.head\.kernel$", P(PARAMETER_AXES, None)),
+    (
+        r"\.((enc|dec)\d\.conv|upconv\d)\.kernel$",
+        P(None, None, None, PARAMETER_AXES),
+    ),  # interpolator
     (r"\.(bias|scale|modulation)$", P()),
 )
 LARGE_LEAF = 1 << 20  # elements; smaller leaves that no rule matches are replicated
@@ -30,23 +35,30 @@ LARGE_LEAF = 1 << 20  # elements; smaller leaves that no rule matches are replic
 def spec_for(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
     """Return the spec of one leaf, filled up with None on the left.
 
-    An axis that the mesh does not divide is left whole where the leaf is small.
+    Where the mesh does not divide the axis that the rule names, the largest other axis of the rule that it does divide
+    is cut; where there is none, a small leaf stays whole.
 
     Raises:
-      UserError: a large leaf that no rule matches, or that the mesh does not divide.
+      UserError: a large leaf that no rule matches, or of which the mesh divides no axis.
     """
+    large = math.prod(shape) >= LARGE_LEAF
     spec = next((spec for pattern, spec in RULES if re.search(pattern, "." + path)), None)
     if spec is None:
-        if math.prod(shape) >= LARGE_LEAF:
+        if large:
             raise UserError(f"no sharding rule matches {path} {shape}; add a line to avd_jax/parallel/rules.py")
         return P()
-    axes = (None,) * (len(shape) - len(spec)) + tuple(spec)
-    for axis, size in zip(axes, shape, strict=True):
-        if axis is not None and size % mesh.shape[axis]:
-            if math.prod(shape) >= LARGE_LEAF:
-                raise UserError(f"{path} {shape}: {size} is not divisible by mesh axis {axis}={mesh.shape[axis]}")
-            return P()
-    return P(*axes)
+    if not any(spec):
+        return P(*(None,) * len(shape))
+    shards = math.prod(mesh.shape[axis] for axis in PARAMETER_AXES)
+    named = spec.index(PARAMETER_AXES) - len(spec)  # axes from the right
+    others = sorted((axis for axis in range(-len(spec), 0) if axis != named), key=lambda axis: -shape[axis])
+    for axis in (named, *others):
+        if shape[axis] % shards == 0:
+            return P(*(PARAMETER_AXES if i - len(shape) == axis else None for i in range(len(shape))))
+    if large:
+        sizes = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in PARAMETER_AXES)
+        raise UserError(f"{path} {shape}: no axis can be cut into {sizes}={shards} parts; set config.mesh to fit")
+    return P()
 
 
 def shardings(leaves: Mapping[str, jax.ShapeDtypeStruct], mesh: Mesh) -> dict[str, NamedSharding]:
@@ -59,6 +71,18 @@ def tree_shardings(tree, mesh: Mesh):
     return jax.tree_util.tree_map_with_path(
         lambda keys, leaf: NamedSharding(mesh, spec_for(dotted(keys), leaf.shape, mesh)), tree
     )
+
+
+def sharding_table(tree) -> str:
+    """Return one line for each large leaf of a tree of sharded arrays: path, shape, spec, MiB a device."""
+    rows = []
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if math.prod(leaf.shape) >= LARGE_LEAF:
+            local = math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+            cut = " x ".join("+".join(axes) if isinstance(axes, tuple) else axes or "-" for axes in leaf.sharding.spec)
+            rows.append((dotted(keys), " x ".join(map(str, leaf.shape)), cut, f"{local / 2**20:.1f} MiB"))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(f"{cell:<{n}}" for cell, n in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
 def dotted(keys) -> str:

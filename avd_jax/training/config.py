@@ -10,7 +10,7 @@ import ml_collections
 
 from avd_jax.diffusion.student import DEFAULT_HALF_RATE_POSITIONS, HALF_RATE_POSITIONS, StudentSchedule
 from avd_jax.errors import UserError, closest
-from avd_jax.models.wan_dit import REMAT_POLICIES
+from avd_jax.models.wan_dit import REMAT_POLICIES, WAN_MODELS
 from avd_jax.parallel.memory import MEMORIES
 from avd_jax.training.fields import check_names, config_from
 
@@ -20,6 +20,7 @@ FIELDS: dict[str, tuple[object, str]] = {
     "batch_size": (8, "examples an update, over all devices"),
     "accumulation_steps": (1, "parts that a batch is cut into to save memory; gradients are averaged"),
     "init_from": ("", "weights of the teacher, which all three networks start from, in any layout; sets the sizes"),
+    "model": ("", f"what aot_compile.py compiles where init_from is empty: {', '.join(WAN_MODELS)}"),
     "data.latents": ("", "folder of encoded videos (scripts/encode.py --videos), for the regression loss"),
     "data.prompts": (
         "",
@@ -64,8 +65,12 @@ FIELDS: dict[str, tuple[object, str]] = {
     "teacher_memory": ("device", "where the teacher's layers wait: 'device', or 'host', which sends one at a time"),
     "remat": ("block", "what the backward pass keeps of a block: " + ", ".join(REMAT_POLICIES)),
     "mesh.data": (-1, "devices along the data axis; -1: all that the others leave"),
-    "mesh.fsdp": (1, "devices along the axis that shards parameters and batch"),
-    "mesh.seq": (1, "devices along the axis that shards tokens; only 1 yet"),
+    "mesh.fsdp": (1, "devices along the axis that shares parameters and batch; with seq -1 too: as the batch allows"),
+    "mesh.seq": (1, "devices along the axis that shares parameters and tokens; must divide the heads (12 or 40)"),
+    "attention.kernel": ("auto", "'auto' chooses by platform: 'splash' on TPU, 'cudnn' on CUDA, 'xla' elsewhere"),
+    "attention.forward_blocks": ((1024, 2048, 512), "splash: queries, keys, and keys at a time (tune_attention.py)"),
+    "attention.backward_blocks": ((1024, 2048, 512), "splash, backward: likewise"),
+    "attention.fused_backward": (True, "splash: one backward kernel, which needs more memory, instead of two"),
     "log_every": (1, "generator updates between two lines of metrics.jsonl"),
     "checkpoint_every": (100, "generator updates between two checkpoints; 0: only at the end and on SIGTERM"),
     "checkpoint.keep": (2, "newest checkpoints to keep"),
@@ -94,7 +99,19 @@ def default_config() -> ml_collections.ConfigDict:
 
 
 def validate(config) -> None:
-    """Check every value that can be checked without files or devices.
+    """Check a config that is to be trained with, as far as it can be checked without files or devices.
+
+    Raises:
+      UserError: naming the field and what it may be.
+    """
+    check_values(config)
+    _check({"init_from": config.init_from}, "init_from", config.init_from, "must name the teacher's weights")
+    if not config.data.latents and not config.data.shapes_world.clips:
+        raise UserError("config.data.latents is empty: give the folder that scripts/encode.py --videos wrote")
+
+
+def check_values(config) -> None:
+    """Check every value by itself, whether or not weights and data are named.
 
     Raises:
       UserError: naming the field and what it may be.
@@ -127,7 +144,6 @@ def validate(config) -> None:
     _check(
         flat, "score.min_timestep", bounds, f"and score.max_timestep={flat['score.max_timestep']} must rise in 0..1000"
     )
-    _check(flat, "mesh.seq", flat["mesh.seq"] == 1, "must be 1: tokens cannot be sharded yet")
     _check(flat, "score.shift", 0 < flat["score.shift"] < math.inf, "must be positive")
     _check(flat, "sample.teacher_shift", 0 < flat["sample.teacher_shift"] < math.inf, "must be positive")
     _check(flat, "loss.temporal_clip", not math.isnan(flat["loss.temporal_clip"]), "must be a number")
@@ -136,15 +152,12 @@ def validate(config) -> None:
         _check(flat, name, low < 1 < high, "must be two numbers, below and above 1")
     parts, batch = flat["accumulation_steps"], flat["batch_size"]
     _check(flat, "accumulation_steps", batch % parts == 0, f"must divide batch_size={batch}")
-    _check(flat, "init_from", flat["init_from"], "must name the teacher's weights")
     if not any(flat[f"loss.{term}"] for term in ("distribution_matching", "regression", "temporal")):
         raise UserError("config.loss: every term has weight 0, nothing would be trained; set one of them")
     num_steps = len(StudentSchedule(tuple(config.student.timesteps)).timesteps)
     _check(flat, "half_rate.steps", 0 <= flat["half_rate.steps"] <= num_steps, f"must be 0 to {num_steps}")
     if flat["half_rate.steps"] and not flat["half_rate.interpolator"]:
         raise UserError("config.half_rate.interpolator is empty: give weights, see scripts/train_interpolator.py")
-    if not config.data.latents and not config.data.shapes_world.clips:
-        raise UserError("config.data.latents is empty: give the folder that scripts/encode.py --videos wrote")
 
 
 def _check(flat: dict, name: str, holds: bool, message: str) -> None:

@@ -11,6 +11,7 @@ that stops there ends in the interpolation of its x0, through which the gradient
 the regression is on every second frame of the real latents.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -35,6 +36,9 @@ from avd_jax.training.networks import Networks, Params
 # Streams of an update's key, and of an example's.
 _STOP, _EXAMPLES = range(2)
 _ROLLOUT, _SCORE, _REGRESSION = range(3)
+
+
+Term = Callable[..., tuple[jax.Array, dict]]
 
 
 @jax.tree_util.register_dataclass
@@ -107,27 +111,46 @@ def fake_score_loss(
     return flow_matching_loss(velocity=velocity, x0=x0, noise=noise)
 
 
-def generator_loss(
-    config,
-    networks: Networks,
-    params: Params,
-    fake_score: Params,
-    frozen: Frozen,
-    history: LossHistory,
-    batch,
-    keys,
-    stop,
-):
-    """Return L_G of a batch and, for the history and the log, what it is made of.
+def generator_terms(
+    config, networks: Networks, fake_score: Params, frozen: Frozen, history: LossHistory, stop
+) -> tuple[Term, ...]:
+    """Return what L_G is the sum of: functions `(params, batch, keys) -> (loss, parts)` that share no evaluation.
 
-    Returns:
-      (loss, parts): a scalar, and a dict with `distribution_matching` [B], `temporal` scalar, and `regression`,
-      `regression_weight`, `timestep_index`, `made/*` and `real/*` (see `latent_meters`) [B]; a term that is
-      switched off is 0 and is not computed.
+    They are apart so that the activations of one can be gone before the next one starts. A loss is a scalar; `parts`
+    are those of `no_parts` that the term computes.
     """
     weights = config.loss
-    size = batch["latents"].shape[0]
-    parts = {
+
+    def on_samples(params: Params, batch: dict, keys):
+        shape = batch["latents"].shape[1:]
+        x0 = student_x0(config, networks, params, batch["prompt_embeds"], keys, stop, shape, frozen.interpolator)
+        loss, parts = jnp.zeros(()), {}
+        for whose, latents in (("made", jax.lax.stop_gradient(x0)), ("real", batch["latents"])):
+            parts |= {f"{whose}/{name}": value for name, value in latent_meters(latents).items()}
+        if weights.distribution_matching:
+            fake_x0, real_x0 = _scores(config, networks, fake_score, frozen, x0, batch["prompt_embeds"], keys)
+            parts["distribution_matching"] = distribution_matching_loss(x0=x0, fake_x0=fake_x0, real_x0=real_x0)
+            loss += weights.distribution_matching * jnp.mean(parts["distribution_matching"])
+        if weights.temporal:
+            parts["temporal"] = temporal_loss(x0, clip=weights.temporal_clip)
+            loss += weights.temporal * parts["temporal"]
+        return loss, parts
+
+    def on_real_latents(params: Params, batch: dict, keys):
+        parts = _regression(config, networks, params, history, batch, keys, stop)
+        return weights.regression * jnp.mean(parts["regression_weight"] * parts["regression"]), parts
+
+    first = (on_samples,) if weights.distribution_matching or weights.temporal else ()
+    return (*first, on_real_latents) if weights.regression else first
+
+
+def no_parts(size: int) -> dict:
+    """Return what L_G is made of where every term is switched off, for the history and the log.
+
+    That is `distribution_matching` [B] and `temporal` (scalar), `regression`, `regression_weight`, `timestep_index`,
+    `made/*` and `real/*` (see `latent_meters`) [B].
+    """
+    return {
         "distribution_matching": jnp.zeros(size),
         "temporal": jnp.zeros(()),
         "regression": jnp.zeros(size),
@@ -135,24 +158,6 @@ def generator_loss(
         "timestep_index": jnp.zeros(size, jnp.int32),
         **{f"{whose}/{name}": jnp.full(size, jnp.nan) for whose in ("made", "real") for name in LATENT},
     }
-    if weights.distribution_matching or weights.temporal:
-        shape = batch["latents"].shape[1:]
-        x0 = student_x0(config, networks, params, batch["prompt_embeds"], keys, stop, shape, frozen.interpolator)
-        for whose, latents in (("made", jax.lax.stop_gradient(x0)), ("real", batch["latents"])):
-            parts |= {f"{whose}/{name}": value for name, value in latent_meters(latents).items()}
-    if weights.distribution_matching:
-        fake_x0, real_x0 = _scores(config, networks, fake_score, frozen, x0, batch["prompt_embeds"], keys)
-        parts["distribution_matching"] = distribution_matching_loss(x0=x0, fake_x0=fake_x0, real_x0=real_x0)
-    if weights.temporal:
-        parts["temporal"] = temporal_loss(x0, clip=weights.temporal_clip)
-    if weights.regression:
-        parts |= _regression(config, networks, params, history, batch, keys, stop)
-    loss = (
-        weights.distribution_matching * jnp.mean(parts["distribution_matching"])
-        + weights.temporal * parts["temporal"]
-        + weights.regression * jnp.mean(parts["regression_weight"] * parts["regression"])
-    )
-    return loss, parts
 
 
 def _scores(config, networks, fake_score, frozen, x0, prompt_embeds, keys):

@@ -24,9 +24,10 @@ from avd_jax.diffusion.flow import add_noise, sample_timesteps, sigma_of_timeste
 from avd_jax.errors import UserError, closest
 from avd_jax.generation.weights import fingerprint
 from avd_jax.losses.distribution_matching import flow_matching_loss
+from avd_jax.models.placement import Placement
 from avd_jax.models.wan_dit import REMAT_POLICIES, WanDiT, WanDiTConfig
 from avd_jax.parallel.hosts import barrier, is_first
-from avd_jax.parallel.mesh import batch_shards, make_mesh
+from avd_jax.parallel.mesh import BATCH_AXES, batch_shards, make_mesh
 from avd_jax.parallel.rules import spec_for
 from avd_jax.training.fitting import (
     SHARED_FIELDS,
@@ -138,7 +139,13 @@ def pretrain(config, workdir: Path) -> tuple[int, FitState, WanDiTConfig]:
         folder, info = latents_of(config, workdir)
         model = _model_config(config, info, folder)
         sizes.append(model)
-        network = make_network(model, dtype=config.compute_dtype, param_dtype="float32", remat=config.remat)
+        network = make_network(
+            model,
+            dtype=config.compute_dtype,
+            param_dtype="float32",
+            remat=config.remat,
+            placement=Placement(mesh=mesh, batch_axes=BATCH_AXES, sequence_axis="seq"),
+        )
         negative = jnp.asarray(read_negative_prompt_embeds(folder, model.text_len))
         optimizer = make_optimizer(config)
         abstract = abstract_state(optimizer, network.abstract_params(), mesh)

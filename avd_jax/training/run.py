@@ -30,9 +30,10 @@ from avd_jax.generation.weights import fingerprint
 from avd_jax.models.wan_dit import WanDiTConfig
 from avd_jax.parallel.hosts import BatchRows, barrier, batch_rows, is_first
 from avd_jax.parallel.memory import parameter_sharding
-from avd_jax.parallel.mesh import batch_shards, make_mesh, replicated
+from avd_jax.parallel.mesh import make_mesh, replicated
+from avd_jax.parallel.rules import sharding_table
 from avd_jax.training.cost import fake_score_updates
-from avd_jax.training.networks import Networks, Params, apply_of, make_network
+from avd_jax.training.networks import Networks, Params, apply_of, make_networks
 from avd_jax.training.objectives import Frozen
 from avd_jax.training.shipping import write_interpolator
 from avd_jax.training.state import Optimizers, TrainState, abstract_state, init_state, make_optimizers
@@ -119,25 +120,20 @@ def build_run(config, workdir: Path) -> Run:
     Raises:
       UserError: naming the field that does not fit.
     """
-    mesh = make_mesh(**config.mesh)
-    microbatch = config.batch_size // config.accumulation_steps
-    if microbatch % batch_shards(mesh):
-        raise UserError(
-            f"config.batch_size={config.batch_size} / accumulation_steps={config.accumulation_steps} is not divisible "
-            f"by the {batch_shards(mesh)} batch shards of the mesh; change one of them"
-        )
+    mesh = make_mesh(**config.mesh, batch_size=config.batch_size // config.accumulation_steps)
     model_config = convert.dit_config(config.init_from)
     latents_dir, prompts_dir = _data_folders(config, workdir)
     info = _checked_info(latents_dir, model_config, config.init_from)
     if prompts_dir:
         EncodedSet(prompts_dir, "prompts")  # a wrong folder is to be named before the weights are read
 
-    student = make_network(model_config, dtype=config.compute_dtype, param_dtype="float32", remat=config.remat)
-    teacher = make_network(model_config, dtype=config.teacher_dtype, param_dtype=config.teacher_dtype, remat="none")
     half_rate = _half_rate(config, info, workdir)
     apply, interpolator = apply_of(half_rate.interpolator) if half_rate else (None, None)
-    networks, optimizers = Networks(student, teacher, apply), make_optimizers(config)
-    abstract = abstract_state(config, optimizers, student.abstract_params(), mesh)
+    networks, optimizers = make_networks(config, model_config, mesh, apply), make_optimizers(config)
+    abstract = abstract_state(config, optimizers, networks.student.abstract_params(), mesh)
+    if is_first():
+        print(f"mesh {dict(mesh.shape)}; large leaves of a network, its moments and its EMA:", flush=True)
+        print(sharding_table(abstract.generator), flush=True)
     negative = read_negative_prompt_embeds(prompts_dir or latents_dir, model_config.text_len)
     frozen = Frozen(
         teacher=_load_params(config.init_from, config.teacher_dtype, mesh, config.teacher_memory),

@@ -4,7 +4,7 @@ The generator's and fake_score's updates are two programs; the host loop calls t
 update whose loss or gradient is not finite changes nothing but the counters of skipped updates.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -40,12 +40,9 @@ def make_generator_step(config, networks: Networks, optimizers: Optimizers) -> S
     def step(state: TrainState, frozen: Frozen, batch: dict, key: jax.Array) -> tuple[TrainState, dict]:
         stop = objectives.stop_step(config, key)
 
-        def loss_fn(params, part, keys):
-            return objectives.generator_loss(
-                config, networks, params, state.fake_score, frozen, state.history, part, keys, stop
-            )
-
-        loss, parts, gradient = _accumulate(loss_fn, state.generator, batch, key, config.accumulation_steps)
+        terms = objectives.generator_terms(config, networks, state.fake_score, frozen, state.history, stop)
+        loss, parts, gradient = _accumulate(terms, state.generator, batch, key, config.accumulation_steps)
+        parts = objectives.no_parts(batch["prompt_embeds"].shape[0]) | parts
         norm = optax.tree.norm(gradient)
         updates, optimizer = optimizers.generator.update(gradient, state.generator_optimizer, state.generator)
         generator = optax.apply_updates(state.generator, updates)
@@ -99,7 +96,7 @@ def make_fake_score_step(
             )
             return jnp.mean(losses), {}
 
-        loss, _, gradient = _accumulate(loss_fn, state.fake_score, batch, key, config.accumulation_steps)
+        loss, _, gradient = _accumulate((loss_fn,), state.fake_score, batch, key, config.accumulation_steps)
         norm = optax.tree.norm(gradient)
         updates, optimizer = optimizers.fake_score.update(gradient, state.fake_score_optimizer, state.fake_score)
         fake_score = optax.apply_updates(state.fake_score, updates)
@@ -126,14 +123,14 @@ def compile_step(step: Step, state_shardings: TrainState, mesh: Mesh) -> Step:
     )
 
 
-def _accumulate(loss_fn, params, batch: dict, key, parts: int):
-    """Return (loss, auxiliaries, gradient) of a batch that is worked on in `parts` parts, one after another.
+def _accumulate(terms: Sequence[objectives.Term], params, batch: dict, key, parts: int):
+    """Return (loss, auxiliaries, gradient) of the sum of `terms`, worked on in `parts` parts, one after another.
 
     Example b belongs to part b mod parts: each device cuts its own examples, and none moves.
     """
     size = batch["prompt_embeds"].shape[0]
     keys = objectives.example_keys(key, jnp.arange(size))
-    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+    grad_fn = partial(_gradient_of_sum, terms)
     if parts == 1:
         (loss, auxiliaries), gradient = grad_fn(params, batch, keys)
         return loss, auxiliaries, gradient
@@ -150,6 +147,17 @@ def _accumulate(loss_fn, params, batch: dict, key, parts: int):
         for name, value in auxiliaries.items()
     }
     return loss, whole, gradient
+
+
+def _gradient_of_sum(terms: Sequence[objectives.Term], params, batch: dict, keys):
+    """Return ((loss, auxiliaries), gradient) of the sum of `terms`."""
+    loss, auxiliaries, gradient = jnp.zeros(()), {}, jax.tree.map(jnp.zeros_like, params)
+    for term in terms:
+        # Each term waits for the gradient of the one before: else the activations of all would be alive at once.
+        batch, gradient = jax.lax.optimization_barrier((batch, gradient))
+        (value, found), slope = jax.value_and_grad(term, has_aux=True)(params, batch, keys)
+        loss, auxiliaries, gradient = loss + value, auxiliaries | found, jax.tree.map(jnp.add, gradient, slope)
+    return (loss, auxiliaries), gradient
 
 
 def _keep_good(good, updated: TrainState, old: TrainState, network: int) -> TrainState:

@@ -1,0 +1,105 @@
+"""Where a network runs: the devices that share its batch and its tokens, and the attention kernel that serves them.
+
+A network holds one `Placement` as a static part of its graph. The default is one device and the kernel that suits it.
+"""
+
+import math
+from dataclasses import dataclass
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from avd_jax.errors import UserError, closest
+
+KERNELS = ("auto", "splash", "cudnn", "xla")
+LANES = 128  # of a TPU's vector registers; the splash kernel's blocks are multiples of it
+
+
+@dataclass(frozen=True)
+class SplashBlocks:
+    """Block sizes of the TPU kernel; `scripts/tune_attention.py` ranks them.
+
+    Attributes:
+      forward: queries, keys, and keys at a time within a block of keys.
+      backward: likewise.
+      fused_backward: one kernel for all three gradients, which needs memory for the partial sums of the query's
+        gradient, instead of two kernels that both compute the scores.
+    """
+
+    forward: tuple[int, int, int] = (1024, 2048, 512)
+    backward: tuple[int, int, int] = (1024, 2048, 512)
+    fused_backward: bool = True
+
+    def __post_init__(self):
+        for name in ("forward", "backward"):
+            sizes = tuple(getattr(self, name))
+            object.__setattr__(self, name, sizes)
+            if len(sizes) != 3 or any(size < LANES or size % LANES for size in sizes) or sizes[1] % sizes[2]:
+                raise UserError(
+                    f"attention.{name}_blocks={sizes} must be three multiples of {LANES} (queries, keys, keys at a "
+                    "time), the second a multiple of the third"
+                )
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How a network's work is shared out.
+
+    Attributes:
+      kernel: one of KERNELS; 'auto' takes splash on TPU, cuDNN for half precision on CUDA, XLA elsewhere.
+      mesh: of the devices, or None for one.
+      batch_axes: mesh axes that share the batch.
+      sequence_axis: mesh axis that shares the tokens, and within attention the heads (Ulysses), or None.
+      blocks: of the splash kernel.
+    """
+
+    kernel: str = "auto"
+    mesh: Mesh | None = None
+    batch_axes: tuple[str, ...] = ()
+    sequence_axis: str | None = None
+    blocks: SplashBlocks = SplashBlocks()
+
+    def __post_init__(self):
+        if self.kernel not in KERNELS:
+            raise UserError(
+                f"attention.kernel={self.kernel!r} must be one of {', '.join(KERNELS)}{closest(self.kernel, KERNELS)}"
+            )
+
+    @property
+    def sequence_shards(self) -> int:
+        """Into how many parts the tokens are cut."""
+        return self.mesh.shape[self.sequence_axis] if self.mesh is not None and self.sequence_axis else 1
+
+    def kernel_for(self, dtype) -> str:
+        """Return the kernel that serves arrays of `dtype`; never 'auto'."""
+        if self.kernel != "auto":
+            return self.kernel
+        platform = jax.default_backend() if self.mesh is None else self.mesh.devices.flat[0].platform
+        if platform == "tpu":
+            return "splash"
+        half_precision = dtype in (jax.numpy.bfloat16, jax.numpy.float16)
+        return "cudnn" if platform in ("gpu", "cuda") and half_precision else "xla"
+
+    def padded_tokens(self, tokens: int, dtype) -> int:
+        """Return to how many tokens a sequence of `tokens` is padded so that shards and kernel blocks divide it."""
+        multiple = self.sequence_shards
+        if self.kernel_for(dtype) == "splash":
+            # Whole tiles on every device, and whole blocks of queries and keys once the shards are put together.
+            sizes = (*self.blocks.forward[:2], *self.blocks.backward[:2])
+            blocks = math.lcm(*sizes) if tokens > max(sizes) else LANES
+            multiple = math.lcm(blocks, LANES * multiple)
+        return -(-tokens // multiple) * multiple
+
+    def spec(self, batch: int, *axes: str | None) -> PartitionSpec:
+        """Return the spec of an array whose leading axis is the batch.
+
+        A batch that the mesh does not divide, such as that of a few sample videos, is held whole by every shard.
+        """
+        shards = math.prod(self.mesh.shape[axis] for axis in self.batch_axes)
+        return PartitionSpec(None if batch % shards else self.batch_axes, *axes)
+
+    def constrain(self, x: jax.Array) -> jax.Array:
+        """Return tokens [B N D] shared out by batch and tokens."""
+        if self.mesh is None:
+            return x
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, self.spec(x.shape[0], self.sequence_axis)))

@@ -1,0 +1,59 @@
+"""Which mesh and batch size suit a TPU slice: the sensible ones are compiled, the cheapest that fits is recommended."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import jax
+import ml_collections
+
+from avd_jax.errors import UserError
+from avd_jax.training.aot import Plan, Report, make_plan
+
+
+def candidates(config, devices: Sequence[jax.Device], video: Mapping[str, int]) -> Iterator[Plan]:
+    """Yield the plans that are worth compiling: the config's batch size and twice it, each with every fitting mesh.
+
+    Parameters are sharded over all devices of a slice, slices share the batch; so what is open is how many devices
+    share an example's tokens. More than eight are not tried where fewer serve: their exchanges only grow.
+
+    Args:
+      config: of a training run.
+      devices: of the slice or slices.
+      video: `frames`, `height`, `width` for `make_plan`.
+
+    Raises:
+      UserError: no mesh fits the batch and the heads.
+    """
+    slices = len({getattr(device, "slice_index", None) for device in devices})
+    inside = len(devices) // slices
+    found = 0
+    for batch_size in (config.batch_size, 2 * config.batch_size):
+        fitting = []
+        for seq in (n for n in range(1, inside + 1) if inside % n == 0):
+            changed = ml_collections.ConfigDict(config.to_dict())
+            changed.batch_size = batch_size
+            changed.mesh.update({"data": slices, "fsdp": inside // seq, "seq": seq})
+            try:
+                fitting.append(make_plan(changed, devices, **video))
+            except UserError:
+                continue  # this mesh divides the batch or the heads badly; others may not
+        few = [plan for plan in fitting if plan.mesh.shape["seq"] <= 8]
+        for plan in few or fitting[:1]:
+            found += 1
+            yield plan
+    if not found:
+        make_plan(config, devices, **video)  # says what is wrong with the config's own mesh
+        raise UserError(f"no mesh of {len(devices)} devices fits batch_size={config.batch_size}; change it")
+
+
+def recommend(reports: Sequence[Report]) -> str:
+    """Return the flags of the fitting plan with the fewest estimated cycles an example, or what to do instead."""
+    fitting = [report for report in reports if report.fits]
+    if not fitting:
+        least = min(reports, key=lambda report: report.total_gib)
+        return (
+            f"none: the smallest needs {least.total_gib:.1f} GiB of {least.limit_gib:g}; take a larger slice, or try "
+            "--config.accumulation_steps=2 or --config.attention.fused_backward=False"
+        )
+    best = min(fitting, key=lambda report: (report.cycles or 0) / report.batch_size)
+    mesh = " ".join(f"--config.mesh.{axis}={size}" for axis, size in best.mesh.items())
+    return f"--config.batch_size={best.batch_size} {mesh}"
