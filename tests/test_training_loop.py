@@ -291,7 +291,9 @@ def test_data_that_does_not_fit(inputs, tmp_path):
 
 def test_a_batch_that_the_mesh_cannot_cut(inputs, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "make_mesh", functools.partial(make_mesh, devices=jax.devices()[:4]))
-    with pytest.raises(UserError, match=r"batch_size=4 / accumulation_steps=2 is not divisible by the 4 batch shards"):
+    with pytest.raises(
+        UserError, match=r"a batch of 2 \(config.batch_size / accumulation_steps\) cannot be shared out over data=4"
+    ):
         loop.train(settings(inputs, batch_size=4, accumulation_steps=2), tmp_path)
 
 

@@ -160,7 +160,9 @@ class Plan:
 
     def _vae_decode(self) -> Program:
         one = NamedSharding(Mesh(self.mesh.devices.flat[:1], ("one",)), PartitionSpec())
-        vae = nnx.eval_shape(lambda: WanVAE(WanVAEConfig(z_dim=self.latents_shape[-1]), nnx.Rngs(0)))
+        channels = self.latents_shape[-1]
+        config = WanVAEConfig(z_dim=channels, latents_mean=(0.0,) * channels, latents_std=(1.0,) * channels)
+        vae = nnx.eval_shape(lambda: WanVAE(config, nnx.Rngs(0)))
         graphdef, state = nnx.split(vae)
         shaped = partial(jax.tree.map, lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=one))
         latents = jax.ShapeDtypeStruct((1, *self.latents_shape), jnp.float32)
