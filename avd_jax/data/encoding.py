@@ -208,19 +208,21 @@ def encode_shapes_world(
     height: int,
     width: int,
     batch_size: int = 1,
+    style: str = "painted",
 ) -> tuple[Path, Path]:
-    """Encode the first clips of `shapes_world`, and captions of later ones as prompts.
+    """Encode the first clips of `shapes_world` in one of its styles, and captions of later ones as prompts.
 
     Returns:
       The folders of the latents set and of the prompts set, both below `out`.
     """
     size = {"frames": frames, "height": height, "width": width}
+    source = "shapes_world" if style == "painted" else f"shapes_world_{style}"
     chosen = [
         Clip(
-            clip_id=f"shapes_world@{i:06d}",
+            clip_id=f"{source}@{i:06d}",
             caption=shapes_world.caption(i),
-            source="shapes_world",
-            read=lambda i=i: shapes_world.clip(i, **size)[0],
+            source=source,
+            read=lambda i=i: shapes_world.clip(i, **size, style=style)[0],
         )
         for i in range(clips)
     ]

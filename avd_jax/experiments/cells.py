@@ -1,0 +1,168 @@
+"""The cells of the ablation: what is trained, with which settings, and how each result is sampled.
+
+The methods are those of the paper's Table 2, each with the losses of the ones before and one more; the clip thresholds
+(Fig. 12), k (Fig. 13) and the style transfer (Fig. 6) change one thing of the full method.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import ml_collections
+
+from avd_jax.errors import UserError
+from avd_jax.training import config as training_config
+from avd_jax.training.fields import check_names, config_from
+
+FIELDS: dict[str, tuple[object, str]] = {
+    "seeds": ((0, 1, 2), "seeds of each method of Table 2"),
+    "sweep_seeds": ((0,), "those of them for the cells that vary clip, k and style"),
+    "temporal_clips": ((-math.inf, 1.2, 1.0, 0.4), "clips to try besides train.loss.temporal_clip; -inf: none"),
+    "adaptive_ks": ((1.0, 10.0), "k to try besides train.loss.adaptive_k"),
+    "style.clips": (64, "clips of the outline style for the regression loss of the style transfer; 0: no such cells"),
+    "style.regression": (2.0, "weight of L_reg in the style transfer"),
+    "evaluation.captions": (100, "held-out captions on which everything is measured"),
+    "evaluation.batch_size": (10, "videos to sample together"),
+    "evaluation.teacher_steps": (50, "UniPC steps of the teacher; a second row has as many as the student"),
+    **{f"train.{name}": entry for name, entry in training_config.FIELDS.items()},
+}
+
+TEACHER, TEACHER_FEW, REAL, REAL_OUTLINE, STYLE = "teacher", "teacher_few", "real", "real_outline", "style"
+DMD, TR, FIXED, ADAPTIVE = "dmd", "tr", "tr_reg", "tr_ada"
+VIF, VIF_LATER = "full_vif", "vif_later"
+STUDENTS = {  # method -> title, and what it changes in the config of the full method
+    DMD: ("DMD", {"loss.regression": 0.0, "loss.temporal": 0.0}),
+    TR: ("+TR", {"loss.regression": 0.0}),
+    FIXED: ("+TR+RegLoss", {"loss.regression_weighting": "fixed"}),
+    ADAPTIVE: ("+TR+AdaLoss", {}),
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One thing to make videos with, and to train before that where it says so.
+
+    Attributes:
+      method: what it belongs to; its results are averaged over the seeds.
+      title: the method's, for people.
+      seed: None where nothing is trained.
+      train: config of the training, or None.
+      student: name of the cell whose student makes the videos; None for the teacher and for drawn clips.
+      sampling: fields of `Options` beside the weights.
+      style: of the drawn clips, or None.
+    """
+
+    method: str
+    title: str
+    seed: int | None = None
+    train: ml_collections.ConfigDict | None = None
+    student: str | None = None
+    sampling: Mapping[str, object] = field(default_factory=dict)
+    style: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return self.method if self.seed is None else f"{self.method}_seed{self.seed}"
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """Return a config with every field at its default; fields can be set, not added."""
+    return config_from(FIELDS)
+
+
+def validate(config) -> None:
+    """Check what can be checked without files (UserError names the field)."""
+    flat = check_names(config, FIELDS)
+    for name in ("seeds", "sweep_seeds"):
+        if not flat[name] or len(set(flat[name])) < len(flat[name]):
+            raise UserError(f"config.{name}={flat[name]} must be different numbers, at least one")
+    if set(flat["sweep_seeds"]) - set(flat["seeds"]):
+        raise UserError(f"config.sweep_seeds={flat['sweep_seeds']} must be among config.seeds={flat['seeds']}")
+    for name in ("evaluation.captions", "evaluation.batch_size", "evaluation.teacher_steps"):
+        if flat[name] < 1:
+            raise UserError(f"config.{name}={flat[name]} must be at least 1")
+    if flat["style.clips"] < 0:
+        raise UserError(f"config.style.clips={flat['style.clips']} must be at least 0")
+    if flat["train.data.latents"] or not flat["train.data.shapes_world.clips"]:
+        raise UserError(
+            "config.train.data.latents must be empty, and shapes_world.clips above 0: the world is built in"
+        )
+    if not flat["train.data.shapes_world.prompts"]:
+        raise UserError("config.train.data.shapes_world.prompts=0 must be at least 1")
+    try:
+        training_config.validate(config.train)
+    except UserError as error:
+        raise UserError(str(error).replace("config.", "config.train.", 1)) from None
+
+
+def plan(config, data: Path, *, interpolator: bool) -> list[Cell]:
+    """Return the cells in the order in which they are run: the table first, seed by seed.
+
+    Args:
+      config: validated.
+      data: folder with the encoded sets, `painted/` and `outline/`.
+      interpolator: whether one lies with the teacher's weights; without it there is no frame interpolation.
+    """
+    train, steps = config.train, config.evaluation.teacher_steps
+    few = len(train.student.timesteps)
+    guided = {"solver": "unipc", "shift": train.sample.teacher_shift, "guidance_scale": train.guidance_scale}
+    cells = [
+        Cell(REAL, "Real", style="painted"),
+        Cell(TEACHER, "Teacher", sampling={**guided, "steps": steps}),
+        Cell(TEACHER_FEW, "Teacher, few steps", sampling={**guided, "steps": few}),
+    ]
+    for seed in config.seeds:
+        cells += [_student(config, data, method, title, seed, changes) for method, (title, changes) in STUDENTS.items()]
+        if interpolator:
+            half_rate = {"half_rate.steps": few // 2, "half_rate.interpolator": train.init_from}
+            cells.append(_student(config, data, VIF, "Full+VIF", seed, half_rate))
+            later = {"solver": "student", "half_rate_steps": few // 2}
+            student = f"{ADAPTIVE}_seed{seed}"
+            cells.append(Cell(VIF_LATER, "+TR+AdaLoss, VIF only when sampling", seed, student=student, sampling=later))
+    for seed in config.sweep_seeds:
+        sweep = {clip_method(clip): (f"clip {_clip(clip)}", {"loss.temporal_clip": clip}) for clip in _clips(config)}
+        sweep |= {k_method(k): (f"k = {k:g}", {"loss.adaptive_k": k}) for k in _ks(config)}
+        cells += [_student(config, data, method, title, seed, changes) for method, (title, changes) in sweep.items()]
+        if config.style.clips:
+            changes = {"data.latents": str(data / "outline" / "latents"), "loss.regression": config.style.regression}
+            cells.append(_student(config, data, STYLE, "Full, outline style", seed, changes))
+    if config.style.clips:
+        cells.append(Cell(REAL_OUTLINE, "Real, outline style", style="outline"))
+    return cells
+
+
+def clip_method(clip: float) -> str:
+    """Return the name of the method with another clip."""
+    return f"clip_{_clip(clip)}"
+
+
+def k_method(k: float) -> str:
+    """Return the name of the method with another k."""
+    return f"k_{k:g}"
+
+
+def _clip(clip: float) -> str:
+    return "none" if clip == -math.inf else f"{clip:g}"
+
+
+def _clips(config) -> list[float]:
+    return [clip for clip in config.temporal_clips if clip != config.train.loss.temporal_clip]
+
+
+def _ks(config) -> list[float]:
+    return [k for k in config.adaptive_ks if k != config.train.loss.adaptive_k]
+
+
+def _student(config, data: Path, method: str, title: str, seed: int, changes: Mapping[str, object]) -> Cell:
+    train = config.train.copy_and_resolve_references()
+    sets = {"data.latents": str(data / "painted" / "latents"), "data.prompts": str(data / "painted" / "prompts")}
+    for name, value in {"seed": seed, **sets, **changes}.items():
+        *parents, leaf = name.split(".")
+        node = train
+        for parent in parents:
+            node = node[parent]
+        node[leaf] = value
+    half_rate = {"half_rate_steps": train.half_rate.steps}  # an interpolator beside the weights changes nothing
+    return Cell(method, title, seed, train, f"{method}_seed{seed}", {"solver": "student", **half_rate})

@@ -1,0 +1,113 @@
+"""What the paper claims, and whether the ablation's numbers show it."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from avd_jax.experiments.cells import (
+    ADAPTIVE,
+    DMD,
+    FIXED,
+    STYLE,
+    TEACHER,
+    TEACHER_FEW,
+    TR,
+    VIF,
+)
+
+Results = Mapping[str, Sequence[Mapping[str, float]]]  # method -> for each seed, metric -> mean over the captions
+
+SEEN, NOT_SEEN, OPPOSITE = "seen here", "not seen", "opposite"
+LEAST_DIFFERENCE = 0.02  # of metrics that are shares: two of a hundred captions
+CRITERION = (
+    "A claim that one method is above another is seen here where the difference of their means over the seeds is "
+    "larger than the margin, opposite where it is that much in the other direction, else not seen. The margin is the "
+    f"pooled standard deviation over the seeds, but at least {LEAST_DIFFERENCE:g}. A claim that one method is as good "
+    "as another is seen where it is not below it by more than the margin, else opposite."
+)
+METRIC_NAMES = {
+    "alignment": "Caption alignment",
+    "instance_preservation": "Instance preservation",
+    "dynamic_degree": "Dynamic degree",
+    "saturation/relative": "Saturation over real",
+    "temporal_variance/relative": "Temporal variance over real",
+    "style": "Position between the styles (0 painted, 1 outline)",
+}
+
+
+@dataclass(frozen=True)
+class Claim:
+    """That `higher` is above `lower` by a metric or, where `as_good`, not below it."""
+
+    text: str
+    metric: str
+    higher: str
+    lower: str
+    as_good: bool = False
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One of SEEN, NOT_SEEN, OPPOSITE, and the numbers that it follows from in a sentence."""
+
+    outcome: str
+    sentence: str
+
+
+CLAIMS = (
+    Claim("Plain DMD loses motion.", "dynamic_degree", TEACHER, DMD),
+    Claim("Plain DMD loses instances.", "instance_preservation", TEACHER, DMD),
+    Claim("Plain DMD oversaturates: its colours are above the teacher's.", "saturation/relative", DMD, TEACHER),
+    Claim("The temporal regularisation brings the motion back.", "dynamic_degree", TR, DMD),
+    Claim("Alone it costs instance preservation.", "instance_preservation", DMD, TR),
+    Claim("A regression of fixed weight takes motion away again.", "dynamic_degree", TR, FIXED),
+    Claim("And it does not help instance preservation.", "instance_preservation", TR, FIXED),
+    Claim("With the adaptive weight more instances are preserved.", "instance_preservation", ADAPTIVE, FIXED),
+    Claim("With the adaptive weight there is more motion.", "dynamic_degree", ADAPTIVE, FIXED),
+    Claim("The full method preserves instances as the teacher does.", "instance_preservation", ADAPTIVE, TEACHER, True),
+    Claim("The full method moves as much as the teacher.", "dynamic_degree", ADAPTIVE, TEACHER, True),
+    Claim("The full method's colours are less saturated than plain DMD's.", "saturation/relative", DMD, ADAPTIVE),
+    Claim("The student follows captions better than the teacher at as few steps.", "alignment", ADAPTIVE, TEACHER_FEW),
+    Claim("And it preserves more instances.", "instance_preservation", ADAPTIVE, TEACHER_FEW),
+    Claim("Frame interpolation keeps instance preservation.", "instance_preservation", VIF, ADAPTIVE, True),
+    Claim("Frame interpolation keeps motion.", "dynamic_degree", VIF, ADAPTIVE, True),
+    Claim("Without the clip, content vanishes (Fig. 12).", "instance_preservation", ADAPTIVE, "clip_none"),
+    Claim("Without the clip, frames jump (Fig. 12).", "temporal_variance/relative", "clip_none", ADAPTIVE),
+    Claim("A regression on another style moves the student there (Fig. 6).", "style", STYLE, ADAPTIVE),
+)
+
+
+def judge(claim: Claim, results: Results) -> Verdict | None:
+    """Return whether the results show the claim, or None where one of its methods has no results."""
+    higher, lower = (
+        [row[claim.metric] for row in results.get(method, ()) if claim.metric in row]
+        for method in (claim.higher, claim.lower)
+    )
+    if not higher or not lower:
+        return None
+    difference = float(np.mean(higher) - np.mean(lower))
+    margin = max(pooled_spread(higher, lower), LEAST_DIFFERENCE)
+    if claim.as_good:
+        outcome = SEEN if difference >= -margin else OPPOSITE
+    else:
+        outcome = SEEN if difference > margin else OPPOSITE if difference < -margin else NOT_SEEN
+    name = METRIC_NAMES[claim.metric]
+    first, second = (
+        f"{method} {with_spread(values)}" for method, values in ((claim.higher, higher), (claim.lower, lower))
+    )
+    return Verdict(outcome, f"{name}: {first}, {second}; difference {difference:+.3f}, margin {margin:.3f}.")
+
+
+def pooled_spread(*groups: Sequence[float]) -> float:
+    """Return the root of the mean variance within the groups, weighted by degrees of freedom; 0 where there is none."""
+    freedom = sum(len(group) - 1 for group in groups)
+    squares = sum(float(np.var(group)) * len(group) for group in groups)
+    return math.sqrt(squares / freedom) if freedom else 0.0
+
+
+def with_spread(values: Sequence[float], scale: float = 1.0, digits: int = 3) -> str:
+    """Return mean and, of several values, standard deviation, as text."""
+    mean = f"{scale * float(np.mean(values)):.{digits}f}"
+    return f"{mean} ± {scale * float(np.std(values, ddof=1)):.{digits}f}" if len(values) > 1 else mean

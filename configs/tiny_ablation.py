@@ -1,0 +1,35 @@
+"""The paper's ablation in the small built-in world, from the teacher of weights/tiny, on a laptop's CPU.
+
+    python scripts/ablate.py --config configs/tiny_ablation.py --workdir runs/ablation
+
+Table 2 with three seeds (12 trainings, 15 where weights/tiny holds an interpolator), four further clip thresholds (Fig.
+12), two further k (Fig. 13) and the style transfer (Fig. 6), each with one seed. Every training has the same budget.
+Hardware: 2 CPU cores. Open runs/ablation/report.html; it is written anew after every cell.
+"""
+
+from avd_jax.experiments.cells import default_config
+
+
+def get_config():
+    """Return the settings of configs/tiny.py with a budget for each of many cells."""
+    config = default_config()
+    train = config.train
+    train.init_from = "weights/tiny"
+    train.data.shapes_world.clips = 128
+    train.data.shapes_world.prompts = 256
+    train.batch_size = 4
+    train.guidance_scale = 3.0  # what this teacher looks best with
+    train.score.shift = 3.0
+    train.sample.teacher_shift = 3.0
+    train.num_steps = 120
+    train.optimizer.learning_rate = 1e-4
+    train.optimizer.fake_score_learning_rate = 1e-4
+    train.compute_dtype = "float32"  # CPUs only emulate bfloat16
+    train.teacher_dtype = "float32"
+    train.remat = "none"  # activations are small
+    train.checkpoint_every = 60
+    train.checkpoint.keep = 1
+    train.sample_every = 30  # for the meters
+    train.sample.prompts = 8
+    train.sample.teacher_steps = 0  # the teacher has rows of its own
+    return config

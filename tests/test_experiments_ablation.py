@@ -1,0 +1,206 @@
+"""The ablation: which cells there are, that each runs once, goes on where it stopped, and what the report shows."""
+
+import functools
+import json
+import math
+import signal
+
+import jax
+import pytest
+from generation_cases import write_weights
+
+from avd_jax.errors import UserError
+from avd_jax.experiments import ablation
+from avd_jax.experiments.ablation import run_ablation
+from avd_jax.experiments.ablation_report import write_report
+from avd_jax.experiments.cells import default_config, plan, validate
+from avd_jax.experiments.held_out import Made, drawn_videos
+from avd_jax.parallel.mesh import make_mesh
+from avd_jax.training import run
+from avd_jax.training.fields import flatten
+from avd_jax.training.metrics import MetricsWriter
+
+
+def make_config(weights, **changes):
+    config = default_config()
+    train = config.train
+    train.init_from = str(weights)
+    world = train.data.shapes_world
+    world.clips, world.prompts, world.frames, world.height, world.width = 3, 4, 5, 32, 32
+    train.num_steps, train.batch_size, train.fake_score_updates, train.sample_every = 2, 1, 1, 0
+    train.compute_dtype = train.teacher_dtype = "float32"
+    train.remat = "none"
+    config.seeds, config.sweep_seeds, config.style.clips = (0, 1), (0,), 2
+    config.evaluation.captions, config.evaluation.batch_size, config.evaluation.teacher_steps = 2, 2, 3
+    for name, value in changes.items():
+        config[name] = value
+    return config
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    return write_weights(tmp_path_factory.mktemp("weights"))
+
+
+def names(config, tmp_path, **options):
+    return [cell.name for cell in plan(config, tmp_path, **{"interpolator": False} | options)]
+
+
+def test_the_cells(weights, tmp_path):
+    found = names(make_config(weights), tmp_path)
+    methods = ("dmd", "tr", "tr_reg", "tr_ada")
+    assert found[:3] == ["real", "teacher", "teacher_few"]
+    assert found[3:11] == [f"{method}_seed{seed}" for seed in (0, 1) for method in methods]
+    sweeps = ["clip_none", "clip_1.2", "clip_1", "clip_0.4", "k_1", "k_10", "style"]
+    assert found[11:] == [*(f"{sweep}_seed0" for sweep in sweeps), "real_outline"]
+    with_vif = names(make_config(weights), tmp_path, interpolator=True)
+    assert set(with_vif) - set(found) == {f"{name}_seed{seed}" for name in ("full_vif", "vif_later") for seed in (0, 1)}
+
+
+def test_a_cell_differs_from_the_full_method_in_what_it_is_about(weights, tmp_path):
+    cells = {cell.name: cell for cell in plan(make_config(weights), tmp_path, interpolator=True)}
+    full = flatten(cells["tr_ada_seed0"].train)
+    changes = {
+        name: {key: value for key, value in flatten(cell.train).items() if value != full[key]}
+        for name, cell in cells.items()
+        if cell.train
+    }
+    assert changes["tr_ada_seed1"] == {"seed": 1}
+    assert changes["dmd_seed0"] == {"loss.regression": 0.0, "loss.temporal": 0.0}
+    assert changes["tr_seed0"] == {"loss.regression": 0.0}
+    assert changes["tr_reg_seed0"] == {"loss.regression_weighting": "fixed"}
+    assert changes["clip_none_seed0"] == {"loss.temporal_clip": -math.inf}
+    assert changes["k_10_seed0"] == {"loss.adaptive_k": 10.0}
+    assert changes["style_seed0"] == {"data.latents": str(tmp_path / "outline" / "latents")}
+    assert set(changes["full_vif_seed0"]) == {"half_rate.steps", "half_rate.interpolator"}
+    assert cells["vif_later_seed1"].student == "tr_ada_seed1"
+    assert cells["tr_ada_seed0"].sampling["half_rate_steps"] == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seeds": ()}, r"config\.seeds=\(\) must be"),
+        ({"seeds": (1, 1)}, "must be different numbers"),
+        ({"sweep_seeds": (7,)}, "must be among config.seeds"),
+    ],
+)
+def test_wrong_fields_are_named(weights, changes, message):
+    with pytest.raises(UserError, match=message):
+        validate(make_config(weights, **changes))
+
+
+def test_wrong_fields_of_the_training_are_named_as_the_user_knows_them(weights):
+    config = make_config(weights)
+    config.train.num_steps = 0
+    with pytest.raises(UserError, match=r"^config\.train\.num_steps=0 must be"):
+        validate(config)
+    config = make_config(weights)
+    config.train.data.latents = "somewhere"
+    with pytest.raises(UserError, match=r"config\.train\.data\.latents must be empty"):
+        validate(config)
+
+
+@pytest.fixture
+def stand_ins(monkeypatch):
+    """Trainings and samplings that only note that they were asked for."""
+    calls = []
+
+    def train(config, workdir):
+        calls.append(("train", workdir.name))
+        (workdir / "checkpoints").mkdir(parents=True, exist_ok=True)
+        entry = {"step": 1, "loss/regression": 0.5, "meter/saturation": 1.1}
+        (workdir / "metrics.jsonl").write_text(json.dumps(entry))
+        return 143 if workdir.name in stopped else 0
+
+    def make_videos(options, count, folder, *, batch_size):
+        calls.append(("make", folder.parent.name))
+        return Made(drawn_videos(count, folder, frames=5, height=32, width=32, fps=16.0), 0.25)
+
+    stopped = set()
+    monkeypatch.setattr(ablation, "train", train)
+    monkeypatch.setattr(ablation, "make_videos", make_videos)
+    return calls, stopped
+
+
+def test_each_cell_runs_once_and_the_report_shows_all(weights, tmp_path, stand_ins, capsys):
+    calls, stopped = stand_ins
+    config = make_config(weights)
+    stopped.add("tr_seed0")
+    assert run_ablation(config, tmp_path, report=write_report) == 143
+    assert calls[-1] == ("train", "tr_seed0")
+    assert not (tmp_path / "cells" / "tr_seed0" / "result.json").exists()
+    stopped.clear()
+    before = len(calls)
+    assert run_ablation(config, tmp_path, report=write_report) == 0
+    assert calls[before:][:2] == [("train", "tr_seed0"), ("make", "tr_seed0")]
+    assert ("train", "dmd_seed0") not in calls[before:]
+    out = capsys.readouterr().out
+    assert "[1/15] tr_seed0" in out
+    before = len(calls)
+    assert run_ablation(config, tmp_path, report=write_report) == 0
+    assert calls[before:] == []
+
+    page = (tmp_path / "report.html").read_text()
+    for text in ("92.39", "85.56", "+TR+AdaLoss", "clip none", "k = 10", "outline style", "Plain DMD loses motion."):
+        assert text in page
+    assert page.count("Regression loss</text>") == 4  # of the table, and of each sweep
+    table = (tmp_path / "table.md").read_text().splitlines()
+    assert len(table) == 9
+    assert len({line.count("|") for line in table}) == 1
+    record = json.loads((tmp_path / "results.json").read_text())
+    assert len(record["methods"]["tr_ada"]) == 2
+    assert record["methods"]["dmd"][0]["seconds"] == 0.25
+    assert record["methods"]["real_outline"][0]["style"] == pytest.approx(1)
+    assert all(claim["outcome"] in ("seen here", "not seen", "opposite") for claim in record["claims"])
+
+
+def test_some_cells_only_and_the_report_of_what_there_is(weights, tmp_path, stand_ins):
+    calls, _ = stand_ins
+    config = make_config(weights)
+    with pytest.raises(UserError, match="has no finished cell"):
+        run_ablation(config, tmp_path, run=False, report=write_report)
+    with pytest.raises(UserError, match="matches none of real, teacher"):
+        run_ablation(config, tmp_path, only=["dmdd*"], report=write_report)
+    assert run_ablation(config, tmp_path, only=["real", "dmd_*"], report=write_report) == 0
+    assert [name for kind, name in calls if kind == "train"] == ["dmd_seed0", "dmd_seed1"]
+    (tmp_path / "report.html").unlink()
+    assert run_ablation(config, tmp_path, run=False, report=write_report) == 0
+    assert "DMD" in (tmp_path / "report.html").read_text()
+    assert len(calls) == 4
+
+
+def test_other_settings_are_run_again(weights, tmp_path, stand_ins):
+    calls, _ = stand_ins
+    config = make_config(weights)
+    run_ablation(config, tmp_path, only=["dmd_seed0"], report=write_report)
+    config.train.log_every = 7  # decides no number
+    run_ablation(config, tmp_path, only=["dmd_seed0"], report=write_report)
+    assert len(calls) == 2
+    config.evaluation.captions = 1
+    run_ablation(config, tmp_path, only=["dmd_seed0"], report=write_report)
+    assert len(calls) == 4
+
+
+def test_a_real_cell_that_is_stopped_goes_on_from_its_checkpoint(weights, tmp_path, monkeypatch):
+    config = make_config(weights)
+    original = MetricsWriter.write
+
+    def write(self, step, metrics):
+        original(self, step, metrics)
+        if step == 1:
+            signal.raise_signal(signal.SIGTERM)
+
+    config.train.num_steps = 4
+    monkeypatch.setattr(run, "make_mesh", functools.partial(make_mesh, devices=jax.devices()[:1]))
+    monkeypatch.setattr(MetricsWriter, "write", write)
+    asked = {"only": ["real", "teacher_few", "tr_ada_seed0"], "report": write_report}
+    assert run_ablation(config, tmp_path, **asked) == 143
+    monkeypatch.setattr(MetricsWriter, "write", original)
+    assert run_ablation(config, tmp_path, **asked) == 0
+    folder = tmp_path / "cells" / "tr_ada_seed0"
+    assert "going on from step 2" in (folder / "log.txt").read_text()
+    assert [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4]
+    record = json.loads((folder / "result.json").read_text())
+    assert len(record["rows"]) == len(list((folder / "videos").glob("*.mp4"))) == 2
+    assert "The student follows captions better" in (tmp_path / "report.html").read_text()
