@@ -103,4 +103,4 @@ def test_the_wide_kernels_are_sharded_and_the_mesh_divides_them():
     mesh = AbstractMesh((1, 64, 1), AXES, axis_types=(AxisType.Auto,) * 3)
     for path, leaf in convert.flat_state(nnx.state(unet)).items():
         spec = spec_for(f"generator.{path}", leaf.shape, mesh)
-        assert (spec[-1:] == ("fsdp",)) == (leaf.ndim == 4), path
+        assert (spec[-1:] == (("fsdp", "seq"),)) == (leaf.ndim == 4), path

@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 from training_cases import (
     LATENTS_SHAPE,
+    generator_loss,
     linear_network,
     linear_params,
     make_batch,
@@ -61,7 +62,7 @@ def evaluate():
     @jax.jit
     def compute(params, stop):
         def loss(params):
-            return objectives.generator_loss(config, networks, params, FAKE_SCORE, FROZEN, history, BATCH, keys, stop)
+            return generator_loss(config, networks, params, FAKE_SCORE, FROZEN, history, BATCH, keys, stop)
 
         return jax.value_and_grad(loss, has_aux=True)(params)
 

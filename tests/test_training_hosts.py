@@ -183,4 +183,4 @@ def test_a_user_error_ends_every_host_with_one_line(settings, tmp_path):
     assert 1 in statuses
     assert 0 not in statuses
     assert outputs[1] == ""
-    assert any("error: config.batch_size=12" in error for error in errors)
+    assert any("error: a batch of 12 (config.batch_size" in error for error in errors)
