@@ -3,9 +3,8 @@
     python scripts/train.py --config configs/tiny.py --workdir runs/tiny
 
 The teacher is weights/tiny, whose model card says how it was trained and how good it is; the data are procedural clips
-of moving shapes, encoded at the first start. Hardware: 2 CPU cores, about 4 minutes. Expected result:
-runs/tiny/samples/step_000160.png shows the student's videos, 4 steps, as clear as the teacher's beside them, 50x2. The
-losses move little: this student starts near where it ends.
+of moving objects, encoded at the first start. runs/tiny/samples/ shows the student's videos, 4 steps, beside the
+teacher's, 50x2, and metrics.jsonl how far both are from real clips. So short a run moves the student little.
 
 It also serves to try the path with weights and data of your own: set `init_from`, `data.latents` and `data.prompts`.
 """
@@ -19,16 +18,16 @@ def get_config():
     config.init_from = "weights/tiny"
     config.data.shapes_world.clips = 128
     config.data.shapes_world.prompts = 256
-    config.batch_size = 8
+    config.batch_size = 4
     config.guidance_scale = 3.0  # what this teacher looks best with
     config.score.shift = 3.0
     config.sample.teacher_shift = 3.0
-    config.num_steps = 160
+    config.num_steps = 60
     config.optimizer.learning_rate = 1e-4
     config.optimizer.fake_score_learning_rate = 1e-4
     config.compute_dtype = "float32"  # CPUs only emulate bfloat16
     config.teacher_dtype = "float32"
     config.remat = "none"  # activations are small
-    config.checkpoint_every = 40
-    config.sample_every = 40
+    config.checkpoint_every = 30
+    config.sample_every = 30
     return config

@@ -14,6 +14,7 @@ import convert_cases as cases
 
 from avd_jax import convert
 from avd_jax.convert.architectures import UMT5, WAN_VAE
+from avd_jax.convert.interpolator_rules import PREFIX
 from avd_jax.errors import UserError
 from avd_jax.models.umt5 import UMT5Config
 from avd_jax.models.wan_vae import WanVAEConfig
@@ -46,10 +47,8 @@ def test_wans_vae_and_text_encoder(tmp_path):
 def avd(tmp_path):
     native = cases.read_all(cases.NATIVE / cases.WEIGHTS)
     generator = {f"model.{key}": value for key, value in as_torch(native, torch.bfloat16).items()}
-    interpolator = {
-        "model.interp.interpolation_module.out_conv.bias": torch.zeros(4),
-        "model.interp.interpolation_module.enc1.conv.1.num_batches_tracked": torch.tensor(3),
-    }
+    with np.load(cases.FIXTURES / "interpolator_golden.npz") as file:
+        interpolator = as_torch({key: file[key] for key in file.files if key.startswith(PREFIX)})
     critic = {key: value + 1 for key, value in generator.items()}
     torch.save({"generator": generator | interpolator, "critic": critic, "step": 500}, tmp_path / "model.pt")
     (tmp_path / "config.json").write_bytes((cases.NATIVE / "config.json").read_bytes())
@@ -65,7 +64,7 @@ def test_avd_checkpoint(avd):
     with pytest.raises(UserError, match="holds no 'generater', but generator, critic"):
         convert.load_dit(avd, key="generater")
     found, missing = convert.find_components(avd / "model.pt")
-    assert list(found) == ["transformer"]
+    assert list(found) == ["transformer", "interpolator"]
     assert "vae" in missing
 
 
