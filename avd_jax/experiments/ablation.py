@@ -9,8 +9,9 @@ import contextlib
 import fnmatch
 import json
 import math
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,15 +92,16 @@ def run_ablation(
     todo = [cell for cell in chosen if not _finished(workdir, cell, settings[cell.name])] if run else []
     if todo:
         _encode(config, workdir / "data")
-    for number, cell in enumerate(todo, 1):
-        print(f"[{number}/{len(todo)}] {cell.name}", flush=True)
-        started = time.monotonic()
-        status = _run_cell(cell, config, workdir, settings[cell.name])
-        if status:
-            return status
-        print(f"[{number}/{len(todo)}] {cell.name}: {time.monotonic() - started:.0f} s", flush=True)
-        jax.clear_caches()  # programs of a cell are of no use to the next one, but on disk
-        report(config, workdir, _results(workdir, planned, settings))
+    with _shared_programs():
+        for number, cell in enumerate(todo, 1):
+            print(f"[{number}/{len(todo)}] {cell.name}", flush=True)
+            started = time.monotonic()
+            status = _run_cell(cell, config, workdir, settings[cell.name])
+            if status:
+                return status
+            print(f"[{number}/{len(todo)}] {cell.name}: {time.monotonic() - started:.0f} s", flush=True)
+            jax.clear_caches()  # those in memory are of no use to the next cell
+            report(config, workdir, _results(workdir, planned, settings))
     results = _results(workdir, planned, settings)
     if not results:
         raise UserError(f"{workdir}: has no finished cell of this config yet; run some")
@@ -177,6 +179,18 @@ def _results(workdir: Path, planned: Sequence[Cell], settings: dict[str, dict]) 
         seconds = math.nan if record["seconds"] is None else record["seconds"]
         results.append(Result(cell, videos, record["rows"], record["features"], seconds))
     return results
+
+
+@contextlib.contextmanager
+def _shared_programs() -> Iterator[None]:
+    """Keep compiled programs on disk while the cells run: those that differ in their seed only have the same ones."""
+    if jax.config.jax_compilation_cache_dir:
+        yield
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        jax.config.update("jax_compilation_cache_dir", folder)
+        yield
+        jax.config.update("jax_compilation_cache_dir", None)
 
 
 def _encode(config, data: Path) -> None:

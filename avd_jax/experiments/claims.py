@@ -10,6 +10,7 @@ from avd_jax.experiments.cells import (
     ADAPTIVE,
     DMD,
     FIXED,
+    STUDENTS,
     STYLE,
     TEACHER,
     TEACHER_FEW,
@@ -27,6 +28,14 @@ CRITERION = (
     f"pooled standard deviation over the seeds, but at least {LEAST_DIFFERENCE:g}. A claim that one method is as good "
     "as another is seen where it is not below it by more than the margin, else opposite."
 )
+METHOD_NAMES = {
+    TEACHER: "teacher",
+    TEACHER_FEW: "teacher at few steps",
+    **{method: title for method, (title, _) in STUDENTS.items()},
+    VIF: "Full+VIF",
+    "clip_none": "no clip",
+    STYLE: "style transfer",
+}
 METRIC_NAMES = {
     "alignment": "Caption alignment",
     "instance_preservation": "Instance preservation",
@@ -94,9 +103,8 @@ def judge(claim: Claim, results: Results) -> Verdict | None:
     else:
         outcome = SEEN if difference > margin else OPPOSITE if difference < -margin else NOT_SEEN
     name = METRIC_NAMES[claim.metric]
-    first, second = (
-        f"{method} {with_spread(values)}" for method, values in ((claim.higher, higher), (claim.lower, lower))
-    )
+    sides = ((claim.higher, higher), (claim.lower, lower))
+    first, second = (f"{METHOD_NAMES.get(method, method)} {with_spread(values)}" for method, values in sides)
     return Verdict(outcome, f"{name}: {first}, {second}; difference {difference:+.3f}, margin {margin:.3f}.")
 
 

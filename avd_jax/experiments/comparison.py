@@ -29,7 +29,7 @@ METRICS = {  # those of the page's table, in its order, and what they say
     "flicker": "absence of flicker (VBench's formula; 1 is a still picture)",
 }
 REAL = "real"  # the set, if there is one, that the others are compared with
-SHOWN = 16  # captions of which the page shows the videos
+SHOWN = 16  # captions of which the page shows the videos; Chrome plays at most 75 in a page
 
 
 def compare(

@@ -22,8 +22,9 @@ WORLD_SIZE: Mapping[str, float] = {"frames": 17, "height": 64, "width": 64, "fps
 class Made:
     """What a model made: its videos in the order of the captions, and the seconds that one more of them takes.
 
-    The seconds are those between the end of the first batch, which waits for the compiler, and the end of the last;
-    NaN where there was only one batch to make. Decoding and writing the file are included.
+    The seconds are those between the ends of the first batch, which waits for the compiler, and of the last but one,
+    behind which there is no other under way; NaN where fewer than three were to make. Decoding and writing the file are
+    included.
     """
 
     videos: list[CaptionedVideo]
@@ -75,6 +76,6 @@ def make_videos(
 
     on_progress(count - len(plan.todo))
     generate(plan, mesh=make_mesh(), batch_size=batch_size, command="", on_progress=progress)
-    later = len(ends) - batch_size
-    seconds = (ends[-1] - ends[batch_size - 1]) / later if later > 0 else math.nan
+    between = ((len(ends) - 1) // batch_size - 1) * batch_size
+    seconds = (ends[batch_size + between - 1] - ends[batch_size - 1]) / between if between > 0 else math.nan
     return Made([CaptionedVideo(plan.videos[job], job.prompt) for job in jobs], seconds)

@@ -27,15 +27,15 @@ body { margin: 2rem auto; padding: 0 1.5rem; max-width: 72rem; background: var(-
 h1 { font-size: 1.7rem; margin: 0 0 .3rem; } h2 { font-size: 1.2rem; margin: 2.4rem 0 .6rem; }
 p { max-width: 52rem; margin: .5rem 0; } .soft, figcaption { color: var(--soft); font-size: .87rem; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; margin: .8rem 0; font-variant-numeric: tabular-nums; }
-th, td { padding: .35rem .8rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th { font-weight: 600; font-size: .87rem; color: var(--soft); vertical-align: bottom; }
+th, td { padding: .35rem .65rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th { font-weight: 600; font-size: .87rem; color: var(--soft); vertical-align: bottom; white-space: normal; }
 th:first-child, td:first-child { text-align: left; } tbody tr:hover { background: var(--band); }
 ul { padding-left: 1.2rem; max-width: 58rem; } li { margin: .45rem 0; }
-.charts { display: flex; flex-wrap: wrap; gap: 1rem; } figure { margin: 0; }
-svg { display: block; width: 100%; max-width: 34rem; height: auto; } svg text { fill: var(--soft); font-size: 11px; }
+.charts { display: flex; flex-wrap: wrap; gap: 1rem 2rem; } figure { margin: 0; flex: 1 1 24rem; max-width: 34rem; }
+svg { display: block; width: 100%; height: auto; } svg text { fill: var(--soft); font-size: 11px; }
 .videos td { text-align: left; white-space: normal; vertical-align: top; border: 0; padding: .25rem .6rem .25rem 0; }
 .videos td:first-child { width: 15rem; font-size: .87rem; } .videos th { text-align: left; }
-video { display: block; width: 176px; border-radius: 4px; background: var(--band); }
+video { display: block; width: 100%; max-width: 176px; min-width: 84px; border-radius: 4px; background: var(--band); }
 .badge { display: inline-block; padding: 0 .5rem; border-radius: 1rem; color: #fff; font-size: .8rem; }
 """.strip()
 
