@@ -8,7 +8,7 @@ import pytest
 from training_cases import LATENTS_SHAPE, linear_network, linear_params, make_batch, make_config, recording
 
 from avd_jax.training import objectives
-from avd_jax.training.cost import cycle_cost
+from avd_jax.training.cost import HALF_RATE, cycle_cost
 from avd_jax.training.networks import Networks
 from avd_jax.training.state import init_state, make_optimizers
 from avd_jax.training.steps import make_fake_score_step, make_generator_step
@@ -72,3 +72,12 @@ def test_other_cycles():
     assert cycle_cost(make_config(remat="none")).cycle == 45 - 5 - 2
     assert cycle_cost(make_config(remat="block", student__timesteps=(1000.0,))).cycle == 45 - 6 * 1.5
     assert cycle_cost(make_config(remat="block", fake_score_updates=1)).cycle == 12.5 + 6.5
+
+
+def test_half_rate_steps_cost_less():
+    config = make_config(remat="block", half_rate__steps=2, half_rate__interpolator="unused")
+    half, before = HALF_RATE, (0 + HALF_RATE + 2 * HALF_RATE + (1 + 2 * HALF_RATE)) / 4
+    at_stop = (2 + 2 * half) / 4
+    cost = cycle_cost(config)
+    assert cost.generator == pytest.approx(before + 8 * at_stop + 3)
+    assert cost.fake_score == pytest.approx(before + at_stop + 4)

@@ -35,19 +35,17 @@ def loss(params, batch, key):
 
 def run(config, workdir, scale=lambda number: 1.0, at_batch=lambda number: None, inputs=None):
     def build():
-        optimizer, mesh = fitting.make_optimizer(config), make_mesh()
-        abstract = fitting.abstract_state(optimizer, {"x": jax.ShapeDtypeStruct((3,), jnp.float32)}, mesh)
-
         def make(number):
             at_batch(number)
             return {"scale": jnp.float32(scale(number))}
 
-        return fitting.Fit(
-            config=config,
+        return fitting.build_fit(
+            config,
+            make_mesh(),
+            loss=loss,
+            abstract_params={"x": jax.ShapeDtypeStruct((3,), jnp.float32)},
+            init_params=lambda shardings: {"x": jnp.zeros(3)},
             architecture={"name": "line", "config": {}},
-            abstract=abstract,
-            init=lambda: fitting.init_state(optimizer, {"x": jnp.zeros(3)}),
-            step=fitting.compile_step(fitting.make_step(loss, optimizer, config.ema_decay), abstract, mesh),
             batches=fitting.CountedBatches(make),
             inputs=inputs or {},
         )

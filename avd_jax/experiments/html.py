@@ -34,7 +34,7 @@ ul { padding-left: 1.2rem; max-width: 58rem; } li { margin: .45rem 0; }
 .charts { display: flex; flex-wrap: wrap; gap: 1rem 2rem; } figure { margin: 0; flex: 1 1 24rem; max-width: 34rem; }
 svg { display: block; width: 100%; height: auto; } svg text { fill: var(--soft); font-size: 11px; }
 .videos td { text-align: left; white-space: normal; vertical-align: top; border: 0; padding: .25rem .6rem .25rem 0; }
-.videos td:first-child { width: 15rem; font-size: .87rem; } .videos th { text-align: left; }
+.videos td:first-child { width: 15rem; font-size: .87rem; } .videos th { text-align: left; padding-left: 0; }
 video { display: block; width: 100%; max-width: 176px; min-width: 84px; border-radius: 4px; background: var(--band); }
 .badge { display: inline-block; padding: 0 .5rem; border-radius: 1rem; color: #fff; font-size: .8rem; }
 """.strip()

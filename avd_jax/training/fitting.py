@@ -198,6 +198,32 @@ class Fit:
     inputs: Mapping[str, str] = field(default_factory=dict)
 
 
+def build_fit(
+    config, mesh: Mesh, *, loss: Loss, abstract_params: Params, init_params: Callable[[Params], Params], **parts
+) -> Fit:
+    """Put a run together from what is its own.
+
+    Args:
+      config: validated.
+      mesh: where it runs.
+      loss: see `make_step`.
+      abstract_params: shapes of the parameters.
+      init_params: makes the first ones; called with the shardings that the state will give them.
+      **parts: the further attributes of `Fit`.
+    """
+    optimizer = make_optimizer(config)
+    abstract = abstract_state(optimizer, abstract_params, mesh)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    start = jax.jit(partial(init_state, optimizer), out_shardings=shardings)
+    return Fit(
+        config=config,
+        abstract=abstract,
+        init=lambda: start(init_params(shardings.params)),
+        step=compile_step(make_step(loss, optimizer, config.ema_decay), abstract, mesh),
+        **parts,
+    )
+
+
 def fit(build: Callable[[], Fit], config, workdir: Path, *, movable: tuple[str, ...] = ()) -> tuple[int, FitState]:
     """Train, or go on training, in `workdir`.
 

@@ -31,19 +31,7 @@ from avd_jax.parallel.hosts import is_first
 from avd_jax.parallel.mesh import replicated
 from avd_jax.shapes import Latents
 from avd_jax.training.fields import with_defaults
-from avd_jax.training.fitting import (
-    SHARED_FIELDS,
-    EncodedBatches,
-    Fit,
-    FitState,
-    abstract_state,
-    check_shared,
-    compile_step,
-    fit,
-    init_state,
-    make_optimizer,
-    make_step,
-)
+from avd_jax.training.fitting import SHARED_FIELDS, EncodedBatches, Fit, FitState, build_fit, check_shared, fit
 from avd_jax.training.networks import Params
 from avd_jax.training.pretraining import DATA_FIELDS, MESH_FIELDS, batch_mesh, check_data_named, latents_of
 
@@ -141,20 +129,17 @@ def train_interpolator(config, workdir: Path) -> tuple[int, FitState, Interpolat
         found.append(start.config)
         graphdef, state = nnx.split(start)
         merge = partial(_merge, graphdef, state)
-        optimizer = make_optimizer(config)
-        abstract = abstract_state(optimizer, nnx.to_pure_dict(jax.eval_shape(lambda: state)), mesh)
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-        init = jax.jit(partial(init_state, optimizer), out_shardings=shardings)
 
         def loss(params: Params, batch, key):
             return interpolation_loss(merge(params), batch["latents"]), {}
 
-        return Fit(
-            config=config,
+        return build_fit(
+            config,
+            mesh,
+            loss=loss,
+            abstract_params=nnx.to_pure_dict(jax.eval_shape(lambda: state)),
+            init_params=lambda shardings: nnx.to_pure_dict(state),
             architecture=INTERPOLATOR.record(start.config),
-            abstract=abstract,
-            init=lambda: init(nnx.to_pure_dict(state)),
-            step=compile_step(make_step(loss, optimizer, config.ema_decay), abstract, mesh),
             batches=EncodedBatches(folder, config, mesh, text_len=1, held_out=config.data.held_out),
             on_checkpoint=HeldOut(config, folder, workdir, merge, mesh).write,
             inputs=_inputs(config, folder),

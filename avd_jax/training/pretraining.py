@@ -29,19 +29,7 @@ from avd_jax.models.wan_dit import REMAT_POLICIES, WanDiT, WanDiTConfig
 from avd_jax.parallel.hosts import barrier, is_first
 from avd_jax.parallel.mesh import BATCH_AXES, batch_shards, make_mesh
 from avd_jax.parallel.rules import spec_for
-from avd_jax.training.fitting import (
-    SHARED_FIELDS,
-    EncodedBatches,
-    Fit,
-    FitState,
-    abstract_state,
-    check_shared,
-    compile_step,
-    fit,
-    init_state,
-    make_optimizer,
-    make_step,
-)
+from avd_jax.training.fitting import SHARED_FIELDS, EncodedBatches, Fit, FitState, build_fit, check_shared, fit
 from avd_jax.training.networks import Network, Params, make_network
 from avd_jax.training.objectives import example_keys
 
@@ -147,15 +135,13 @@ def pretrain(config, workdir: Path) -> tuple[int, FitState, WanDiTConfig]:
             placement=Placement(mesh=mesh, batch_axes=BATCH_AXES, sequence_axis="seq"),
         )
         negative = jnp.asarray(read_negative_prompt_embeds(folder, model.text_len))
-        optimizer = make_optimizer(config)
-        abstract = abstract_state(optimizer, network.abstract_params(), mesh)
-        loss = partial(pretraining_loss, config, network, negative)
-        return Fit(
-            config=config,
+        return build_fit(
+            config,
+            mesh,
+            loss=partial(pretraining_loss, config, network, negative),
+            abstract_params=network.abstract_params(),
+            init_params=partial(_init_params, config, model, mesh),
             architecture={"name": "wan_dit", "config": dataclasses.asdict(model)},
-            abstract=abstract,
-            init=lambda: _init(config, model, optimizer, abstract, mesh),
-            step=compile_step(make_step(loss, optimizer, config.ema_decay), abstract, mesh),
             batches=EncodedBatches(folder, config, mesh, text_len=model.text_len),
             inputs=_inputs(config, folder),
         )
@@ -186,19 +172,17 @@ def _model_config(config, info: LatentsInfo, folder: Path) -> WanDiTConfig:
     return model
 
 
-def _init(config, model: WanDiTConfig, optimizer, abstract: FitState, mesh) -> FitState:
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+def _init_params(config, model: WanDiTConfig, mesh, shardings) -> Params:
     if config.init_from:
         dit = convert.load_dit(
             config.init_from,
             dtype=jnp.float32,
             sharding=lambda name, shape: NamedSharding(mesh, spec_for(name, shape, mesh)),
         )
-        params = nnx.to_pure_dict(nnx.state(dit))
-        return jax.jit(partial(init_state, optimizer), out_shardings=shardings)(params)
+        return nnx.to_pure_dict(nnx.state(dit))
 
     def new():
-        return init_state(optimizer, nnx.to_pure_dict(nnx.state(WanDiT(model, rngs=nnx.Rngs(config.seed)))))
+        return nnx.to_pure_dict(nnx.state(WanDiT(model, rngs=nnx.Rngs(config.seed))))
 
     return jax.jit(new, out_shardings=shardings)()
 

@@ -132,8 +132,9 @@ def build_run(config, workdir: Path) -> Run:
     networks, optimizers = make_networks(config, model_config, mesh, apply), make_optimizers(config)
     abstract = abstract_state(config, optimizers, networks.student.abstract_params(), mesh)
     if is_first():
-        print(f"mesh {dict(mesh.shape)}; large leaves of a network, its moments and its EMA:", flush=True)
-        print(sharding_table(abstract.generator), flush=True)
+        print(f"mesh {dict(mesh.shape)}", flush=True)
+        if table := sharding_table(abstract.generator):
+            print(f"large leaves of a network, its moments and its EMA:\n{table}", flush=True)
     negative = read_negative_prompt_embeds(prompts_dir or latents_dir, model_config.text_len)
     frozen = Frozen(
         teacher=_load_params(config.init_from, config.teacher_dtype, mesh, config.teacher_memory),

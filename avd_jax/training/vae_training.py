@@ -8,7 +8,6 @@ crops of few frames are enough: the network is convolutional, and a step costs a
 
 import dataclasses
 import math
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -22,19 +21,7 @@ from avd_jax.models.vae_layers import AttentionBlock, Downsample, ResidualBlock
 from avd_jax.models.wan_vae import RGB, WanVAE, WanVAEConfig
 from avd_jax.parallel.mesh import batch_sharding, make_mesh
 from avd_jax.training.fields import with_defaults
-from avd_jax.training.fitting import (
-    SHARED_FIELDS,
-    CountedBatches,
-    Fit,
-    FitState,
-    abstract_state,
-    check_shared,
-    compile_step,
-    fit,
-    init_state,
-    make_optimizer,
-    make_step,
-)
+from avd_jax.training.fitting import SHARED_FIELDS, CountedBatches, Fit, FitState, build_fit, check_shared, fit
 from avd_jax.training.networks import Params
 
 FIRST_LOG_VARIANCE = -6.0
@@ -45,6 +32,7 @@ FIELDS: dict[str, tuple[object, str]] = {
     "num_steps": (4000, "updates in the run; the learning rate falls to zero over them"),
     "batch_size": (3, "crops an update"),
     "model.base_dim": (8, "channels at full resolution"),
+    "model.z_dim": (16, "channels of the latents"),
     "model.dim_mult": ((1, 3, 6), "channels of each level, in base_dim"),
     "model.temporal_downsample": (
         (True, True),
@@ -73,7 +61,7 @@ FIELDS: dict[str, tuple[object, str]] = {
 def validate(config) -> None:
     """Check the values (UserError names the field)."""
     flat = check_shared(config, FIELDS)
-    for name in ("model.base_dim", "model.num_res_blocks"):
+    for name in ("model.base_dim", "model.z_dim", "model.num_res_blocks"):
         if flat[name] < 1:
             raise UserError(f"config.{name}={flat[name]} must be at least 1")
     sizes = model_config(config)
@@ -92,11 +80,12 @@ def model_config(config) -> WanVAEConfig:
     sizes = config.model
     return WanVAEConfig(
         base_dim=sizes.base_dim,
+        z_dim=sizes.z_dim,
         dim_mult=tuple(sizes.dim_mult),
         num_res_blocks=sizes.num_res_blocks,
         temporal_downsample=tuple(sizes.temporal_downsample),
-        latents_mean=(0.0,) * WanVAEConfig.z_dim,
-        latents_std=(1.0,) * WanVAEConfig.z_dim,
+        latents_mean=(0.0,) * sizes.z_dim,
+        latents_std=(1.0,) * sizes.z_dim,
     )
 
 
@@ -218,30 +207,23 @@ def train_vae(config, workdir: Path) -> tuple[int, FitState]:
 
     def build() -> Fit:
         mesh = make_mesh(devices=jax.devices()[: math.gcd(config.batch_size, jax.device_count())])
-        sizes, optimizer = model_config(config), make_optimizer(config)
+        sizes = model_config(config)
         graphdef, abstract_weights = nnx.split(nnx.eval_shape(lambda: WanVAE(sizes, nnx.Rngs(0))))
-        template = nnx.to_pure_dict(abstract_weights)
 
         def loss(params: Params, video, key):
             vae = nnx.merge(graphdef, _state(abstract_weights, params))
             return vae_loss(vae, video, key, gradient=config.loss.gradient, kl=config.loss.kl)
 
-        abstract = abstract_state(optimizer, template, mesh)
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-
-        def init() -> FitState:
-            params = nnx.to_pure_dict(nnx.state(new_vae(sizes, config.seed)))
-            return jax.jit(partial(init_state, optimizer), out_shardings=shardings)(params)
-
         def make_batch(number: int):
             return jax.device_put(crops(config, number), batch_sharding(mesh))
 
-        return Fit(
-            config=config,
+        return build_fit(
+            config,
+            mesh,
+            loss=loss,
+            abstract_params=nnx.to_pure_dict(abstract_weights),
+            init_params=lambda shardings: nnx.to_pure_dict(nnx.state(new_vae(sizes, config.seed))),
             architecture={"name": "wan_vae", "config": dataclasses.asdict(sizes)},
-            abstract=abstract,
-            init=init,
-            step=compile_step(make_step(loss, optimizer, config.ema_decay), abstract, mesh),
             batches=CountedBatches(make_batch),
         )
 
