@@ -7,6 +7,9 @@ Table 2 with three seeds (12 trainings, 15 where weights/tiny holds an interpola
 Hardware: 2 CPU cores. Open runs/ablation/report.html; it is written anew after every cell.
 """
 
+import runpy
+from pathlib import Path
+
 from avd_jax.experiments.cells import default_config
 
 
@@ -14,19 +17,8 @@ def get_config():
     """Return the settings of configs/tiny.py with a budget for each of many cells."""
     config = default_config()
     train = config.train
-    train.init_from = "weights/tiny"
-    train.data.shapes_world.clips = 128
-    train.data.shapes_world.prompts = 256
-    train.batch_size = 4
-    train.guidance_scale = 3.0  # what this teacher looks best with
-    train.score.shift = 3.0
-    train.sample.teacher_shift = 3.0
+    train.update(runpy.run_path(str(Path(__file__).with_name("tiny.py")))["get_config"]())
     train.num_steps = 120
-    train.optimizer.learning_rate = 1e-4
-    train.optimizer.fake_score_learning_rate = 1e-4
-    train.compute_dtype = "float32"  # CPUs only emulate bfloat16
-    train.teacher_dtype = "float32"
-    train.remat = "none"  # activations are small
     train.checkpoint_every = 60
     train.checkpoint.keep = 1
     train.sample_every = 30  # for the meters
