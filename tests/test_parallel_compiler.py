@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from avd_jax.parallel.compiler import OPTIONS, compiler_options, keep_programs
+from avd_jax.parallel.compiler import OPTIONS, compiler_options, convolution_options, keep_programs
 from avd_jax.parallel.mesh import make_mesh
 
 
@@ -20,6 +20,13 @@ def test_an_option_that_the_compiler_does_not_know_is_left_out():
 def test_each_platform_has_its_own():
     assert compiler_options(make_mesh()) == {}
     assert {name.split("_")[1] for name in OPTIONS["gpu"]} == {"gpu"}
+
+
+def test_convolutions_are_compiled_quickly_where_the_search_takes_minutes():
+    assert convolution_options() == {}, "these are CPUs"
+    options = convolution_options("tpu")
+    assert options
+    assert jax.jit(jnp.negative, compiler_options=options)(1.0) == -1, "every compiler takes it"
 
 
 @pytest.fixture

@@ -211,6 +211,13 @@ def test_other_settings_need_another_workdir(straight, inputs):
     assert loop.train(settings(inputs), straight) == 0
 
 
+def test_what_fits_a_run_to_other_devices_may_change(straight, inputs, tmp_path):
+    workdir = shutil.copytree(straight, tmp_path / "run")
+    fields = {"remat": "none", "attention__kernel": "xla", "accumulation_steps": 2}
+    assert loop.train(settings(inputs, **fields, num_steps=6), workdir) == 0
+    assert steps(workdir)[-1] == 6
+
+
 def test_weights_and_sets_may_move_but_not_change(straight, inputs, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(straight, workdir)

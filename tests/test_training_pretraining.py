@@ -4,13 +4,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from avd_jax import convert
 from avd_jax.data import encoding, shapes_world
 from avd_jax.data.inputs import Clip
 from avd_jax.errors import UserError
+from avd_jax.models.wan_dit import WanDiT, WanDiTConfig
 from avd_jax.training.fields import config_from
-from avd_jax.training.pretraining import FIELDS, pretrain, pretraining_loss, trained_dit
+from avd_jax.training.fitting import make_optimizer
+from avd_jax.training.pretraining import FIELDS, matrices_of_blocks, pretrain, pretraining_loss, trained_dit
 from avd_jax.training.shipping import write_dit
 
 LATENTS, TEXT_DIM, TEXT_LEN = (2, 4, 4, 4), 6, 5
@@ -115,8 +118,10 @@ def test_weights_of_a_run_are_read_everywhere_and_fine_tuned(tmp_path, latents_d
     np.testing.assert_allclose(trained_dit(model, state.params)(*inputs), expected, atol=1e-4)
 
 
-def test_it_learns(tmp_path, latents_dir):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_it_learns(tmp_path, latents_dir, optimizer):
     config = tiny_config(latents_dir, num_steps=60)
+    config.optimizer.name = optimizer
     config.optimizer.learning_rate = 1e-2
     pretrain(config, tmp_path)
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
@@ -124,9 +129,36 @@ def test_it_learns(tmp_path, latents_dir):
     assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:5])
 
 
+def test_muon_makes_the_blocks_updates_orthogonal():
+    config = config_from(FIELDS)
+    config.optimizer.warmup_steps = 0
+    sizes = WanDiTConfig(dim=16, ffn_dim=32, num_heads=2, num_layers=2, in_dim=4, out_dim=4, text_dim=TEXT_DIM)
+    params = nnx.to_pure_dict(nnx.state(WanDiT(sizes, rngs=nnx.Rngs(0))))
+    optimizer = make_optimizer(config, matrices_of_blocks)
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    gradient = tree.unflatten([jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)])
+    updates, _ = optimizer.update(gradient, optimizer.init(params), params)
+    blocks = updates["blocks"]
+    for kernel, shape in (
+        (blocks["ffn_0"]["kernel"], (16, 32)),
+        (blocks["self_attn"]["q"]["kernel"], (16, 2 * 8)),
+        (blocks["cross_attn"]["o"]["kernel"], (2 * 8, 16)),
+    ):
+        for layer in kernel:
+            values = np.linalg.svd(np.reshape(layer, shape), compute_uv=False)
+            assert values.max() < 2 * np.median(values), "of a random matrix they spread"
+            assert values.sum() > 0.8 * len(values) * np.median(values)
+    # AdamW's first update has one size for all numbers.
+    rate = config.optimizer.learning_rate
+    np.testing.assert_allclose(np.abs(updates["head"]["head"]["kernel"]), rate, rtol=1e-3)
+    np.testing.assert_allclose(np.abs(blocks["ffn_0"]["bias"]), rate, rtol=1e-3)
+
+
 def test_wrong_values_are_named(tmp_path, latents_dir):
     for field, value, message in (
         ("remat", "all", "remat"),
+        ("optimizer.name", "moun", "did you mean 'muon'"),
         ("prompt_dropout", 1.5, "prompt_dropout"),
         ("data.latents", "", "data.latents is empty"),
         ("timestep.min", 1001.0, "timestep.min"),

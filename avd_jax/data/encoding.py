@@ -25,6 +25,7 @@ from avd_jax.data.latents import BFLOAT16, LatentsInfo, PromptsInfo, latents_rec
 from avd_jax.data.prompts import WAN_NEGATIVE_PROMPT
 from avd_jax.data.set_writer import SetWriter, Summary
 from avd_jax.errors import UserError
+from avd_jax.parallel.compiler import convolution_options
 
 READ_THREADS = 4
 FINGERPRINT_VALUES = 16  # of each parameter; a retrained network differs in nearly all of them
@@ -86,8 +87,20 @@ def text_encoder(umt5: nnx.Module, tokenizer: Callable) -> TextEncoder:
 def video_encoder(vae: nnx.Module) -> VideoEncoder:
     """Compile the encoder of Wan's VAE."""
     graphdef, state = nnx.split(vae)
-    run = jax.jit(lambda state, video: nnx.merge(graphdef, state).encode(video).astype(jnp.bfloat16))
+    run = jax.jit(
+        lambda state, video: nnx.merge(graphdef, state).encode(video).astype(jnp.bfloat16),
+        compiler_options=convolution_options(),
+    )
     return VideoEncoder(partial(run, state), fingerprint=fingerprint(vae))
+
+
+def video_decoder(vae: nnx.Module) -> Callable[[jax.Array], jax.Array]:
+    """Return a compiled function from latents [B F H W C] to videos, see `WanVAE.decode`."""
+    graphdef, state = nnx.split(vae)
+    run = jax.jit(
+        lambda state, latents: nnx.merge(graphdef, state).decode(latents), compiler_options=convolution_options()
+    )
+    return partial(run, state)
 
 
 def encode_videos(

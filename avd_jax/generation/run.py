@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from avd_jax.convert.weights import load_module
 from avd_jax.data.atomic import write_text
-from avd_jax.data.encoding import text_encoder
+from avd_jax.data.encoding import text_encoder, video_decoder
 from avd_jax.data.latents import pad_prompt_embeds
 from avd_jax.data.prompts import file_stem
 from avd_jax.data.video import contact_sheet, read_video, write_video
@@ -142,7 +142,8 @@ def _sample(plan: Plan, mesh: Mesh, size: int) -> Iterator[tuple[Job, np.ndarray
     gc.collect()  # the text encoder is larger than the transformer, and its modules are cycles of references
     dtype = jnp.dtype(settings.dtype)
     dit = load_module(parts.transformer, dtype, lambda path, leaf: NamedSharding(mesh, spec_for(path, leaf, mesh)))
-    vae = load_module(parts.vae, jnp.float32, lambda path, leaf: replicated(mesh))  # as Wan runs it
+    # The VAE is float32, as Wan runs it.
+    decode = video_decoder(load_module(parts.vae, jnp.float32, lambda path, leaf: replicated(mesh)))
     dit.placement = Placement(mesh=mesh, batch_axes=BATCH_AXES, sequence_axis="seq")
     network, params = as_network(dit)
 
@@ -165,7 +166,7 @@ def _sample(plan: Plan, mesh: Mesh, size: int) -> Iterator[tuple[Job, np.ndarray
         rows = batch + batch[-1:] * (size - len(batch))
         keys = jax.device_put(sample_keys([job.seed for job in rows]), batch_sharding(mesh))
         prompt_embeds = jax.device_put(np.stack([padded(job.prompt) for job in rows]), batch_sharding(mesh))
-        return vae.decode(sampler(params, keys, prompt_embeds, *negative))
+        return decode(sampler(params, keys, prompt_embeds, *negative))
 
     batches = [jobs[i : i + size] for i in range(0, len(jobs), size)]
     running = start(batches[0])

@@ -13,6 +13,7 @@ from avd_jax.convert.weights import load_module
 from avd_jax.data.inputs import VIDEO_SUFFIXES
 from avd_jax.data.video import duration, frame_rate_and_size, read_video, write_video
 from avd_jax.errors import UserError
+from avd_jax.parallel.compiler import convolution_options
 
 
 @dataclass(frozen=True)
@@ -68,13 +69,14 @@ class Smoother:
                 f"{weights} has {channels}; use the one that was trained for this VAE"
             )
         encoder, decoder = nnx.split(self._vae), nnx.split((self._vae, load_module(found, np.float32)))
-        self._encode = partial(jax.jit(lambda state, video: nnx.merge(encoder[0], state).encode(video)), encoder[1])
+        compiled = partial(jax.jit, compiler_options=convolution_options())
+        self._encode = partial(compiled(lambda state, video: nnx.merge(encoder[0], state).encode(video)), encoder[1])
 
         def decode(state, latents):
             vae, interpolator = nnx.merge(decoder[0], state)
             return vae.decode(interpolator(latents))
 
-        self._decode = partial(jax.jit(decode), decoder[1])
+        self._decode = partial(compiled(decode), decoder[1])
 
     def double(self, source: Source, out: Path) -> None:
         """Write `source` at twice its frame rate to `out`.

@@ -37,6 +37,15 @@ def compiler_options(mesh: Mesh, wanted: Mapping[str, Mapping[str, object]] = OP
     return {name: value for name, value in options.items() if _is_known(mesh, name, value)}
 
 
+def convolution_options(platform: str | None = None) -> dict[str, object]:
+    """Return the options for programs that are mostly convolutions, on a platform or on the default one.
+
+    On TPUs most of the search for a faster form of each convolution is left out. For the VAE at 480x832 it takes five
+    times as long as the rest of the compilation and three times the code, and saves 28 % of the estimated cycles.
+    """
+    return {"exec_time_optimization_effort": -0.5} if (platform or jax.default_backend()) == "tpu" else {}
+
+
 @functools.cache
 def _is_known(mesh: Mesh, name: str, value: object) -> bool:
     """Return whether the compiler takes an option, tried on the smallest of programs."""

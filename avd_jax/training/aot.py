@@ -22,6 +22,7 @@ from avd_jax.generation.pipeline import LatentsShape, latents_shape, make_studen
 from avd_jax.models.attention import check_heads
 from avd_jax.models.wan_dit import WAN_MODELS, WanDiTConfig
 from avd_jax.models.wan_vae import WanVAE, WanVAEConfig
+from avd_jax.parallel.compiler import convolution_options
 from avd_jax.parallel.memory import parameter_sharding
 from avd_jax.parallel.mesh import BATCH_AXES, make_mesh, replicated
 from avd_jax.parallel.rules import dotted
@@ -167,7 +168,7 @@ class Plan:
         shaped = partial(jax.tree.map, lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=one))
         latents = jax.ShapeDtypeStruct((1, *self.latents_shape), jnp.float32)
 
-        @jax.jit
+        @partial(jax.jit, compiler_options=convolution_options(self.mesh.devices.flat[0].platform))
         def decode(state, latents):
             return nnx.merge(graphdef, state).decode(latents)
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 from jax.sharding import Mesh
 
 from avd_jax.data.pipeline import training_batches
@@ -29,6 +30,7 @@ from avd_jax.training.metrics import open_metrics
 from avd_jax.training.networks import Params
 from avd_jax.training.workdir import CHANGEABLE, StopSignals, check_inputs, claim, jsonable
 
+Matrices = Callable[[Params], object]
 Loss = Callable[[Params, Mapping, jax.Array], tuple[jax.Array, dict]]
 
 SHARED_FIELDS: dict[str, tuple[object, str]] = {
@@ -62,7 +64,7 @@ def check_shared(config, fields: Fields) -> dict[str, object]:
     for name in ("ema_decay", "optimizer.beta1", "optimizer.beta2"):
         if not 0 <= flat[name] < 1:
             raise UserError(f"config.{name}={flat[name]} must be at least 0 and below 1")
-    for name in ("checkpoint_every", *(name for name in flat if name.startswith("optimizer."))):
+    for name in ("checkpoint_every", *(name for name in SHARED_FIELDS if name.startswith("optimizer."))):
         if not 0 <= flat[name] < math.inf:
             raise UserError(f"config.{name}={flat[name]} must be 0 or a positive number")
     return flat
@@ -101,16 +103,31 @@ class FitState:
         return FitState(params=items["generator"], ema=items["ema"], optimizer=items["optimizers"], **items["progress"])
 
 
-def make_optimizer(config) -> optax.GradientTransformation:
-    """Build AdamW under a linear warm-up and a cosine decay to zero, behind a clip of the gradient's global norm."""
+def make_optimizer(config, matrices: Matrices | None = None) -> optax.GradientTransformation:
+    """Build the optimizer: a linear warm-up, a cosine decay to zero, and a clip of the gradient's global norm.
+
+    Args:
+      config: has optimizer and num_steps.
+      matrices: which axes of each parameter are the rows and columns of matrices that Muon is to update
+        (arXiv 2502.16982), None for the parameters that AdamW updates; without it AdamW updates all.
+    """
     settings = config.optimizer
     rate = optax.warmup_cosine_decay_schedule(
         0.0, settings.learning_rate, settings.warmup_steps, max(config.num_steps, settings.warmup_steps + 1)
     )
-    return optax.chain(
-        optax.clip_by_global_norm(settings.max_grad_norm),
-        optax.adamw(rate, b1=settings.beta1, b2=settings.beta2, weight_decay=settings.weight_decay),
-    )
+    if matrices is None:
+        update = optax.adamw(rate, b1=settings.beta1, b2=settings.beta2, weight_decay=settings.weight_decay)
+    else:
+        update = optax.contrib.muon(
+            rate,
+            weight_decay=settings.weight_decay,
+            adam_b1=settings.beta1,
+            adam_b2=settings.beta2,
+            adam_weight_decay=settings.weight_decay,
+            muon_weight_dimension_numbers=matrices,
+            consistent_rms=0.2,  # updates as large as AdamW's
+        )
+    return optax.chain(optax.clip_by_global_norm(settings.max_grad_norm), update)
 
 
 def init_state(optimizer: optax.GradientTransformation, params: Params) -> FitState:
@@ -199,7 +216,14 @@ class Fit:
 
 
 def build_fit(
-    config, mesh: Mesh, *, loss: Loss, abstract_params: Params, init_params: Callable[[Params], Params], **parts
+    config,
+    mesh: Mesh,
+    *,
+    loss: Loss,
+    abstract_params: Params,
+    init_params: Callable[[Params], Params],
+    matrices: Matrices | None = None,
+    **parts,
 ) -> Fit:
     """Put a run together from what is its own.
 
@@ -209,9 +233,10 @@ def build_fit(
       loss: see `make_step`.
       abstract_params: shapes of the parameters.
       init_params: makes the first ones; called with the shardings that the state will give them.
+      matrices: see `make_optimizer`.
       **parts: the further attributes of `Fit`.
     """
-    optimizer = make_optimizer(config)
+    optimizer = make_optimizer(config, matrices)
     abstract = abstract_state(optimizer, abstract_params, mesh)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     start = jax.jit(partial(init_state, optimizer), out_shardings=shardings)

@@ -21,6 +21,7 @@ from avd_jax import convert
 from avd_jax.convert.architectures import INTERPOLATOR
 from avd_jax.convert.weights import open_weights
 from avd_jax.data.atomic import write_text
+from avd_jax.data.encoding import video_decoder
 from avd_jax.data.latents import EncodedSet, LatentsInfo, set_fingerprint
 from avd_jax.data.pipeline import held_out_indices
 from avd_jax.data.video import contact_sheet
@@ -176,6 +177,7 @@ class HeldOut:
         self._double = compiled(lambda params, clip: merge(params)(clip[:, ::2]))
         weights = config.sample.vae or config.data.weights
         self._vae = convert.load_vae(weights) if weights and config.sample.clips else None
+        self._decode = video_decoder(self._vae) if self._vae else None
 
     def write(self, step: int, state: FitState) -> None:
         """Add the row of `step`, for the running mean of the weights, and its pictures."""
@@ -196,7 +198,7 @@ class HeldOut:
         pictures = []
         for clip in self._clips[: len(self._captions)]:
             middle = clip.shape[1] // 4 * 2 + 1  # a missing frame, near the middle
-            truth, made = self._vae.decode(clip)[0], self._vae.decode(np.asarray(self._double(state.ema, clip)))[0]
+            truth, made = self._decode(clip)[0], self._decode(np.asarray(self._double(state.ema, clip)))[0]
             stride = self._vae.config.temporal_stride
             places = [max(0, stride * frame - stride // 2) for frame in (middle - 1, middle, middle + 1)]
             left, between, right = places

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import optax.contrib
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
@@ -28,7 +29,7 @@ from avd_jax.models.placement import Placement
 from avd_jax.models.wan_dit import REMAT_POLICIES, WanDiT, WanDiTConfig
 from avd_jax.parallel.hosts import barrier, is_first
 from avd_jax.parallel.mesh import BATCH_AXES, batch_shards, make_mesh
-from avd_jax.parallel.rules import spec_for
+from avd_jax.parallel.rules import dotted, spec_for
 from avd_jax.training.fitting import SHARED_FIELDS, EncodedBatches, Fit, FitState, build_fit, check_shared, fit
 from avd_jax.training.networks import Network, Params, make_network
 from avd_jax.training.objectives import example_keys
@@ -67,13 +68,18 @@ FIELDS: dict[str, tuple[object, str]] = {
     "remat": ("none", "what the backward pass keeps of a block: " + ", ".join(REMAT_POLICIES)),
     **MESH_FIELDS,
     **SHARED_FIELDS,
+    "optimizer.name": ("adamw", "adamw, or muon for the matrices of the blocks: from scratch, with a higher rate"),
 }
 
 
 def validate(config) -> None:
     """Check what can be checked without files (UserError names the field)."""
     flat = check_shared(config, FIELDS)
-    for name, choices in (("compute_dtype", ("float32", "bfloat16")), ("remat", tuple(REMAT_POLICIES))):
+    for name, choices in (
+        ("compute_dtype", ("float32", "bfloat16")),
+        ("remat", tuple(REMAT_POLICIES)),
+        ("optimizer.name", ("adamw", "muon")),
+    ):
         if flat[name] not in choices:
             raise UserError(
                 f"config.{name}={flat[name]!r} must be one of {', '.join(choices)}{closest(flat[name], choices)}"
@@ -141,6 +147,7 @@ def pretrain(config, workdir: Path) -> tuple[int, FitState, WanDiTConfig]:
             loss=partial(pretraining_loss, config, network, negative),
             abstract_params=network.abstract_params(),
             init_params=partial(_init_params, config, model, mesh),
+            matrices=matrices_of_blocks if config.optimizer.name == "muon" else None,
             architecture={"name": "wan_dit", "config": dataclasses.asdict(model)},
             batches=EncodedBatches(folder, config, mesh, text_len=model.text_len),
             inputs=_inputs(config, folder),
@@ -148,6 +155,24 @@ def pretrain(config, workdir: Path) -> tuple[int, FitState, WanDiTConfig]:
 
     status, state = fit(build, config, workdir, movable=("init_from", "data.latents", "data.weights"))
     return status, state, sizes[0]
+
+
+def matrices_of_blocks(params: Params) -> Params:
+    """Return which axes of each parameter are rows and columns: of the blocks' kernels, None for all others.
+
+    The blocks are stacked along axis 0, and attention's projections have an axis for heads.
+    """
+
+    def axes(keys, leaf):
+        *_, block, layer, kind = ("", "", *dotted(keys).split("."))
+        if kind != "kernel" or not dotted(keys).startswith("blocks."):
+            return None
+        if "attn" not in block:
+            return optax.contrib.MuonDimensionNumbers(reduction_axis=(1,), output_axis=(2,))
+        rows = (1, 2) if layer == "o" else (1,)
+        return optax.contrib.MuonDimensionNumbers(rows, tuple(range(rows[-1] + 1, leaf.ndim)))
+
+    return jax.tree_util.tree_map_with_path(axes, params)
 
 
 def trained_dit(model: WanDiTConfig, params: Params) -> WanDiT:

@@ -14,6 +14,7 @@ from flax import nnx
 
 from avd_jax import convert
 from avd_jax.data.atomic import replacing
+from avd_jax.data.encoding import video_decoder
 from avd_jax.data.latents import EncodedSet, pad_prompt_embeds
 from avd_jax.data.prompts import file_stem
 from avd_jax.data.video import contact_sheet, write_video
@@ -115,6 +116,5 @@ def _decoder(weights: str):
     except UserError as error:
         raise UserError(f"config.sample.vae: {error}; or set sample_every=0 to train without samples") from error
     graphdef, state = nnx.split(vae)
-    state = jax.device_get(state)
-    decode = jax.jit(lambda state, latents: nnx.merge(graphdef, state).decode(latents))
-    return lambda latents: [np.asarray(decode(state, jnp.asarray(one)[None]))[0] for one in latents]
+    decode = video_decoder(nnx.merge(graphdef, jax.device_get(state)))
+    return lambda latents: [np.asarray(decode(jnp.asarray(one)[None]))[0] for one in latents]

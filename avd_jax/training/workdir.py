@@ -15,7 +15,10 @@ from avd_jax.parallel.hosts import barrier, is_first
 from avd_jax.training.fields import flatten
 
 # What may differ when a run goes on: what is kept of it, and on what it runs. All else decides its parameters.
-CHANGEABLE = ("log_every", "checkpoint_every", "checkpoint.", "sample_every", "sample.", "mesh.", "teacher_memory")
+CHANGEABLE = (
+    *("log_every", "checkpoint_every", "checkpoint.", "sample_every", "sample.", "meters."),
+    *("mesh.", "teacher_memory", "remat", "attention.", "accumulation_steps"),
+)
 
 
 def claim(config, workdir: Path, *, changeable: tuple[str, ...] = CHANGEABLE) -> None:
