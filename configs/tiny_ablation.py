@@ -18,8 +18,8 @@ def get_config():
     config = default_config()
     train = config.train
     train.update(runpy.run_path(str(Path(__file__).with_name("tiny.py")))["get_config"]())
-    train.num_steps = 120
-    train.checkpoint_every = 60
+    train.num_steps = 60
+    train.checkpoint_every = 30
     train.checkpoint.keep = 1
     train.sample_every = 30  # for the meters
     train.sample.prompts = 8

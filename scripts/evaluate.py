@@ -6,11 +6,13 @@
 
 The first measures any videos; captions are those of scripts/generate.py's JSON files, or of a captions.jsonl with one
 {"file": "a.mp4", "caption": "..."} a line. The others let a student (4 steps) or a teacher (UniPC) make videos for
-captions of the built-in world that no training has seen, and set them beside the real ones. Metrics that know the
-scene are there for that world only. An interrupted command goes on with the videos that are missing.
+captions of the built-in world that no training has seen, and set them beside the real ones; the student also with its
+first steps at half the frame rate, where a frame interpolator is there. Metrics that know the scene are there for that
+world only. An interrupted command goes on with the videos that are missing.
 """
 
 import math
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -59,8 +61,11 @@ def settings_of_sets() -> dict[str, Options]:
     if not CHECKPOINT.value:
         return {f"teacher, {STEPS.value}x2 steps": Options(**teacher, steps=STEPS.value)}
     options = Options(**shared, checkpoint=CHECKPOINT.value, which=WHICH.value, solver="student")
-    steps = resolve(options, note=print).steps
-    sets = {f"student, {steps} steps": options}
+    settings = resolve(options, note=print)
+    steps, half_rate = settings.steps, settings.half_rate_steps
+    sets = {f"student, {steps} steps": replace(options, half_rate_steps=0)}
+    if half_rate:
+        sets[f"student, {steps} steps, {half_rate} of them at half the frame rate"] = options
     if BESIDE_TEACHER.value:
         made = dict.fromkeys((STEPS.value, steps))
         sets = {f"teacher, {n}x2 steps": Options(**teacher, steps=n) for n in made} | sets

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from generation_cases import STUDENT, write_dit, write_weights
+from generation_cases import STUDENT, write_dit, write_interpolator, write_weights
 from test_scripts_generate import MESSAGES, python
 
 from avd_jax.data.video import write_video
@@ -18,6 +18,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("weights")
     write_weights(folder / "wan")
     write_dit(folder / "student", student=STUDENT, seed=1)
+    write_interpolator(folder / "student")
     return folder
 
 
@@ -27,13 +28,14 @@ def test_a_student_beside_its_teacher(folder, tmp_path):
     done = python(SCRIPT, *arguments)
     assert done.stdout.splitlines()[-1] == f"{tmp_path}/out/report.html"
     record = json.loads((tmp_path / "out" / "metrics.json").read_text())
-    assert list(record) == ["real", "teacher, 2x2 steps", "teacher, 3x2 steps", "student, 3 steps"]
+    students = ["student, 3 steps", "student, 3 steps, 1 of them at half the frame rate"]
+    assert list(record) == ["real", "teacher, 2x2 steps", "teacher, 3x2 steps", *students]
     for made in record.values():
         assert [row["caption"] for row in made["rows"]] == [row["caption"] for row in record["real"]["rows"]]
         assert all((tmp_path / "out" / row["file"]).is_file() for row in made["rows"])
     assert record["real"]["metrics"]["saturation/relative"] == 1
     page = (tmp_path / "out" / "report.html").read_text()
-    assert page.count("<video") == 12
+    assert page.count("<video") == 15
     # Of the student's training: another guidance would be another teacher.
     settings = json.loads(next((tmp_path / "out" / "videos").glob("*.json")).read_text())["settings"]
     assert (settings["frames"], settings["height"]) == (STUDENT["frames"], STUDENT["height"])
