@@ -12,7 +12,6 @@ world only. An interrupted command goes on with the videos that are missing.
 """
 
 import math
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from avd_jax import command_line
 from avd_jax.convert.layouts import student_settings
 from avd_jax.errors import UserError
 from avd_jax.experiments.comparison import REAL, compare
-from avd_jax.experiments.held_out import WORLD_SIZE, drawn_videos, make_videos
+from avd_jax.experiments.held_out import WORLD_SIZE, drawn_videos, make_videos, with_and_without_half_rate
 from avd_jax.experiments.videos import videos_in
 from avd_jax.generation.settings import Options, resolve
 
@@ -61,13 +60,9 @@ def settings_of_sets() -> dict[str, Options]:
     if not CHECKPOINT.value:
         return {f"teacher, {STEPS.value}x2 steps": Options(**teacher, steps=STEPS.value)}
     options = Options(**shared, checkpoint=CHECKPOINT.value, which=WHICH.value, solver="student")
-    settings = resolve(options, note=print)
-    steps, half_rate = settings.steps, settings.half_rate_steps
-    sets = {f"student, {steps} steps": replace(options, half_rate_steps=0)}
-    if half_rate:
-        sets[f"student, {steps} steps, {half_rate} of them at half the frame rate"] = options
+    sets = with_and_without_half_rate(options)
     if BESIDE_TEACHER.value:
-        made = dict.fromkeys((STEPS.value, steps))
+        made = dict.fromkeys((STEPS.value, resolve(options, note=print).steps))
         sets = {f"teacher, {n}x2 steps": Options(**teacher, steps=n) for n in made} | sets
     return sets
 

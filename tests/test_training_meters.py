@@ -7,7 +7,7 @@ import pytest
 
 from avd_jax.data import shapes_world
 from avd_jax.evaluation.suite import measure
-from avd_jax.training.meters import BINS, WEIGHTS_A_HISTOGRAM, Meters, latent_meters
+from avd_jax.training.meters import BINS, JUDGED_EXAMPLES, WEIGHTS_A_HISTOGRAM, Meters, latent_meters
 
 TIMESTEPS = (1000.0, 900.0)
 
@@ -23,9 +23,9 @@ def metrics(variance=1.0, spread=1.0, stop=1, weights=(), index=()):
     }
 
 
-def make(**bands):
+def make(batch_size=JUDGED_EXAMPLES, **bands):
     lines = []
-    return Meters(bands, TIMESTEPS, lines.append), lines
+    return Meters(bands, TIMESTEPS, lines.append, batch_size=batch_size), lines
 
 
 def test_latent_meters_know_frozen_and_stretched_ones():
@@ -62,6 +62,22 @@ def test_a_meter_warns_once_when_it_leaves_its_band_and_once_when_it_is_back():
     assert "0.5..2: motion freezes" in lines[0]
     assert "back at 0.60" in lines[1]
     assert "frames jump" in lines[2]
+
+
+def test_small_batches_are_judged_together():
+    meters, lines = make(batch_size=JUDGED_EXAMPLES // 4, latent_temporal_variance=(0.5, 2.0))
+    logged = []
+    for step, variance in enumerate((0.1, 1.9, 0.1, 1.9, 0.3, 0.3, 0.1)):  # means of four: 1, 1.05, 0.65, 0.65
+        values = metrics(variance=variance)
+        meters.after_update(step, values)
+        logged.append(values["meter/latent_temporal_variance"])
+    assert lines == []
+    assert logged == pytest.approx([0.1, 1.9, 0.1, 1.9, 0.3, 0.3, 0.1]), "each update's own"
+    meters.after_update(7, metrics(variance=0.1))
+    assert lines == [
+        "warning: step 7: meter/latent_temporal_variance is 0.20 of the real data's, outside "
+        "config.meters.latent_temporal_variance=0.5..2: motion freezes"
+    ]
 
 
 def test_histograms_come_a_timestep_with_every_weight_once():

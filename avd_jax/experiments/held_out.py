@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from avd_jax.data import shapes_world
@@ -48,6 +48,15 @@ def drawn_videos(
             write_video(file, clip, fps=fps)
         videos.append(CaptionedVideo(file, shapes_world.caption(FIRST_CLIP + i)))
     return videos
+
+
+def with_and_without_half_rate(options: Options) -> dict[str, Options]:
+    """Return how a student makes videos, by name: at the full rate, and where it has half-rate steps, with them."""
+    settings = resolve(options, note=lambda text: None)
+    sets = {f"student, {settings.steps} steps": replace(options, half_rate_steps=0)}
+    if half := settings.half_rate_steps:
+        sets[f"student, {settings.steps} steps, {half} of them at half the frame rate"] = options
+    return sets
 
 
 def make_videos(

@@ -58,7 +58,7 @@ def train(config, workdir: Path, *, profile: bool = False) -> int:
                 return 0
             if first_step:
                 writer.message(f"going on from step {first_step}")
-            meters = Meters(config.meters, config.student.timesteps, writer.message)
+            meters = Meters(config.meters, config.student.timesteps, writer.message, batch_size=config.batch_size)
             samples = SampleWriter(run, workdir, writer, meters) if config.sample_every else None
             if samples and not first_step and not stop.signal:
                 samples.write(0, state)

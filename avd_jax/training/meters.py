@@ -3,9 +3,12 @@
 A collapse under distribution matching shows as frames that stop moving and as colours that saturate. Each meter is a
 share: the student's mean over the real data's. Latent meters come with every update whose rollout reaches the
 student's last step and cost nothing; the others are measured on the decoded samples, of student, teacher and real clips
-alike. A meter that leaves its band says so once, and once when it is back.
+alike. A meter that leaves its band says so once, and once when it is back; latent meters are judged by their mean over
+the last JUDGED_EXAMPLES examples, for those of a small batch scatter.
 """
 
+import math
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import jax
@@ -25,6 +28,7 @@ ADVICE = {
 }
 BINS = np.linspace(0, 1, 11)  # of the regression weight
 WEIGHTS_A_HISTOGRAM = 256
+JUDGED_EXAMPLES = 32
 
 
 def latent_meters(latents: jax.Array) -> dict[str, jax.Array]:
@@ -43,12 +47,18 @@ class Meters:
     """Holds each meter's last value, and warns where it leaves its band."""
 
     def __init__(
-        self, bands: Mapping[str, Sequence[float]], timesteps: Sequence[float], message: Callable[[str], None]
+        self,
+        bands: Mapping[str, Sequence[float]],
+        timesteps: Sequence[float],
+        message: Callable[[str], None],
+        *,
+        batch_size: int,
     ):
-        """Take the bands by meter, the student's timesteps, and where warnings go."""
+        """Take the bands by meter, the student's timesteps, where warnings go, and the examples of an update."""
         self._bands, self._timesteps, self._message = dict(bands), tuple(timesteps), message
         self._outside: set[str] = set()
         self._weights: list[list[float]] = [[] for _ in self._timesteps]
+        self._recent = {name: deque(maxlen=math.ceil(JUDGED_EXAMPLES / batch_size)) for name in LATENT}
         self.values = {
             f"meter/{name}": float("nan") for name in LATENT
         }  # the last of each; a checkpoint is rated by it
@@ -62,7 +72,11 @@ class Meters:
         """
         latent = {name: float(metrics.pop(f"meter/{name}")) for name in LATENT}
         if int(metrics.pop("rollout_stop")) == len(self._timesteps) - 1 and np.isfinite(list(latent.values())).all():
-            metrics |= self._set(step, latent)
+            metrics |= self._keep(latent)
+            for name, recent in self._recent.items():
+                recent.append(latent[name])
+                if len(recent) == recent.maxlen:
+                    self._judge(step, name, float(np.mean(recent)))
         for index, weight in zip(metrics.pop("timestep_index"), metrics.pop("regression_weight"), strict=True):
             self._weights[int(index)].append(float(weight))
         if sum(map(len, self._weights)) < WEIGHTS_A_HISTOGRAM:
@@ -84,7 +98,10 @@ class Meters:
     ) -> dict[str, float]:
         """Return what to log of decoded samples, one row a video, of student, teacher (or none) and real clips."""
         student = summarise(rows, real)
-        values = self._set(step, {name: student[f"{name}/relative"] for name in RELATIVE})
+        shares = {name: student[f"{name}/relative"] for name in RELATIVE}
+        values = self._keep(shares)
+        for name, share in shares.items():
+            self._judge(step, name, share)
         if teacher:
             of_teacher = summarise(teacher, real)
             values |= {f"meter/teacher_{name}": of_teacher[f"{name}/relative"] for name in RELATIVE}
@@ -92,21 +109,22 @@ class Meters:
         self.values |= values
         return values
 
-    def _set(self, step: int, shares: Mapping[str, float]) -> dict[str, float]:
+    def _keep(self, shares: Mapping[str, float]) -> dict[str, float]:
         named = {f"meter/{name}": value for name, value in shares.items()}
         self.values |= named
-        for name, value in shares.items():
-            low, high = self._bands.get(name, (-np.inf, np.inf))
-            outside = not low <= value <= high
-            if outside == (name in self._outside):
-                continue
-            self._outside ^= {name}
-            if outside:
-                what = ADVICE[name][value > high]
-                self._message(
-                    f"warning: step {step}: meter/{name} is {value:.2f} of the real data's, outside "
-                    f"config.meters.{name}={low:g}..{high:g}: {what}"
-                )
-            else:
-                self._message(f"step {step}: meter/{name} is back at {value:.2f}, in its band {low:g}..{high:g}")
         return named
+
+    def _judge(self, step: int, name: str, value: float) -> None:
+        low, high = self._bands.get(name, (-np.inf, np.inf))
+        outside = not low <= value <= high
+        if outside == (name in self._outside):
+            return
+        self._outside ^= {name}
+        if outside:
+            what = ADVICE[name][value > high]
+            self._message(
+                f"warning: step {step}: meter/{name} is {value:.2f} of the real data's, outside "
+                f"config.meters.{name}={low:g}..{high:g}: {what}"
+            )
+        else:
+            self._message(f"step {step}: meter/{name} is back at {value:.2f}, in its band {low:g}..{high:g}")
