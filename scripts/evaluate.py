@@ -60,9 +60,10 @@ def settings_of_sets() -> dict[str, Options]:
     if not CHECKPOINT.value:
         return {f"teacher, {STEPS.value}x2 steps": Options(**teacher, steps=STEPS.value)}
     options = Options(**shared, checkpoint=CHECKPOINT.value, which=WHICH.value, solver="student")
-    sets = with_and_without_half_rate(options)
+    settings = resolve(options, note=print)
+    sets = with_and_without_half_rate(options, settings)
     if BESIDE_TEACHER.value:
-        made = dict.fromkeys((STEPS.value, resolve(options, note=print).steps))
+        made = dict.fromkeys((STEPS.value, settings.steps))
         sets = {f"teacher, {n}x2 steps": Options(**teacher, steps=n) for n in made} | sets
     return sets
 

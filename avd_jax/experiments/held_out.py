@@ -10,7 +10,7 @@ from avd_jax.data import shapes_world
 from avd_jax.data.video import write_video
 from avd_jax.experiments.videos import CaptionedVideo
 from avd_jax.generation.run import generate, make_plan
-from avd_jax.generation.settings import Job, Options, resolve
+from avd_jax.generation.settings import Job, Options, Settings, resolve
 from avd_jax.parallel.mesh import make_mesh
 
 # Trainings take clips from 0, 1,000,000 and 2,000,000 on.
@@ -50,9 +50,13 @@ def drawn_videos(
     return videos
 
 
-def with_and_without_half_rate(options: Options) -> dict[str, Options]:
-    """Return how a student makes videos, by name: at the full rate, and where it has half-rate steps, with them."""
-    settings = resolve(options, note=lambda text: None)
+def with_and_without_half_rate(options: Options, settings: Settings) -> dict[str, Options]:
+    """Return how a student makes videos, by name: at the full rate, and where it has half-rate steps, with them.
+
+    Args:
+      options: of the student.
+      settings: what they resolve to.
+    """
     sets = {f"student, {settings.steps} steps": replace(options, half_rate_steps=0)}
     if half := settings.half_rate_steps:
         sets[f"student, {settings.steps} steps, {half} of them at half the frame rate"] = options

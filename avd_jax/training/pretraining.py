@@ -164,12 +164,10 @@ def matrices_of_blocks(params: Params) -> Params:
     """
 
     def axes(keys, leaf):
-        *_, block, layer, kind = ("", "", *dotted(keys).split("."))
-        if kind != "kernel" or not dotted(keys).startswith("blocks."):
+        names = dotted(keys).split(".")
+        if names[0] != "blocks" or names[-1] != "kernel":
             return None
-        if "attn" not in block:
-            return optax.contrib.MuonDimensionNumbers(reduction_axis=(1,), output_axis=(2,))
-        rows = (1, 2) if layer == "o" else (1,)
+        rows = (1, 2) if names[-2] == "o" else (1,)
         return optax.contrib.MuonDimensionNumbers(rows, tuple(range(rows[-1] + 1, leaf.ndim)))
 
     return jax.tree_util.tree_map_with_path(axes, params)
