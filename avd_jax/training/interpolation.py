@@ -33,7 +33,7 @@ from avd_jax.parallel.mesh import replicated
 from avd_jax.shapes import Latents
 from avd_jax.training.fields import with_defaults
 from avd_jax.training.fitting import SHARED_FIELDS, EncodedBatches, Fit, FitState, build_fit, check_shared, fit
-from avd_jax.training.networks import Params
+from avd_jax.training.networks import Params, filled
 from avd_jax.training.pretraining import DATA_FIELDS, MESH_FIELDS, batch_mesh, check_data_named, latents_of
 
 FIELDS: dict[str, tuple[object, str]] = {
@@ -129,7 +129,9 @@ def train_interpolator(config, workdir: Path) -> tuple[int, FitState, Interpolat
         start = _start(config, info)
         found.append(start.config)
         graphdef, state = nnx.split(start)
-        merge = partial(_merge, graphdef, state)
+
+        def merge(params: Params) -> Interpolator:
+            return nnx.merge(graphdef, filled(state, params))
 
         def loss(params: Params, batch, key):
             return interpolation_loss(merge(params), batch["latents"]), {}
@@ -153,7 +155,7 @@ def train_interpolator(config, workdir: Path) -> tuple[int, FitState, Interpolat
 def trained_interpolator(sizes: InterpolatorConfig, params: Params) -> Interpolator:
     """Return the interpolator of `params` as a module."""
     graphdef, state = nnx.split(nnx.eval_shape(lambda: Interpolator(sizes, nnx.Rngs(0))))
-    return _merge(graphdef, state, params)
+    return nnx.merge(graphdef, filled(state, params))
 
 
 class HeldOut:
@@ -226,9 +228,3 @@ def _inputs(config, folder: Path) -> dict[str, str]:
     if config.init_from:
         found["init_from"] = fingerprint(open_weights(config.init_from, INTERPOLATOR))
     return found
-
-
-def _merge(graphdef: nnx.GraphDef, like: nnx.State, params: Params) -> Interpolator:
-    state = jax.tree.map(lambda leaf: leaf, like)  # a copy: the next line fills it in place
-    nnx.replace_by_pure_dict(state, params)
-    return nnx.merge(graphdef, state)

@@ -16,6 +16,13 @@ from avd_jax.parallel.mesh import BATCH_AXES
 Params = dict  # nested dict of arrays, as `nnx.to_pure_dict` gives it
 
 
+def filled(like: nnx.State, params: Params) -> nnx.State:
+    """Return a state of the structure of `like` that holds `params`."""
+    state = jax.tree.map(lambda leaf: leaf, like)  # a copy: the next line fills it in place
+    nnx.replace_by_pure_dict(state, params)
+    return state
+
+
 @dataclass(frozen=True)
 class Network:
     """A network without its parameters: `network(params, latents, timesteps, prompt_embeds)`."""
@@ -25,9 +32,7 @@ class Network:
 
     def __call__(self, params: Params, latents, timesteps, prompt_embeds, **options):
         """Return the velocity, [B F H W C]; `options` as in `WanDiT`."""
-        state = jax.tree.map(lambda leaf: leaf, self.abstract)  # a copy: the next line fills it in place
-        nnx.replace_by_pure_dict(state, params)
-        return nnx.merge(self.graphdef, state)(latents, timesteps, prompt_embeds, **options)
+        return nnx.merge(self.graphdef, filled(self.abstract, params))(latents, timesteps, prompt_embeds, **options)
 
     def abstract_params(self) -> Params:
         """Return the parameters' shapes and dtypes."""
@@ -62,9 +67,7 @@ def apply_of(module: nnx.Module) -> tuple[Callable, Params]:
     graphdef, state = nnx.split(module)
 
     def apply(params: Params, *inputs):
-        like = jax.tree.map(lambda leaf: leaf, state)  # a copy: the next line fills it in place
-        nnx.replace_by_pure_dict(like, params)
-        return nnx.merge(graphdef, like)(*inputs)
+        return nnx.merge(graphdef, filled(state, params))(*inputs)
 
     return apply, nnx.to_pure_dict(state)
 

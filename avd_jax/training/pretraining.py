@@ -31,7 +31,7 @@ from avd_jax.parallel.hosts import barrier, is_first
 from avd_jax.parallel.mesh import BATCH_AXES, batch_shards, make_mesh
 from avd_jax.parallel.rules import dotted, spec_for
 from avd_jax.training.fitting import SHARED_FIELDS, EncodedBatches, Fit, FitState, build_fit, check_shared, fit
-from avd_jax.training.networks import Network, Params, make_network
+from avd_jax.training.networks import Network, Params, filled, make_network
 from avd_jax.training.objectives import example_keys
 
 DATA_FIELDS: dict[str, tuple[object, str]] = {
@@ -176,9 +176,7 @@ def matrices_of_blocks(params: Params) -> Params:
 def trained_dit(model: WanDiTConfig, params: Params) -> WanDiT:
     """Return the transformer of `params` as a module."""
     network: Network = make_network(model, dtype="float32", param_dtype="float32", remat="none")
-    state = jax.tree.map(lambda leaf: leaf, network.abstract)
-    nnx.replace_by_pure_dict(state, params)
-    return nnx.merge(network.graphdef, state)
+    return nnx.merge(network.graphdef, filled(network.abstract, params))
 
 
 def _model_config(config, info: LatentsInfo, folder: Path) -> WanDiTConfig:

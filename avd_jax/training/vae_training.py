@@ -22,7 +22,7 @@ from avd_jax.models.wan_vae import RGB, WanVAE, WanVAEConfig
 from avd_jax.parallel.mesh import batch_sharding, make_mesh
 from avd_jax.training.fields import with_defaults
 from avd_jax.training.fitting import SHARED_FIELDS, CountedBatches, Fit, FitState, build_fit, check_shared, fit
-from avd_jax.training.networks import Params
+from avd_jax.training.networks import Params, filled
 
 FIRST_LOG_VARIANCE = -6.0
 GAIN = 1.9  # what the norms of the default sizes take from a colour on its way, measured
@@ -211,7 +211,7 @@ def train_vae(config, workdir: Path) -> tuple[int, FitState]:
         graphdef, abstract_weights = nnx.split(nnx.eval_shape(lambda: WanVAE(sizes, nnx.Rngs(0))))
 
         def loss(params: Params, video, key):
-            vae = nnx.merge(graphdef, _state(abstract_weights, params))
+            vae = nnx.merge(graphdef, filled(abstract_weights, params))
             return vae_loss(vae, video, key, gradient=config.loss.gradient, kl=config.loss.kl)
 
         def make_batch(number: int):
@@ -237,7 +237,7 @@ def trained_vae(config, params: Params, *, clips: int = 64, batch_size: int = 4)
     """
     data, sizes = config.data, model_config(config)
     graphdef, abstract_weights = nnx.split(nnx.eval_shape(lambda: WanVAE(sizes, nnx.Rngs(0))))
-    encode = jax.jit(lambda params, video: nnx.merge(graphdef, _state(abstract_weights, params)).encode(video))
+    encode = jax.jit(lambda params, video: nnx.merge(graphdef, filled(abstract_weights, params)).encode(video))
     latents = []
     for start in range(0, clips, batch_size):
         videos = [
@@ -254,11 +254,5 @@ def trained_vae(config, params: Params, *, clips: int = 64, batch_size: int = 4)
         sizes, latents_mean=tuple(map(float, values.mean(0))), latents_std=tuple(map(float, deviation))
     )
     vae = WanVAE(measured, nnx.Rngs(0))
-    nnx.update(vae, _state(abstract_weights, params))
+    nnx.update(vae, filled(abstract_weights, params))
     return vae
-
-
-def _state(abstract: nnx.State, params: Params) -> nnx.State:
-    state = jax.tree.map(lambda leaf: leaf, abstract)  # a copy: the next line fills it in place
-    nnx.replace_by_pure_dict(state, params)
-    return state
