@@ -52,7 +52,8 @@ def test_the_cells(weights, tmp_path):
     assert found[:3] == ["real", "teacher", "teacher_few"]
     assert found[3:11] == [f"{method}_seed{seed}" for seed in (0, 1) for method in methods]
     sweeps = ["clip_none", "clip_1.2", "clip_1", "clip_0.4", "k_1", "k_10", "style"]
-    assert found[11:] == [*(f"{sweep}_seed0" for sweep in sweeps), "real_outline"]
+    collapses = [f"{collapse}_{method}" for collapse in ("long", "guided", "few") for method in ("dmd", "tr_ada")]
+    assert found[11:] == [*(f"{sweep}_seed0" for sweep in (*sweeps, *collapses)), "real_outline"]
     with_vif = names(make_config(weights), tmp_path, interpolator=True)
     assert set(with_vif) - set(found) == {f"{name}_seed{seed}" for name in ("full_vif", "vif_later") for seed in (0, 1)}
 
@@ -72,6 +73,9 @@ def test_a_cell_differs_from_the_full_method_in_what_it_is_about(weights, tmp_pa
     assert changes["clip_none_seed0"] == {"loss.temporal_clip": -math.inf}
     assert changes["k_10_seed0"] == {"loss.adaptive_k": 10.0}
     assert changes["style_seed0"] == {"data.latents": str(tmp_path / "outline" / "latents")}
+    assert changes["long_dmd_seed0"] == changes["dmd_seed0"] | {"num_steps": 240}
+    assert changes["guided_tr_ada_seed0"] == {"guidance_scale": 6.0}
+    assert changes["few_tr_ada_seed0"] == {"data.prompts": str(tmp_path / "prompts_8")}
     assert set(changes["full_vif_seed0"]) == {"half_rate.steps", "half_rate.interpolator"}
     assert cells["vif_later_seed1"].student == "tr_ada_seed1"
     assert cells["tr_ada_seed0"].sampling["half_rate_steps"] == 0
@@ -83,6 +87,7 @@ def test_a_cell_differs_from_the_full_method_in_what_it_is_about(weights, tmp_pa
         ({"seeds": ()}, r"config\.seeds=\(\) must be"),
         ({"seeds": (1, 1)}, "must be different numbers"),
         ({"sweep_seeds": (7,)}, "must be among config.seeds"),
+        ({"collapse": {**default_config().collapse, "prompts": -1}}, r"config\.collapse\.prompts=-1 must be"),
     ],
 )
 def test_wrong_fields_are_named(weights, changes, message):
@@ -136,15 +141,24 @@ def test_each_cell_runs_once_and_the_report_shows_all(weights, tmp_path, stand_i
     assert calls[before:][:2] == [("train", "tr_seed0"), ("make", "tr_seed0")]
     assert ("train", "dmd_seed0") not in calls[before:]
     out = capsys.readouterr().out
-    assert "[1/15] tr_seed0" in out
+    assert "[1/21] tr_seed0" in out
     before = len(calls)
     assert run_ablation(config, tmp_path, report=write_report) == 0
     assert calls[before:] == []
 
     page = (tmp_path / "report.html").read_text()
-    for text in ("92.39", "85.56", "+TR+AdaLoss", "clip none", "k = 10", "outline style", "Plain DMD loses motion."):
+    for text in (
+        "92.39",
+        "85.56",
+        "+TR+AdaLoss",
+        "clip none",
+        "k = 10",
+        "outline style",
+        "few prompts",
+        "Plain DMD loses motion.",
+    ):
         assert text in page
-    assert page.count("Regression loss</text>") == 4  # of the table, and of each sweep
+    assert page.count("Regression loss</text>") == 5  # of the table, and of each sweep
     table = (tmp_path / "table.md").read_text().splitlines()
     assert len(table) == 9
     assert len({line.count("|") for line in table}) == 1

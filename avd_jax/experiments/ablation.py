@@ -20,12 +20,13 @@ import jax
 from avd_jax import convert
 from avd_jax.convert.layouts import read_json
 from avd_jax.convert.loading import open_interpolator_of
+from avd_jax.data import shapes_world
 from avd_jax.data.atomic import write_text
-from avd_jax.data.encoding import encode_shapes_world, text_encoder, video_encoder
+from avd_jax.data.encoding import encode_prompts, encode_shapes_world, text_encoder, video_encoder
 from avd_jax.data.video import read_whole_video
 from avd_jax.errors import UserError
 from avd_jax.evaluation.style import style_features
-from avd_jax.experiments.cells import STYLE, Cell, plan, validate
+from avd_jax.experiments.cells import FEW, STYLE, Cell, few_prompts, plan, validate
 from avd_jax.experiments.held_out import drawn_videos, make_videos
 from avd_jax.experiments.videos import CaptionedVideo, measure_videos
 from avd_jax.generation.settings import Options, resolve
@@ -153,6 +154,8 @@ def _settings(cell: Cell, config, fingerprints: dict[str, str]) -> dict:
     settings |= {"captions": config.evaluation.captions, "world": flatten(config.train.data.shapes_world)}
     if cell.method == STYLE:
         settings["style.clips"] = config.style.clips
+    if cell.method.startswith(FEW):
+        settings["collapse.prompts"] = config.collapse.prompts
     if cell.train is not None:
         flat = flatten(cell.train).items()
         settings["train"] = {name: value for name, value in flat if not name.startswith((*CHANGEABLE, *_PATHS))}
@@ -203,3 +206,6 @@ def _encode(config, data: Path) -> None:
             counts = {"clips": clips, "prompts": world.prompts}
             size = {"frames": world.frames, "fps": world.fps, "height": world.height, "width": world.width}
             encode_shapes_world(data / style, vae=vae, text=text, **counts, **size, style=style)
+    if config.collapse.prompts:
+        captions = map(shapes_world.caption, range(world.clips, world.clips + config.collapse.prompts))
+        encode_prompts(captions, few_prompts(config, data), text=text)

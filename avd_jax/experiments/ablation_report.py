@@ -16,6 +16,8 @@ from avd_jax.evaluation.suite import summarise
 from avd_jax.experiments.ablation import Result, folder_of
 from avd_jax.experiments.cells import (
     ADAPTIVE,
+    COLLAPSES,
+    DMD,
     REAL,
     REAL_OUTLINE,
     STUDENTS,
@@ -25,6 +27,7 @@ from avd_jax.experiments.cells import (
     VIF,
     VIF_LATER,
     clip_method,
+    collapse_method,
     k_method,
 )
 from avd_jax.experiments.claims import CLAIMS, CRITERION, NOT_SEEN, OPPOSITE, SEEN, Results, judge, with_spread
@@ -163,19 +166,21 @@ def _curves(by_method: Mapping[str, Sequence[Result]], workdir: Path) -> Html:
 
 
 def _sweeps(config, workdir: Path, by_method: Mapping, numbers: Results, page: Path) -> list[Html]:
-    """Return a section for each thing of the full method that is varied, with the full method among them."""
+    """Return a section for each thing that is varied, with the methods of the table that it is compared with."""
     loss = config.train.loss
     clips = [clip_method(clip) for clip in sorted(config.temporal_clips) if clip != loss.temporal_clip]
     ks = [k_method(k) for k in sorted(config.adaptive_ks) if k != loss.adaptive_k]
+    collapses = [collapse_method(collapse, method) for collapse in COLLAPSES for method in (DMD, ADAPTIVE)]
     sections = (
         (f"Clip thresholds (Fig. 12); the full method's is {loss.temporal_clip:g}", [ADAPTIVE, *clips]),
         (f"k of the adaptive weight (Fig. 13); the full method's is {loss.adaptive_k:g}", [ADAPTIVE, *ks]),
+        ("What might make plain DMD collapse", [DMD, ADAPTIVE, *collapses]),
         ("Style transfer (Fig. 6): 0 is the painted style, 1 the outlines", [REAL, REAL_OUTLINE, ADAPTIVE, STYLE]),
     )
     pieces = []
     for title, methods in sections:
         there = [method for method in methods if method in by_method]
-        if not set(there) - {ADAPTIVE, REAL, REAL_OUTLINE}:
+        if not set(there) - {DMD, ADAPTIVE, REAL, REAL_OUTLINE}:
             continue
         metrics = ("instance_preservation", "dynamic_degree", "alignment", "saturation/relative")
         metrics += ("temporal_variance/relative",)

@@ -1,7 +1,8 @@
 """The cells of the ablation: what is trained, with which settings, and how each result is sampled.
 
 The methods are those of the paper's Table 2, each with the losses of the ones before and one more; the clip thresholds
-(Fig. 12), k (Fig. 13) and the style transfer (Fig. 6) change one thing of the full method.
+(Fig. 12), k (Fig. 13) and the style transfer (Fig. 6) change one thing of the full method. What might make plain DMD
+collapse (a longer training, a higher guidance, fewer prompts) is tried with plain DMD and with the full method.
 """
 
 import math
@@ -17,11 +18,14 @@ from avd_jax.training.fields import check_names, config_from
 
 FIELDS: dict[str, tuple[object, str]] = {
     "seeds": ((0, 1, 2), "seeds of each method of Table 2"),
-    "sweep_seeds": ((0,), "those of them for the cells that vary clip, k and style"),
+    "sweep_seeds": ((0,), "those of them for the cells that vary clip, k, style and what might make DMD collapse"),
     "temporal_clips": ((-math.inf, 1.2, 1.0, 0.4), "clips to try besides train.loss.temporal_clip; -inf: none"),
     "adaptive_ks": ((1.0, 10.0), "k to try besides train.loss.adaptive_k"),
     "style.clips": (64, "clips of the outline style for the regression loss of the style transfer; 0: no such cells"),
     "style.regression": (2.0, "weight of L_reg in the style transfer"),
+    "collapse.num_steps": (240, "a longer training, of DMD and of the full method; 0: no such cells"),
+    "collapse.guidance_scale": (6.0, "a higher guidance of the teacher, for both; 0: no such cells"),
+    "collapse.prompts": (8, "so few prompts, for both; 0: no such cells"),
     "evaluation.captions": (100, "held-out captions on which everything is measured"),
     "evaluation.batch_size": (10, "videos to sample together"),
     "evaluation.teacher_steps": (50, "UniPC steps of the teacher; a second row has as many as the student"),
@@ -37,6 +41,8 @@ STUDENTS = {  # method -> title, and what it changes in the config of the full m
     FIXED: ("+TR+RegLoss", {"loss.regression_weighting": "fixed"}),
     ADAPTIVE: ("+TR+AdaLoss", {}),
 }
+LONG, GUIDED, FEW = "long", "guided", "few"
+COLLAPSES = {LONG: "longer", GUIDED: "more guidance", FEW: "few prompts"}  # what may make DMD collapse, for people
 
 
 @dataclass(frozen=True)
@@ -83,8 +89,9 @@ def validate(config) -> None:
     for name in ("evaluation.captions", "evaluation.batch_size", "evaluation.teacher_steps"):
         if flat[name] < 1:
             raise UserError(f"config.{name}={flat[name]} must be at least 1")
-    if flat["style.clips"] < 0:
-        raise UserError(f"config.style.clips={flat['style.clips']} must be at least 0")
+    for name in ("style.clips", "collapse.num_steps", "collapse.guidance_scale", "collapse.prompts"):
+        if flat[name] < 0:
+            raise UserError(f"config.{name}={flat[name]} must be at least 0")
     if flat["train.data.latents"] or not flat["train.data.shapes_world.clips"]:
         raise UserError(
             "config.train.data.latents must be empty, and shapes_world.clips above 0: the world is built in"
@@ -128,6 +135,11 @@ def plan(config, data: Path, *, interpolator: bool) -> list[Cell]:
         if config.style.clips:
             changes = {"data.latents": str(data / "outline" / "latents"), "loss.regression": config.style.regression}
             cells.append(_student(config, data, STYLE, "Full, outline style", seed, changes))
+        for collapse, condition in _collapses(config, data).items():
+            for method in (DMD, ADAPTIVE):
+                title, changes = STUDENTS[method]
+                name, title = collapse_method(collapse, method), f"{title}, {COLLAPSES[collapse]}"
+                cells.append(_student(config, data, name, title, seed, {**changes, **condition}))
     if config.style.clips:
         cells.append(Cell(REAL_OUTLINE, "Real, outline style", style="outline"))
     return cells
@@ -141,6 +153,27 @@ def clip_method(clip: float) -> str:
 def k_method(k: float) -> str:
     """Return the name of the method with another k."""
     return f"k_{k:g}"
+
+
+def collapse_method(collapse: str, method: str) -> str:
+    """Return the name of a method under one of COLLAPSES."""
+    return f"{collapse}_{method}"
+
+
+def few_prompts(config, data: Path) -> Path:
+    """Return the folder of the set of few prompts, given that of all sets."""
+    return data / f"prompts_{config.collapse.prompts}"
+
+
+def _collapses(config, data: Path) -> dict[str, dict[str, object]]:
+    """Return what each of COLLAPSES that is wanted changes."""
+    wanted = config.collapse
+    changes = {
+        LONG: wanted.num_steps and {"num_steps": wanted.num_steps},
+        GUIDED: wanted.guidance_scale and {"guidance_scale": wanted.guidance_scale},
+        FEW: wanted.prompts and {"data.prompts": str(few_prompts(config, data))},
+    }
+    return {collapse: change for collapse, change in changes.items() if change}
 
 
 def _clip(clip: float) -> str:
