@@ -83,6 +83,12 @@ def test_samples_are_of_the_step_that_they_name(tmp_path):
     assert seen == [(2, 2), (4, 4), (6, 6)]
 
 
+def test_the_last_step_is_sampled_whatever_the_interval(tmp_path):
+    seen = []
+    run(tmp_path, sample=lambda step, state: seen.append(step), sample_every=4)
+    assert seen == [4, 6]
+
+
 @pytest.mark.parametrize(("first_step", "traced"), [(0, [2, 3, 4]), (2, [3, 4, 5]), (5, [5])])
 def test_a_profile_traces_warm_steps_where_there_are_some(tmp_path, monkeypatch, first_step, traced):
     events = []

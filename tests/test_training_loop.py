@@ -317,14 +317,14 @@ def test_samples(inputs, tmp_path, capsys):
     workdir, folder = tmp_path / "run", tmp_path / "run" / "samples"
     config = settings(inputs | fields, num_steps=3, sample_every=2, sample__prompts=2)
     assert loop.train(config, workdir) == 0
-    for step in (0, 2):
+    for step in (0, 2, 3):
         videos = sorted((folder / f"step_{step:06d}").glob("*.mp4"))
         assert [video.stem[:10].replace("_", " ").replace("-", " ") for video in videos] == ["0 prompt 0", "1 prompt 1"]
         assert (folder / f"step_{step:06d}.png").stat().st_size > 1000
     assert (folder / "step_000000.png").read_bytes() != (folder / "step_000002.png").read_bytes()
     assert len(list(folder.glob("teacher_latents_*.npy"))) == 1
     measured = [line for line in lines(workdir) if "meter/saturation" in line]
-    assert [line["step"] for line in measured] == [0, 2]
+    assert [line["step"] for line in measured] == [0, 2, 3]
     assert all(line["meter/teacher_saturation"] > 0 and "samples/flicker" in line for line in measured)
     assert capsys.readouterr().out.count("sampling the teacher: 2 videos, 2x2 steps each") == 1
 

@@ -85,7 +85,7 @@ FIELDS: dict[str, tuple[object, str]] = {
     "meters.latent_temporal_variance": ((0.4, 2.0), "band of the variance of its latents along frames"),
     "meters.latent_spread": ((0.7, 1.4), "band of the deviation of its latents over height and width"),
     "max_nonfinite": (10, "updates in a row that may be skipped for a non-finite loss before the run stops"),
-    "sample_every": (100, "generator updates between two sets of sample videos; 0: never"),
+    "sample_every": (100, "generator updates between two sets of sample videos, the last update has one too; 0: never"),
     "sample.prompts": (4, "prompts to sample: the first ones of data.prompts"),
     "sample.vae": ("", "weights of the VAE that decodes the samples; empty: those beside init_from"),
     "sample.teacher_steps": (50, "UniPC steps of the teacher's videos that stand beside them; 0: no teacher"),

@@ -298,7 +298,7 @@ def _work(run: Fit, key) -> Work[FitState]:
         },
         summarise=lambda step, metrics: {name: float(value) for name, value in metrics.items()},
         sample=run.on_checkpoint,
-        sample_every=run.config.checkpoint_every,
+        sample_every=run.config.checkpoint_every or run.config.num_steps,
     )
 
 

@@ -33,8 +33,8 @@ class Work(Generic[SomeState]):
       describe: says what a checkpoint records besides arrays, step and settings, such as the data's position.
       summarise: `(step, metrics) -> numbers to log`, once they are on the host; `skipped/in_row` is among them.
       standing: numbers of earlier steps that a checkpoint may be rated by too.
-      sample: called with `(step, state)` every `sample_every` steps, after the checkpoint unless that is rated by the
-        samples; its time is not a step's.
+      sample: called with `(step, state)` every `sample_every` steps and after the last, after the checkpoint unless
+        that is rated by the samples; its time is not a step's.
       sample_every: 0 never samples.
       seconds_at_peak: that a step would take if every device worked at its peak; None if unknown.
       profile: folder for a trace of a few steps; None traces none.
@@ -91,8 +91,8 @@ class _HostLoop:
             self.profile.after(self.step, metrics)
             self.step += 1
             self.pending = self.step, metrics
-            actions = [self._sample] if self.work.sample_every and self.step % self.work.sample_every == 0 else []
-            if config.checkpoint_every and self.step % config.checkpoint_every == 0:
+            actions = [self._sample] if self._is_due(self.work.sample_every) else []
+            if self._is_due(config.checkpoint_every):
                 rated_by_samples = self.checkpoints.best_metric in self.work.standing()
                 actions.insert(len(actions) if rated_by_samples else 0, self._save)
             for act in actions:
@@ -109,6 +109,10 @@ class _HostLoop:
             return 128 + self.stop.signal, state
         self.writer.message(f"done: {self.step} steps, checkpoints in {self.checkpoints.folder}")
         return 0, state
+
+    def _is_due(self, every: int) -> bool:
+        """Return whether what happens every so many steps, and after the last, is to happen now; 0: never."""
+        return bool(every) and (self.step % every == 0 or self.step == self.config.num_steps)
 
     def _sample(self, state) -> None:
         self._fetch()
