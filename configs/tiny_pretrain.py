@@ -1,24 +1,23 @@
-"""The tiny teacher of weights/tiny, trained from scratch by flow matching on the built-in world of shapes.
+"""The tiny teacher of weights/tiny, trained by flow matching on clips of the built-in world of shapes.
 
+    python scripts/pretrain.py --config configs/tiny_images.py --workdir runs/tiny_images --out runs/tiny_images/weights
     python scripts/pretrain.py --config configs/tiny_pretrain.py --workdir runs/tiny_pretrain --out weights/tiny
 
-It needs the VAE, tokenizer and text encoder of weights/tiny (configs/tiny_vae.py, scripts/make_tiny_text_encoder.py).
-About 50 minutes on a two-core CPU, 5 of them to encode the clips; the card in weights/tiny has the figures.
+The first learns from single pictures, this goes on from there. Both need the VAE, tokenizer and text encoder of
+weights/tiny (configs/tiny_vae.py, scripts/make_tiny_text_encoder.py). About 45 minutes on a two-core CPU, 5 of them to
+encode the clips; the card in weights/tiny has the figures.
 """
 
-from avd_jax.training.fields import config_from
-from avd_jax.training.pretraining import FIELDS
+import runpy
+from pathlib import Path
 
 
 def get_config():
-    """Return the config."""
-    config = config_from(FIELDS)
-    config.data.weights = "weights/tiny"
+    """Return the settings of configs/tiny_images.py for clips."""
+    config = runpy.run_path(str(Path(__file__).with_name("tiny_images.py")))["get_config"]()
+    config.init_from = "runs/tiny_images/weights"
     config.data.shapes_world.clips = 6000
-    config.model.text_len = 50
+    config.data.shapes_world.frames = 17
     config.batch_size = 8
-    config.num_steps = 6000
-    config.optimizer.name = "muon"  # after 240 steps its loss was 0.40, AdamW's 0.55
-    config.optimizer.learning_rate = 6e-3
-    config.optimizer.warmup_steps = 100
+    config.num_steps = 5000
     return config

@@ -9,7 +9,7 @@ from avd_jax.data import shapes_world
 from avd_jax.data.shapes_world import ACTIONS, COLOURS, DIRECTIONS, SHAPES, SIZES, SPEEDS, TEXTURES, TONES, VERBS, Thing
 
 PLAIN = Thing(
-    shape="circle",
+    shape="disc",
     colour="red",
     tone="vivid",
     texture="plain",
@@ -50,9 +50,9 @@ def test_the_draws_are_fixed():
     # Philox' raw output is the same in every version of NumPy, so that these scenes must not change either.
     assert (
         shapes_world.caption(0)
-        == "In this video a small striped purple square glides quickly downwards; the background is sandy."
+        == "In this video a small striped purple bar glides quickly downwards; the background is sandy."
     )
-    assert shapes_world.caption(12) == "A small striped orange circle moves slowly upwards. Everything behind is grey."
+    assert shapes_world.caption(12) == "A small striped orange disc moves slowly upwards. Everything behind is grey."
     first, _ = shapes_world.clip(7, frames=5, height=32, width=32)
     again, _ = shapes_world.clip(7, frames=5, height=32, width=32)
     np.testing.assert_array_equal(first, again)
@@ -79,14 +79,14 @@ def test_objects_of_a_scene_can_be_told_apart():
         for thing in scene.things[:2]:
             contrast = np.linalg.norm(thing.rgb - shapes_world.BACKGROUNDS[scene.background])
             assert contrast > shapes_world.CONTRAST
-            assert not (thing.action == "turn" and thing.shape == "circle")
+            assert not (thing.action == "turn" and thing.shape == "disc")
 
 
 @pytest.mark.parametrize("phrasing", range(len(shapes_world.PHRASINGS)))
 def test_every_phrasing_says_everything_in_sound_english(phrasing):
     moving = dataclasses.replace(PLAIN, action="move", verb="glides", texture="striped", tone="muted", size="small")
     caption = scene_of(moving, PLAIN, pan="left", phrasing=phrasing).caption
-    assert "small striped muted red circle glides slowly upwards and a medium red circle rests" in caption
+    assert "small striped muted red disc glides slowly upwards and a medium red disc rests" in caption
     assert "dark" in caption
     assert caption.endswith(". The camera pans to the left.")
     assert caption[0].isupper()
@@ -120,10 +120,10 @@ def test_grows_shrinks_turns_and_rests():
     assert area["grow"][1] > 2.5 * area["grow"][0]
     assert area["shrink"][0] > 2.5 * area["shrink"][1]
     assert area["rest"][0] == area["rest"][1]
-    square = dataclasses.replace(PLAIN, shape="square")
-    turned = mask_of(dataclasses.replace(square, action="turn"), 1)
-    assert turned.sum() == pytest.approx(mask_of(square, 1).sum(), rel=0.06)
-    assert (turned != mask_of(square, 1)).mean() > 0.02
+    bar = dataclasses.replace(PLAIN, shape="bar")
+    turned = mask_of(dataclasses.replace(bar, action="turn"), 1)
+    assert turned.sum() == pytest.approx(mask_of(bar, 1).sum(), rel=0.06)
+    assert (turned != mask_of(bar, 1)).mean() > 0.02
 
 
 @pytest.mark.parametrize("colour", COLOURS)
@@ -151,7 +151,7 @@ def test_backgrounds_are_textured_but_softly_and_pan():
 
 
 def test_outlines_have_the_area_and_width_of_their_kind():
-    for shape, share in (("circle", np.pi / 4), ("square", 1.0), ("triangle", 0.5)):
+    for shape, share in (("disc", np.pi / 4), ("bar", 1.0), ("cross", 7 / 16)):
         mask = mask_of(dataclasses.replace(PLAIN, shape=shape), 2)
         rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
         box = (np.ptp(rows) + 1) * (np.ptp(columns) + 1)

@@ -37,7 +37,9 @@ BACKGROUNDS = {
     "dark": (0.16, 0.15, 0.20),
 }
 CONTRAST = 0.3  # least distance in RGB between an object's colour and the background's
-SHAPES = ("circle", "square", "triangle")
+SHAPES = ("disc", "bar", "cross")  # differ by whole cells of a VAE, so that a small model can learn them
+BAR = (0.4, 1.2)  # half its height and half its length, in half its named width
+CROSS = (0.3, 1.2)  # likewise of each of its two arms
 TEXTURES = ("plain", "plain", "plain", "striped", "spotted")  # most objects are plain, which goes unsaid
 SIZES = {"small": 0.17, "medium": 0.22, "large": 0.28}  # half the width, as a share of the picture's shorter side
 SPEEDS = {"slowly": 0.22, "quickly": 0.5}  # way over the whole clip, as a share of the picture's shorter side
@@ -167,7 +169,7 @@ def scene(index: int) -> Scene:
         colour = pick(stand_out or [max(contrast, key=contrast.get)])
         colours.remove(colour)  # no two objects of a clip have the same
         shape, action = pick(SHAPES), pick(ACTIONS)
-        if action == "turn" and shape == "circle":
+        if action == "turn" and shape == "disc":
             action = "rest"  # nobody could tell
         angle, apart = first_angle + 2 * np.pi * i / count, _APART if count > 1 else 0.0
         things.append(
@@ -274,13 +276,14 @@ def _mixed(colour: str, grey: float) -> np.ndarray:
 
 
 def _distance(shape: str, down: np.ndarray, right: np.ndarray, radius: float) -> np.ndarray:
-    """Signed distance to the outline (exact for the circle, along the nearest side for the others)."""
-    if shape == "circle":
+    """Signed distance to the outline (exact for the disc, along the nearest side for the others)."""
+    if shape == "disc":
         return np.hypot(down, right) - radius
-    if shape == "square":
-        return np.maximum(np.abs(down), np.abs(right)) - 0.9 * radius
-    slope = np.sqrt(0.75)  # an equilateral triangle with its tip up
-    return np.maximum(down, slope * np.abs(right) - 0.5 * down) - 0.6 * radius
+
+    def bar(half_height: float, half_length: float) -> np.ndarray:
+        return np.maximum(np.abs(down) - half_height * radius, np.abs(right) - half_length * radius)
+
+    return bar(*BAR) if shape == "bar" else np.minimum(bar(*CROSS), bar(*CROSS[::-1]))
 
 
 def _shade(texture: str, down: np.ndarray, right: np.ndarray, radius: float) -> np.ndarray:

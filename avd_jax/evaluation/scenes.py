@@ -223,18 +223,23 @@ def _template(shape: str, angle: float) -> np.ndarray:
     """Return a shape of unit area around the origin on a grid of 48 x 48 points over [-1.2, 1.2]^2, bool."""
     y, x = np.mgrid[-1.2:1.2:48j, -1.2:1.2:48j]
     down, right = np.cos(angle) * y - np.sin(angle) * x, np.sin(angle) * y + np.cos(angle) * x
-    if shape == "circle":
+    if shape == "disc":
         return np.hypot(down, right) <= np.pi**-0.5
-    if shape == "square":
-        return np.maximum(np.abs(down), np.abs(right)) <= 0.5
-    inner = 27**-0.25  # the inscribed circle's radius of a triangle of unit area
-    return np.maximum(down, np.sqrt(0.75) * np.abs(right) - 0.5 * down) <= inner
+
+    def bar(half_height: float, half_length: float) -> np.ndarray:
+        return (np.abs(down) <= half_height) & (np.abs(right) <= half_length)
+
+    if shape == "bar":
+        return bar(*np.asarray(shapes_world.BAR) / np.sqrt(4 * np.prod(shapes_world.BAR)))
+    width, length = shapes_world.CROSS
+    arm = np.asarray(shapes_world.CROSS) / np.sqrt(4 * width * (2 * length - width))
+    return bar(*arm) | bar(*arm[::-1])
 
 
 _TEMPLATES = {
-    "circle": np.stack([_template("circle", 0.0)]),
-    "square": np.stack([_template("square", angle) for angle in np.arange(0, np.pi / 2, np.pi / 18)]),
-    "triangle": np.stack([_template("triangle", angle) for angle in np.arange(0, 2 * np.pi / 3, np.pi / 18)]),
+    "disc": np.stack([_template("disc", 0.0)]),
+    "bar": np.stack([_template("bar", angle) for angle in np.arange(0, np.pi, np.pi / 18)]),
+    "cross": np.stack([_template("cross", angle) for angle in np.arange(0, np.pi / 2, np.pi / 18)]),
 }
 
 
