@@ -1,8 +1,8 @@
 """Train a Wan2.1 transformer from scratch, or fine-tune one, by flow matching on encoded videos.
 
-    python scripts/pretrain.py --config configs/tiny_pretrain.py --workdir runs/tiny_pretrain --out weights/tiny
-    python scripts/pretrain.py --config configs/tiny_pretrain.py --config.init_from=/weights/Wan2.1-T2V-1.3B \
-        --config.data.latents=/data/latents --config.optimizer.learning_rate=1e-5 --workdir runs/finetune
+    python scripts/pretrain.py --config configs/tiny_images.py --workdir runs/tiny_images --out runs/tiny_images/weights
+    python scripts/pretrain.py --config configs/finetune.py --config.init_from=/weights/Wan2.1-T2V-1.3B \
+        --config.data.latents=/data/latents --workdir runs/finetune --out runs/finetune/weights
 
 The same command goes on from the last checkpoint of the workdir. A run, like any other, is also read by
 scripts/export.py and scripts/generate.py. `--explain` prints every field of the config.
