@@ -27,7 +27,6 @@ def get_config():
     config.optimizer.fake_score_learning_rate = 1e-4
     config.compute_dtype = "float32"  # CPUs only emulate bfloat16
     config.teacher_dtype = "float32"
-    config.remat = "block"  # a CPU computes a block again sooner than it fetches what it kept
     config.checkpoint_every = 30
     config.sample_every = 30
     return config

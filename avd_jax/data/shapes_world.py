@@ -253,6 +253,28 @@ def background(content: Scene, time: float, *, height: int, width: int, style: s
     return (colour * light[..., None]).astype(np.float32)
 
 
+def distance(shape: str, down: np.ndarray, right: np.ndarray, radius: float) -> np.ndarray:
+    """Return the signed distance to the outline of a shape around the origin, negative inside.
+
+    It is exact for the disc, and along the nearest side for the others.
+    """
+    if shape == "disc":
+        return np.hypot(down, right) - radius
+
+    def bar(half_height: float, half_length: float) -> np.ndarray:
+        return np.maximum(np.abs(down) - half_height * radius, np.abs(right) - half_length * radius)
+
+    return bar(*BAR) if shape == "bar" else np.minimum(bar(*CROSS), bar(*CROSS[::-1]))
+
+
+def area(shape: str) -> float:
+    """Return the area of a shape of radius 1."""
+    if shape == "disc":
+        return np.pi
+    height, length = BAR if shape == "bar" else CROSS
+    return 4 * height * (length if shape == "bar" else 2 * length - height)
+
+
 def _paint(thing: Thing, time: float, height: int, width: int, style: str) -> tuple[np.ndarray, np.ndarray]:
     """Return how much of each pixel the thing covers, [height width], and its surface, [height width 3] or [3]."""
     short = min(height, width)
@@ -262,7 +284,7 @@ def _paint(thing: Thing, time: float, height: int, width: int, style: str) -> tu
     right = (x - (width - 1) / 2) / short - centre[1]
     cos, sin = np.cos(angle), np.sin(angle)
     down, right = cos * down - sin * right, sin * down + cos * right
-    outside = _distance(thing.shape, down, right, radius)
+    outside = distance(thing.shape, down, right, radius)
     if style == "outline":
         line = np.abs(outside + 0.03) - 0.03
         return np.clip(0.5 - line * short, 0.0, 1.0), np.asarray(OUTLINE_COLOURS[thing.colour], np.float32)
@@ -273,17 +295,6 @@ def _paint(thing: Thing, time: float, height: int, width: int, style: str) -> tu
 def _mixed(colour: str, grey: float) -> np.ndarray:
     """Return a colour mixed with so much mid grey, [3] in 0..1."""
     return (1 - grey) * np.asarray(COLOURS[colour]) + grey * 0.5
-
-
-def _distance(shape: str, down: np.ndarray, right: np.ndarray, radius: float) -> np.ndarray:
-    """Signed distance to the outline (exact for the disc, along the nearest side for the others)."""
-    if shape == "disc":
-        return np.hypot(down, right) - radius
-
-    def bar(half_height: float, half_length: float) -> np.ndarray:
-        return np.maximum(np.abs(down) - half_height * radius, np.abs(right) - half_length * radius)
-
-    return bar(*BAR) if shape == "bar" else np.minimum(bar(*CROSS), bar(*CROSS[::-1]))
 
 
 def _shade(texture: str, down: np.ndarray, right: np.ndarray, radius: float) -> np.ndarray:

@@ -223,17 +223,7 @@ def _template(shape: str, angle: float) -> np.ndarray:
     """Return a shape of unit area around the origin on a grid of 48 x 48 points over [-1.2, 1.2]^2, bool."""
     y, x = np.mgrid[-1.2:1.2:48j, -1.2:1.2:48j]
     down, right = np.cos(angle) * y - np.sin(angle) * x, np.sin(angle) * y + np.cos(angle) * x
-    if shape == "disc":
-        return np.hypot(down, right) <= np.pi**-0.5
-
-    def bar(half_height: float, half_length: float) -> np.ndarray:
-        return (np.abs(down) <= half_height) & (np.abs(right) <= half_length)
-
-    if shape == "bar":
-        return bar(*np.asarray(shapes_world.BAR) / np.sqrt(4 * np.prod(shapes_world.BAR)))
-    width, length = shapes_world.CROSS
-    arm = np.asarray(shapes_world.CROSS) / np.sqrt(4 * width * (2 * length - width))
-    return bar(*arm) | bar(*arm[::-1])
+    return shapes_world.distance(shape, down, right, shapes_world.area(shape) ** -0.5) <= 0
 
 
 _TEMPLATES = {
