@@ -60,7 +60,7 @@ def test_a_meter_warns_once_when_it_leaves_its_band_and_once_when_it_is_back():
     assert len(lines) == 3
     assert lines[0].startswith("warning: step 1: meter/latent_temporal_variance is 0.40")
     assert "0.5..2: motion freezes" in lines[0]
-    assert "back at 0.60" in lines[1]
+    assert lines[1] == ("step 3: meter/latent_temporal_variance is back in its band 0.5..2: 0.60 of the real data's")
     assert "frames jump" in lines[2]
 
 
@@ -114,3 +114,20 @@ def test_samples_are_measured_beside_real_clips_and_the_teacher():
     assert len(lines) == 1
     assert "motion freezes" in lines[0]
     assert not any("teacher" in name for name in make()[0].after_samples(0, real, [], real))
+
+
+def test_a_student_like_its_teacher_has_not_collapsed():
+    """Four captions' colours may be stronger than four other clips': the teacher's videos of the same ones say so."""
+    clips = [shapes_world.clip(i, frames=9, height=64, width=64) for i in range(4)]
+    real = [measure(video, caption) for video, caption in clips]
+    vivid = [row | {"saturation": 1.6 * row["saturation"]} for row in real]
+    meters, lines = make(saturation=(0.7, 1.4))
+    values = meters.after_samples(10, vivid, vivid, real)
+    assert values["meter/saturation"] == pytest.approx(values["meter/teacher_saturation"]) == pytest.approx(1.6)
+    assert lines == []
+    meters.after_samples(20, vivid, real, real)
+    assert len(lines) == 1
+    assert "meter/saturation is 1.60 of the real data's and 1.60 of the teacher's, outside" in lines[0]
+    meters, lines = make(saturation=(0.7, 1.4))
+    meters.after_samples(10, vivid, [], real)
+    assert "meter/saturation is 1.60 of the real data's, outside" in lines[0]

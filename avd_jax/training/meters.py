@@ -3,8 +3,9 @@
 A collapse under distribution matching shows as frames that stop moving and as colours that saturate. Each meter is a
 share: the student's mean over the real data's. Latent meters come with every update whose rollout reaches the
 student's last step and cost nothing; the others are measured on the decoded samples, of student, teacher and real clips
-alike. A meter that leaves its band says so once, and once when it is back; latent meters are judged by their mean over
-the last JUDGED_EXAMPLES examples, for those of a small batch scatter.
+alike. A meter that leaves its band says so once, and once when it is back. Latent meters are judged by their mean over
+the last JUDGED_EXAMPLES examples, for those of a small batch scatter. Decoded ones are few and of other captions than
+the real clips: they are outside only where they are so beside the teacher's videos of the same captions too.
 """
 
 import math
@@ -98,13 +99,13 @@ class Meters:
     ) -> dict[str, float]:
         """Return what to log of decoded samples, one row a video, of student, teacher (or none) and real clips."""
         student = summarise(rows, real)
-        shares = {name: student[f"{name}/relative"] for name in RELATIVE}
-        values = self._keep(shares)
-        for name, share in shares.items():
-            self._judge(step, name, share)
+        values = self._keep({name: student[f"{name}/relative"] for name in RELATIVE})
         if teacher:
-            of_teacher = summarise(teacher, real)
+            of_teacher, beside_teacher = summarise(teacher, real), summarise(rows, teacher)
             values |= {f"meter/teacher_{name}": of_teacher[f"{name}/relative"] for name in RELATIVE}
+        for name in RELATIVE:
+            share = student[f"{name}/relative"]
+            self._judge(step, name, share, beside_teacher[f"{name}/relative"] if teacher else None)
         values |= {f"samples/{name}": value for name, value in student.items() if not name.endswith("/relative")}
         self.values |= values
         return values
@@ -114,17 +115,20 @@ class Meters:
         self.values |= named
         return named
 
-    def _judge(self, step: int, name: str, value: float) -> None:
+    def _judge(self, step: int, name: str, value: float, beside_teacher: float | None = None) -> None:
         low, high = self._bands.get(name, (-np.inf, np.inf))
-        outside = not low <= value <= high
+        shares = [value] if beside_teacher is None else [value, beside_teacher]
+        outside = not any(low <= share <= high for share in shares)
         if outside == (name in self._outside):
             return
         self._outside ^= {name}
+        found = f"{value:.2f} of the real data's"
+        if beside_teacher is not None:
+            found += f" and {beside_teacher:.2f} of the teacher's"
         if outside:
-            what = ADVICE[name][value > high]
+            what = ADVICE[name][min(shares) > high]
             self._message(
-                f"warning: step {step}: meter/{name} is {value:.2f} of the real data's, outside "
-                f"config.meters.{name}={low:g}..{high:g}: {what}"
+                f"warning: step {step}: meter/{name} is {found}, outside config.meters.{name}={low:g}..{high:g}: {what}"
             )
         else:
-            self._message(f"step {step}: meter/{name} is back at {value:.2f}, in its band {low:g}..{high:g}")
+            self._message(f"step {step}: meter/{name} is back in its band {low:g}..{high:g}: {found}")
