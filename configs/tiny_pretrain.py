@@ -1,11 +1,10 @@
 """The tiny teacher of weights/tiny, trained by flow matching on clips of the built-in world of shapes.
 
-    python scripts/pretrain.py --config configs/tiny_images.py --workdir runs/tiny_images --out runs/tiny_images/weights
     python scripts/pretrain.py --config configs/tiny_pretrain.py --workdir runs/tiny_pretrain --out weights/tiny
 
-The first learns from single pictures, this goes on from there. Both need the VAE, tokenizer and text encoder of
-weights/tiny (configs/tiny_vae.py, scripts/make_tiny_text_encoder.py). About 45 minutes on a two-core CPU, 5 of them to
-encode the clips; the card in weights/tiny has the figures.
+It goes on from what configs/tiny_images.py has learnt from single pictures. Both need the VAE, tokenizer and text
+encoder of weights/tiny (configs/tiny_vae.py, scripts/make_tiny_text_encoder.py). About 45 minutes on a two-core CPU, 5
+of them to encode the clips; the card in weights/tiny has the commands in order, and the figures.
 """
 
 import runpy
@@ -15,7 +14,7 @@ from pathlib import Path
 def get_config():
     """Return the settings of configs/tiny_images.py for clips."""
     config = runpy.run_path(str(Path(__file__).with_name("tiny_images.py")))["get_config"]()
-    config.init_from = "runs/tiny_images/weights"
+    config.init_from = "runs/tiny_images2/weights"
     config.data.shapes_world.clips = 6000
     config.data.shapes_world.frames = 17
     config.batch_size = 8
