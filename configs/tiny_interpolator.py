@@ -4,7 +4,7 @@
         --out weights/tiny
 
 It needs the VAE, tokenizer and text encoder of weights/tiny. Expected result: held_out.md in the workdir, whose last
-column was 85 % after 600 updates; one update takes half a second on a two-core CPU.
+column was 83 % after 600 updates; one update takes half a second on a two-core CPU.
 """
 
 from avd_jax.training.fields import config_from
