@@ -15,9 +15,9 @@ def get_config():
     """Return settings for a small world: a higher rate, fewer and smaller updates."""
     config = config_from(FIELDS)
     config.data.weights = "weights/tiny"
-    config.data.shapes_world.clips = 1000
-    config.num_steps = 600
+    config.data.shapes_world.clips = 3000
+    config.num_steps = 3000
     config.batch_size = 16
     config.optimizer.learning_rate = 1e-3
-    config.checkpoint_every = 200
+    config.checkpoint_every = 500
     return config
