@@ -6,7 +6,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3; do $$p -c \
 
 tiny: .venv/installed
 	.venv/bin/python scripts/train.py --config configs/tiny.py --workdir runs/tiny
-	.venv/bin/python scripts/evaluate.py --checkpoint runs/tiny --weights weights/tiny --beside_teacher --count 24 \
+	.venv/bin/python scripts/evaluate.py --checkpoint runs/tiny --weights weights/tiny --beside_teacher --count 48 \
 	  --batch_size 8 --out runs/tiny
 
 test: .venv/installed
