@@ -98,6 +98,17 @@ def test_histograms_come_a_timestep_with_every_weight_once():
     assert second[2] == WEIGHTS_A_HISTOGRAM // 2
 
 
+def test_a_timestep_without_weights_has_no_histogram():
+    """TensorBoard's writer refuses one of nothing; without a regression all weights are stand-ins, and 0."""
+    meters, _ = make()
+    size = WEIGHTS_A_HISTOGRAM
+    got = meters.after_update(1, metrics(weights=np.full(size, 0.25), index=np.zeros(size)))
+    assert set(got) == {"regression/weight_histogram_t1000"}
+    assert meters.after_update(2, metrics(weights=np.zeros(size), index=np.zeros(size))) == {}
+    later = metrics(weights=np.full(size, 0.25), index=np.ones(size))
+    assert set(meters.after_update(3, later)) == {"regression/weight_histogram_t900"}
+
+
 def test_samples_are_measured_beside_real_clips_and_the_teacher():
     clips = [shapes_world.clip(i, frames=9, height=64, width=64) for i in range(4)]
     real = [measure(video, caption) for video, caption in clips]

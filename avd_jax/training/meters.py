@@ -68,8 +68,8 @@ class Meters:
         """Take the meters and weights of one update out of its metrics, but for meters that are worth logging.
 
         Returns:
-          Histograms of the regression weight by name, each of a timestep, where enough weights have come together; the
-          counts are of ten bins over 0..1.
+          Histograms of the regression weight by name, each of a timestep that has any, where enough weights have come
+          together; the counts are of ten bins over 0..1.
         """
         latent = {name: float(metrics.pop(f"meter/{name}")) for name in LATENT}
         if int(metrics.pop("rollout_stop")) == len(self._timesteps) - 1 and np.isfinite(list(latent.values())).all():
@@ -79,12 +79,14 @@ class Meters:
                 if len(recent) == recent.maxlen:
                     self._judge(step, name, float(np.mean(recent)))
         for index, weight in zip(metrics.pop("timestep_index"), metrics.pop("regression_weight"), strict=True):
-            self._weights[int(index)].append(float(weight))
+            if weight > 0:  # a stand-in is 0 where there is no regression, and a skipped update's may not be finite
+                self._weights[int(index)].append(float(weight))
         if sum(map(len, self._weights)) < WEIGHTS_A_HISTOGRAM:
             return {}
         counts = {
             f"regression/weight_histogram_t{timestep:g}": np.histogram(weights, BINS)[0].tolist()
             for timestep, weights in zip(self._timesteps, self._weights, strict=True)
+            if weights
         }
         self._weights = [[] for _ in self._timesteps]
         return counts
