@@ -60,7 +60,7 @@ def test_a_meter_warns_once_when_it_leaves_its_band_and_once_when_it_is_back():
     assert len(lines) == 3
     assert lines[0].startswith("warning: step 1: meter/latent_temporal_variance is 0.40")
     assert "0.5..2: motion freezes" in lines[0]
-    assert lines[1] == ("step 3: meter/latent_temporal_variance is back in its band 0.5..2: 0.60 of the real data's")
+    assert lines[1] == "step 3: meter/latent_temporal_variance is back in its band 0.5..2: 0.60 of the real data's"
     assert "frames jump" in lines[2]
 
 

@@ -77,7 +77,7 @@ class Meters:
             for name, recent in self._recent.items():
                 recent.append(latent[name])
                 if len(recent) == recent.maxlen:
-                    self._judge(step, name, float(np.mean(recent)))
+                    self._judge(step, name, {"the real data's": float(np.mean(recent))})
         for index, weight in zip(metrics.pop("timestep_index"), metrics.pop("regression_weight"), strict=True):
             if weight > 0:  # a stand-in is 0 where there is no regression, and a skipped update's may not be finite
                 self._weights[int(index)].append(float(weight))
@@ -102,12 +102,13 @@ class Meters:
         """Return what to log of decoded samples, one row a video, of student, teacher (or none) and real clips."""
         student = summarise(rows, real)
         values = self._keep({name: student[f"{name}/relative"] for name in RELATIVE})
+        beside = {"the real data's": student}
         if teacher:
-            of_teacher, beside_teacher = summarise(teacher, real), summarise(rows, teacher)
+            of_teacher = summarise(teacher, real)
             values |= {f"meter/teacher_{name}": of_teacher[f"{name}/relative"] for name in RELATIVE}
+            beside["the teacher's"] = summarise(rows, teacher)
         for name in RELATIVE:
-            share = student[f"{name}/relative"]
-            self._judge(step, name, share, beside_teacher[f"{name}/relative"] if teacher else None)
+            self._judge(step, name, {whose: means[f"{name}/relative"] for whose, means in beside.items()})
         values |= {f"samples/{name}": value for name, value in student.items() if not name.endswith("/relative")}
         self.values |= values
         return values
@@ -117,18 +118,15 @@ class Meters:
         self.values |= named
         return named
 
-    def _judge(self, step: int, name: str, value: float, beside_teacher: float | None = None) -> None:
+    def _judge(self, step: int, name: str, shares: Mapping[str, float]) -> None:
         low, high = self._bands.get(name, (-np.inf, np.inf))
-        shares = [value] if beside_teacher is None else [value, beside_teacher]
-        outside = not any(low <= share <= high for share in shares)
+        outside = not any(low <= share <= high for share in shares.values())
         if outside == (name in self._outside):
             return
         self._outside ^= {name}
-        found = f"{value:.2f} of the real data's"
-        if beside_teacher is not None:
-            found += f" and {beside_teacher:.2f} of the teacher's"
+        found = " and ".join(f"{share:.2f} of {whose}" for whose, share in shares.items())
         if outside:
-            what = ADVICE[name][min(shares) > high]
+            what = ADVICE[name][min(shares.values()) > high]
             self._message(
                 f"warning: step {step}: meter/{name} is {found}, outside config.meters.{name}={low:g}..{high:g}: {what}"
             )
