@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from avd_jax.errors import UserError
-from avd_jax.parallel.mesh import batch_sharding, batch_shards, make_mesh, replicated
+from avd_jax.parallel.mesh import batch_sharding, batch_shards, filled_up, make_mesh, replicated
 
 
 @pytest.mark.parametrize(
@@ -60,6 +60,7 @@ def test_sizes_that_do_not_fit(sizes, message):
 def test_the_batch_is_cut_along_data_and_fsdp():
     mesh = make_mesh(data=2, fsdp=2, seq=2)
     assert batch_shards(mesh) == 4
+    assert [filled_up(examples, mesh) for examples in (1, 4, 5)] == [4, 4, 8]
     batch = jax.device_put(np.arange(24).reshape(8, 3), batch_sharding(mesh))
     assert {shard.data.shape for shard in batch.addressable_shards} == {(2, 3)}
     whole = jax.device_put(np.arange(24).reshape(8, 3), replicated(mesh))

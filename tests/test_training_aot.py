@@ -47,6 +47,16 @@ def test_the_flops_are_all_devices_and_do_not_depend_on_the_mesh():
     assert flops(data=1, fsdp=1, seq=1, devices=jax.devices()[:1]) == flops(data=1, fsdp=4, seq=2)
 
 
+def test_sample_videos_are_shared_out_where_there_are_fewer_than_shards():
+    """Held whole by all 8, 2 videos would cost each device the activations of both."""
+
+    def temporaries(prompts):
+        config = make_config(batch_size=8, sample__prompts=prompts)
+        return Plan(config, DIT, SHAPE, make_mesh(data=8)).compile("student_sample", topology="here")[0].temporary_gib
+
+    assert temporaries(2) == temporaries(8) < temporaries(9)
+
+
 @pytest.mark.parametrize("name", ["generator_step", "fake_score_step", "vae_decode"])
 def test_every_program_can_be_traced(name):
     program = plan().program(name)

@@ -39,7 +39,7 @@ from avd_jax.generation.pipeline import (
 from avd_jax.generation.settings import Job, Settings, to_record
 from avd_jax.generation.weights import Parts, open_parts
 from avd_jax.models.placement import Placement
-from avd_jax.parallel.mesh import BATCH_AXES, batch_sharding, batch_shards, replicated
+from avd_jax.parallel.mesh import BATCH_AXES, batch_sharding, filled_up, replicated
 from avd_jax.parallel.rules import spec_for
 
 SHEET_ROWS = 12
@@ -123,8 +123,7 @@ def generate(
       UserError: a full disk, or values that are not finite.
     """
     settings, videos, todo = plan.settings, plan.videos, plan.todo
-    shards = batch_shards(mesh)
-    size = -(-min(batch_size, len(todo)) // shards) * shards
+    size = filled_up(min(batch_size, len(todo)), mesh)
     made_with = {"fingerprints": plan.fingerprints, "command": command} | _environment(mesh, size)
     for job, pixels in _sample(plan, mesh, size) if todo else ():
         with _reporting(videos[job]):

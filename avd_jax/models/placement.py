@@ -93,7 +93,7 @@ class Placement:
     def spec(self, batch: int, *axes: str | None) -> PartitionSpec:
         """Return the spec of an array whose leading axis is the batch.
 
-        A batch that the mesh does not divide, such as that of a few sample videos, is held whole by every shard.
+        A batch that the mesh does not divide is held whole by every shard.
         """
         shards = math.prod(self.mesh.shape[axis] for axis in self.batch_axes)
         return PartitionSpec(None if batch % shards else self.batch_axes, *axes)

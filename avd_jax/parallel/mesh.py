@@ -101,3 +101,9 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch_shards(mesh: Mesh) -> int:
     """Return into how many shards the mesh cuts the global batch."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def filled_up(examples: int, mesh: Mesh) -> int:
+    """Return `examples` rounded up so that every batch shard has as many as the others."""
+    shards = batch_shards(mesh)
+    return -(-examples // shards) * shards

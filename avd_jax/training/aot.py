@@ -24,7 +24,7 @@ from avd_jax.models.wan_dit import WAN_MODELS, WanDiTConfig
 from avd_jax.models.wan_vae import WanVAE, WanVAEConfig
 from avd_jax.parallel.compiler import convolution_options
 from avd_jax.parallel.memory import parameter_sharding
-from avd_jax.parallel.mesh import BATCH_AXES, make_mesh, replicated
+from avd_jax.parallel.mesh import BATCH_AXES, filled_up, make_mesh, replicated
 from avd_jax.parallel.rules import dotted
 from avd_jax.parallel.topology import memory_gib
 from avd_jax.training.flops import jaxpr_flops
@@ -153,7 +153,7 @@ class Plan:
     def _student_sample(self) -> Program:
         network = make_networks(self.config, self.model, self.mesh).student
         sampler = make_student_sampler(network, self.latents_shape, timesteps=self.config.student.timesteps)
-        count = max(self.config.sample.prompts, 1)
+        count = filled_up(max(self.config.sample.prompts, 1), self.mesh)
         keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), count))
         keys = jax.ShapeDtypeStruct(keys.shape, keys.dtype, sharding=replicated(self.mesh))
         embeds = self._array((count, self.model.text_len, self.model.text_dim), "float32")

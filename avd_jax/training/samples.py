@@ -22,6 +22,7 @@ from avd_jax.errors import UserError
 from avd_jax.evaluation.suite import measure
 from avd_jax.generation.pipeline import make_student_sampler, make_teacher_sampler, sample_keys
 from avd_jax.parallel.hosts import from_first, is_first, to_host
+from avd_jax.parallel.mesh import filled_up
 from avd_jax.training.meters import Meters
 from avd_jax.training.metrics import MetricsWriter, NoMetrics
 from avd_jax.training.run import Run
@@ -35,8 +36,9 @@ class SampleWriter:
         """Choose the prompts and compile the samplers; the teacher's latents are made once and kept in the workdir."""
         config, shape = run.config, run.info.latents_shape
         self._run, self._writer, self._meters, self._folder = run, writer, meters, workdir / "samples"
-        self._captions, self._embeds = _first_prompts(run, config.sample.prompts)
-        self._keys = sample_keys(range(len(self._captions)))
+        self._captions, embeds = _first_prompts(run, config.sample.prompts)
+        rows = np.arange(filled_up(len(self._captions), run.mesh)) % len(self._captions)  # a share for every shard
+        self._keys, self._embeds = sample_keys(rows), embeds[rows]
         self._decode = _decoder(config.sample.vae or config.init_from)
         self._student = make_student_sampler(
             run.networks.student, shape, timesteps=config.student.timesteps, half_rate=run.half_rate
@@ -52,7 +54,7 @@ class SampleWriter:
     def write(self, step: int, state: TrainState) -> None:
         """Sample the student as it is at `step` (its EMA where one is kept)."""
         params = state.generator if state.ema is None else state.ema
-        videos = self._decode(to_host(self._student(params, self._keys, self._embeds)))
+        videos = self._decode(self._first(self._student(params, self._keys, self._embeds)))
         fps, name = self._run.info.fps, f"step_{step:06d}"
         rows, labels = [], []
         for i, (caption, video) in enumerate(zip(self._captions, videos, strict=True)):
@@ -69,6 +71,10 @@ class SampleWriter:
         rows = self._measure(videos, self._captions)
         self._writer.record(step, self._meters.after_samples(step, rows, self._teacher_rows, self._real_rows))
         self._writer.message(f"samples of step {step}: {self._folder / name}.png")
+
+    def _first(self, latents: jax.Array) -> np.ndarray:
+        """Return the latents of the prompts, without those that fill the shards up."""
+        return to_host(latents)[: len(self._captions)]
 
     def _measure(self, videos: list[np.ndarray], captions: list[str]) -> list[dict[str, float]]:
         fps = self._run.info.fps
@@ -94,7 +100,7 @@ class SampleWriter:
             guidance_scale=run.config.guidance_scale,
         )
         latents = teacher(run.frozen.teacher, self._keys, self._embeds, run.frozen.negative_prompt_embeds)
-        latents = to_host(latents)
+        latents = self._first(latents)
         if is_first():
             with replacing(path) as temporary, temporary.open("wb") as file:
                 np.save(file, latents)
