@@ -141,11 +141,14 @@ def write_video(path: str | os.PathLike, video: np.ndarray, *, fps: float, quali
     rate = Fraction(fps).limit_denominator(1001)
     # x264 leaves the profile that browsers know when its rate factor is 0, so 1 is the best.
     crf = max(1, round(5.1 * (10 - quality)))
+    # x264's macroblock tree reads memory that nobody wrote where the width is no multiple of 128 pixels: with it the
+    # same video becomes another file each time.
+    encoding = {"crf": str(crf), "profile": "high", "x264-params": "mbtree=0"}
     try:
         with replacing(path) as temporary:
             options = {"movflags": "+faststart"}
             with av.open(os.fspath(temporary), "w", format="mp4", options=options) as container:
-                stream = container.add_stream("libx264", rate=rate, options={"crf": str(crf), "profile": "high"})
+                stream = container.add_stream("libx264", rate=rate, options=encoding)
                 stream.height, stream.width = pixels.shape[1:3]
                 stream.pix_fmt = "yuv420p"
                 context = stream.codec_context
