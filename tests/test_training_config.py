@@ -78,6 +78,7 @@ def test_good_values():
         ({"batch_size": 4, "accumulation_steps": 3}, "config.accumulation_steps=3 must divide batch_size=4"),
         ({"max_nonfinite": 0}, "config.max_nonfinite=0 must be at least 1"),
         ({"checkpoint__keep": 0}, "config.checkpoint.keep=0 must be at least 1"),
+        ({"sample__prompts": 0}, "config.sample.prompts=0 must be at least 1; sample_every=0 samples nothing"),
         ({"checkpoint_every": -1}, "config.checkpoint_every=-1 must be 0 or a positive number"),
         ({"loss__regression": -2.0}, "config.loss.regression=-2.0 must be 0 or a positive number"),
         ({"loss__temporal": float("nan")}, "config.loss.temporal=nan must be 0 or a positive number"),

@@ -153,7 +153,7 @@ class Plan:
     def _student_sample(self) -> Program:
         network = make_networks(self.config, self.model, self.mesh).student
         sampler = make_student_sampler(network, self.latents_shape, timesteps=self.config.student.timesteps)
-        count = filled_up(max(self.config.sample.prompts, 1), self.mesh)
+        count = filled_up(self.config.sample.prompts, self.mesh)
         keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), count))
         keys = jax.ShapeDtypeStruct(keys.shape, keys.dtype, sharding=replicated(self.mesh))
         embeds = self._array((count, self.model.text_len, self.model.text_dim), "float32")

@@ -120,8 +120,9 @@ def check_values(config) -> None:
     positive = ("num_steps", "batch_size", "accumulation_steps", "log_every", "max_nonfinite", "checkpoint.keep")
     for name in positive:
         _check(flat, name, flat[name] >= 1, "must be at least 1")
+    _check(flat, "sample.prompts", flat["sample.prompts"] >= 1, "must be at least 1; sample_every=0 samples nothing")
     not_negative = [name for name in flat if name.startswith(("loss.", "optimizer.")) and _is_number(flat[name])]
-    not_negative += ["checkpoint_every", "sample_every", "fake_score_updates", "sample.prompts", "sample.teacher_steps"]
+    not_negative += ["checkpoint_every", "sample_every", "fake_score_updates", "sample.teacher_steps"]
     for name in not_negative:
         if name != "loss.temporal_clip":
             _check(flat, name, flat[name] >= 0 and math.isfinite(flat[name]), "must be 0 or a positive number")

@@ -99,8 +99,8 @@ class SampleWriter:
             shift=sample.teacher_shift,
             guidance_scale=run.config.guidance_scale,
         )
-        latents = teacher(run.frozen.teacher, self._keys, self._embeds, run.frozen.negative_prompt_embeds)
-        latents = self._first(latents)
+        negative = run.frozen.negative_prompt_embeds
+        latents = self._first(teacher(run.frozen.teacher, self._keys, self._embeds, negative))
         if is_first():
             with replacing(path) as temporary, temporary.open("wb") as file:
                 np.save(file, latents)
