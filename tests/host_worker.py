@@ -4,6 +4,7 @@ python host_worker.py SETTINGS.json COORDINATOR NUM_PROCESSES PROCESS_ID
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -14,6 +15,12 @@ from absl import logging
 from avd_jax.errors import report_user_errors
 from avd_jax.parallel import hosts
 from avd_jax.training import loop
+
+
+def keep_stdout_for_python() -> None:
+    """Send what native code prints to stderr: Gloo's threads print to stdout, and into each other's lines."""
+    sys.stdout = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
 
 
 def main() -> None:
@@ -29,4 +36,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    keep_stdout_for_python()
     report_user_errors(hosts.leaving_at_once(main))()
