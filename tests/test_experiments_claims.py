@@ -43,6 +43,18 @@ def test_a_verdict_follows_from_means_and_spread(claim, a, b, outcome):
     assert judge(claim, results(a, b)).outcome == outcome
 
 
+def test_a_method_of_one_seed_is_compared_on_that_seed():
+    """Seed 1 is one on which everything is better; the spread over all seeds is still the margin."""
+    rows = {"a": [{"alignment": 0.70, "seed": 0}], "b": [{"alignment": v, "seed": i} for i, v in enumerate((0.6, 0.9))]}
+    verdict = judge(ABOVE, rows)
+    assert verdict.sentence == "Caption alignment: a 0.700, b 0.600; difference +0.100, margin 0.212."
+    assert verdict.outcome == NOT_SEEN
+    rows["a"][0]["alignment"] = 0.85
+    assert judge(ABOVE, rows).outcome == SEEN
+    untrained = {"a": [{"alignment": 0.5}], "b": rows["b"]}
+    assert "b 0.750 ± 0.212; difference -0.250" in judge(ABOVE, untrained).sentence
+
+
 def test_the_sentence_has_the_numbers():
     sentence = judge(ABOVE, results((0.8, 0.9), (0.5,))).sentence
     assert sentence == "Caption alignment: a 0.850 ± 0.071, b 0.500; difference +0.350, margin 0.071."

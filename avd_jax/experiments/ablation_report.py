@@ -62,10 +62,13 @@ def write_report(config, workdir: Path, results: Sequence[Result]) -> None:
     rows = _table_2(config, by_method, numbers)
     verdicts = [(claim, judge(claim, numbers)) for claim in CLAIMS]
     judged = [(claim.text, verdict) for claim, verdict in verdicts if verdict is not None]
+    train = config.train
     about = (
         "The paper's ablation repeated in a procedural world of moving shapes, with a model a thousand times smaller "
-        f"than Wan2.1 1.3B: {config.train.num_steps} updates of the generator in every cell, batches of "
-        f"{config.train.batch_size}, guidance {config.train.guidance_scale:g}. All rows are measured on the "
+        f"than Wan2.1 1.3B: {train.num_steps} updates of the generator in every cell at a learning rate of "
+        f"{train.optimizer.learning_rate:g}, before each of them {train.fake_score_updates} of the fake score at "
+        f"{train.optimizer.fake_score_learning_rate:g}, batches of {train.batch_size}, guidance "
+        f"{train.guidance_scale:g}. All rows are measured on the "
         f"same {config.evaluation.captions} captions that no training has seen, from the same noise. The paper's "
         "figures are VBench's of Wan2.1 and stand here for their order, not their size."
     )
@@ -109,6 +112,8 @@ def _numbers(by_method: Mapping[str, Sequence[Result]]) -> dict[str, list[dict[s
         numbers[method] = []
         for result in results:
             row = summarise(result.rows, real) | {"seconds": result.seconds}
+            if result.cell.seed is not None:
+                row["seed"] = result.cell.seed
             if len(ends) == 2:
                 row["style"] = style_position(np.asarray(result.features), start=ends[0], end=ends[1])
             numbers[method].append(row)

@@ -18,15 +18,16 @@ from avd_jax.experiments.cells import (
     VIF,
 )
 
-Results = Mapping[str, Sequence[Mapping[str, float]]]  # method -> for each seed, metric -> mean over the captions
+# method -> for each seed, metric -> mean over the captions, and `seed` of what was trained
+Results = Mapping[str, Sequence[Mapping[str, float]]]
 
 SEEN, NOT_SEEN, OPPOSITE = "seen here", "not seen", "opposite"
 LEAST_DIFFERENCE = 0.02  # of metrics that are shares: two of a hundred captions
 CRITERION = (
-    "A claim that one method is above another is seen here where the difference of their means over the seeds is "
-    "larger than the margin, opposite where it is that much in the other direction, else not seen. The margin is the "
-    f"pooled standard deviation over the seeds, but at least {LEAST_DIFFERENCE:g}. A claim that one method is as good "
-    "as another is seen where it is not below it by more than the margin, else opposite."
+    "A claim that one method is above another is seen here where the difference of their means over the seeds that "
+    "both have is larger than the margin, opposite where it is that much in the other direction, else not seen. The "
+    f"margin is the pooled standard deviation over all seeds, but at least {LEAST_DIFFERENCE:g}. A claim that one "
+    "method is as good as another is seen where it is not below it by more than the margin, else opposite."
 )
 METHOD_NAMES = {
     TEACHER: "teacher",
@@ -90,14 +91,14 @@ CLAIMS = (
 
 def judge(claim: Claim, results: Results) -> Verdict | None:
     """Return whether the results show the claim, or None where one of its methods has no results."""
-    higher, lower = (
-        [row[claim.metric] for row in results.get(method, ()) if claim.metric in row]
-        for method in (claim.higher, claim.lower)
-    )
-    if not higher or not lower:
+    rows = [[row for row in results.get(name, ()) if claim.metric in row] for name in (claim.higher, claim.lower)]
+    if not all(rows):
         return None
+    margin = max(pooled_spread(*([row[claim.metric] for row in side] for side in rows)), LEAST_DIFFERENCE)
+    seeds = [{row.get("seed") for row in side} for side in rows]
+    common = set.intersection(*seeds) or set.union(*seeds)  # the teacher has none
+    higher, lower = ([row[claim.metric] for row in side if row.get("seed") in common] for side in rows)
     difference = float(np.mean(higher) - np.mean(lower))
-    margin = max(pooled_spread(higher, lower), LEAST_DIFFERENCE)
     if claim.as_good:
         outcome = SEEN if difference >= -margin else OPPOSITE
     else:
