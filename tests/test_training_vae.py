@@ -1,6 +1,7 @@
 """Training a VAE: the loss sees the VAE's own network, falls, and a run goes on bit for bit."""
 
 import json
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -48,11 +49,11 @@ def vae():
 
 def test_the_trained_network_is_the_one_that_is_used(vae):
     video = shapes_world.clip(0, frames=9, height=16, width=16)[0][None]
-    mean, log_variance = posterior(vae, video)
+    mean, log_variance = jax.jit(partial(posterior, vae))(video)
     assert mean.shape == log_variance.shape == (1, 3, 2, 2, 16)
     normalised = (np.asarray(mean) - np.array(SIZES.latents_mean)) / np.array(SIZES.latents_std)
     np.testing.assert_allclose(vae.encode(video), normalised, atol=2e-5)
-    np.testing.assert_allclose(decode(vae, mean), vae.decode(vae.encode(video)), atol=1e-4)
+    np.testing.assert_allclose(jax.jit(partial(decode, vae))(mean), vae.decode(vae.encode(video)), atol=1e-4)
 
 
 def test_loss_of_a_perfect_and_of_a_shifted_copy(vae, monkeypatch):
@@ -87,9 +88,9 @@ def test_a_new_vae_carries_colours_and_motion():
     video = jnp.broadcast_to(colours[:, None, None, None], (3, 9, 16, 16, 3))
     video = video.at[:, 5:, :, 8:].set(-video[:, 5:, :, 8:])  # after a cut: frames 5 to 8 are the last latent
     vae = new_vae(model_config(config_from(FIELDS)), seed=0)
-    mean, log_variance = posterior(vae, video)
+    mean, log_variance = jax.jit(partial(posterior, vae))(video)
     np.testing.assert_allclose(log_variance, FIRST_LOG_VARIANCE, atol=1e-5)
-    error = np.abs(decode(vae, mean) - video)
+    error = np.abs(jax.jit(partial(decode, vae))(mean) - video)
     assert error.mean() < 0.1
     assert error.max() < 0.4
 
