@@ -7,10 +7,12 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from avd_jax import methods
 from avd_jax.errors import UserError, report_user_errors
 from avd_jax.parallel.compiler import keep_programs
 from avd_jax.parallel.hosts import connect, leaving_at_once
-from avd_jax.training.fields import Fields, check_names, describe, flags_parser
+from avd_jax.training.fields import check_names, describe, flags_parser
+from avd_jax.training.method import Recipe
 
 
 def run(
@@ -31,15 +33,15 @@ def run(
 
 
 def run_training(
-    train: Callable[[object, Path], int], fields: Fields, *, required: Sequence[flags.FlagHolder] = ()
+    train: Callable[[Recipe, object, Path], int], *, method: str = "", required: Sequence[flags.FlagHolder] = ()
 ) -> None:
     """Run a script that trains by a config, on one host or several.
 
     It gets the flags --config, --workdir and --explain, and those that tell one of several processes who takes part.
 
     Args:
-      train: `(config, workdir)` -> exit status.
-      fields: every field that a config of this training has.
+      train: `(recipe, config, workdir)` -> exit status; the recipe is that of the method which the config names.
+      method: the one that the script is for; empty for any.
       required: further flags that must be given to train.
     """
     config = config_flags.DEFINE_config_file("config", None, "config file; set a field with --config.FIELD=VALUE")
@@ -53,16 +55,21 @@ def run_training(
     flags.mark_flag_as_required("config")
 
     def train_or_explain() -> int:
-        check_names(config.value, fields)
+        recipe = methods.get(config.value.get("method", ""))
+        if method and recipe.name != method:
+            raise UserError(
+                f"config.method={recipe.name!r}: this script is for {method!r}; run scripts/train.py, which takes any"
+            )
+        check_names(config.value, recipe.fields)
         if explain.value:
-            print(describe(config.value, fields))
+            print(describe(config.value, recipe.fields))
             return 0
         _check_given((workdir, *required))
         connect(coordinator=coordinator.value, num_processes=num_processes.value, process_id=process_id.value)
         keep_programs(Path(workdir.value) / "compiled")
-        return train(config.value, Path(workdir.value))
+        return train(recipe, config.value, Path(workdir.value))
 
-    run(leaving_at_once(train_or_explain), parse_flags=flags_parser(fields))
+    run(leaving_at_once(train_or_explain), parse_flags=flags_parser(methods.fields_of_file))
 
 
 def checked(main: Callable[[], int | None], required: Sequence[flags.FlagHolder]) -> Callable:

@@ -9,15 +9,13 @@ teacher's, 50x2, and metrics.jsonl how far both are from real clips. So short a 
 It also serves to try the path with weights and data of your own: set `init_from`, `data.latents` and `data.prompts`.
 """
 
-from avd_jax.training.config import default_config
+from avd_jax.methods.avd.config import default_config
 
 
 def get_config():
     """Return settings for a model a thousand times smaller than Wan's: higher rates, fewer steps, no bfloat16."""
     config = default_config()
     config.init_from = "weights/tiny"
-    config.data.shapes_world.clips = 128
-    config.data.shapes_world.prompts = 256
     config.batch_size = 4
     config.guidance_scale = 3.0  # what this teacher looks best with
     config.score.shift = 3.0

@@ -10,16 +10,13 @@ with a new fall of the learning rate, and configs/tiny_pretrain.py adds time. 35
 them to encode the pictures.
 """
 
+from avd_jax.methods.flow_matching import FIELDS
 from avd_jax.training.fields import config_from
-from avd_jax.training.pretraining import FIELDS
 
 
 def get_config():
     """Return the config."""
     config = config_from(FIELDS)
-    config.data.weights = "weights/tiny"
-    config.data.shapes_world.clips = 24000
-    config.data.shapes_world.frames = 1
     config.model.text_len = 50
     config.batch_size = 40
     config.num_steps = 4000

@@ -7,15 +7,13 @@ It needs the VAE, tokenizer and text encoder of weights/tiny. Expected result: h
 column was 92 % after 3,000 updates; that takes a quarter of an hour on one core of a CPU.
 """
 
+from avd_jax.methods.interpolator import FIELDS
 from avd_jax.training.fields import config_from
-from avd_jax.training.interpolation import FIELDS
 
 
 def get_config():
     """Return settings for a small world: a higher rate, fewer and smaller updates."""
     config = config_from(FIELDS)
-    config.data.weights = "weights/tiny"
-    config.data.shapes_world.clips = 3000
     config.num_steps = 3000
     config.batch_size = 16
     config.optimizer.learning_rate = 1e-3

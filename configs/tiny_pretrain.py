@@ -17,8 +17,6 @@ def get_config():
     """Return the settings of configs/tiny_images.py for clips."""
     config = runpy.run_path(str(Path(__file__).with_name("tiny_images.py")))["get_config"]()
     config.init_from = "runs/tiny_images2/weights"
-    config.data.shapes_world.clips = 6000
-    config.data.shapes_world.frames = 17
     config.batch_size = 8
     config.num_steps = 5000
     return config

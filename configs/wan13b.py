@@ -9,7 +9,7 @@ teacher 3 GB in bfloat16; they are sharded over all devices. Expected result: th
 steps, VBench instance preservation 92.39 and dynamic degree 99.72 (teacher, 50x2 steps: 92.39 and 85.56).
 """
 
-from avd_jax.training.config import default_config
+from avd_jax.methods.avd.config import default_config
 
 
 def get_config():

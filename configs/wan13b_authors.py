@@ -8,7 +8,7 @@ each device instead of one for the run, and a history that is lost on resume. Ex
 came from that code, so this is the place to start from when a published figure is not reached.
 """
 
-from avd_jax.training.config import default_config
+from avd_jax.methods.avd.config import default_config
 
 
 def get_config():

@@ -9,7 +9,7 @@ devices. Expected result: the paper names no figures of its own for this size he
 that the run writes beside the student's.
 """
 
-from avd_jax.training.config import default_config
+from avd_jax.methods.avd.config import default_config
 
 
 def get_config():

@@ -11,15 +11,15 @@ import json
 from pathlib import Path
 
 from absl import flags
+from avd_jax.training.aot import PROGRAMS, Plan, Report, make_plan
+from avd_jax.training.planning import candidates, recommend
 from ml_collections import config_flags
 
 from avd_jax import command_line
 from avd_jax.errors import UserError, closest
 from avd_jax.parallel.topology import tpu_devices
-from avd_jax.training.aot import PROGRAMS, Plan, Report, make_plan
 from avd_jax.training.config import FIELDS, check_values
 from avd_jax.training.fields import flags_parser
-from avd_jax.training.planning import candidates, recommend
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "config file; set a field with --config.FIELD=VALUE")
 TOPOLOGY = flags.DEFINE_string("topology", "", "the TPU slice, such as v5e:4x4 or v5p:2x2x4")

@@ -10,14 +10,14 @@ import pathlib
 
 import tokenizers
 from absl import flags
+from avd_jax.training.shipping import write_json, write_text_encoder
+from avd_jax.training.text_training import train_text_encoder
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from avd_jax import command_line
 from avd_jax.data import shapes_world
 from avd_jax.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from avd_jax.models.umt5 import UMT5Config
-from avd_jax.training.shipping import write_json, write_text_encoder
-from avd_jax.training.text_training import train_text_encoder
 
 OUT = flags.DEFINE_string("out", None, "folder that gets tokenizer/ and text_encoder/")
 CAPTIONS = flags.DEFINE_integer("captions", 4000, "captions that the tokenizer is trained on", lower_bound=1)

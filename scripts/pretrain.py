@@ -4,7 +4,7 @@
     python scripts/pretrain.py --config configs/finetune.py --config.init_from=/weights/Wan2.1-T2V-1.3B \
         --config.data.latents=/data/latents --workdir runs/finetune --out runs/finetune/weights
 
-The same command goes on from the last checkpoint of the workdir. A run, like any other, is also read by
+The same command resumes from the last checkpoint of the workdir. A run, like any other, is also read by
 scripts/export.py and scripts/generate.py. `--explain` prints every field of the config.
 """
 
@@ -13,20 +13,21 @@ from pathlib import Path
 from absl import flags
 
 from avd_jax import command_line
-from avd_jax.training.pretraining import FIELDS, pretrain, trained_dit
-from avd_jax.training.shipping import write_dit
+from avd_jax.convert.shipping import write_dit
+from avd_jax.methods.flow_matching.method import trained_dit
+from avd_jax.training.trainer import train
 
 OUT = flags.DEFINE_string("out", None, "folder that gets transformer/, the mean weights, once the run is complete")
 
 
-def train(config, workdir: Path) -> int:
+def pretrain(recipe, config, workdir: Path) -> int:
     """Train and write the result."""
-    status, state, model = pretrain(config, workdir)
-    if status == 0 and OUT.value:
-        write_dit(trained_dit(model, state.ema), Path(OUT.value))
+    run = train(recipe, config, workdir)
+    if run.status == 0 and OUT.value:
+        write_dit(trained_dit(run.method, run.state.networks["generator"].latest), Path(OUT.value))
         print(f"wrote {OUT.value}/transformer")
-    return status
+    return run.status
 
 
 if __name__ == "__main__":
-    command_line.run_training(train, FIELDS)
+    command_line.run_training(pretrain, method="flow_matching")

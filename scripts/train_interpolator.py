@@ -3,7 +3,7 @@
     python scripts/train_interpolator.py --config configs/interpolator.py --config.data.latents=/data/latents \
         --workdir /runs/interpolator --out /runs/wan13b
 
-The same command goes on from the last checkpoint of the workdir. `--explain` prints every field of the config.
+The same command resumes from the last checkpoint of the workdir. `--explain` prints every field of the config.
 """
 
 from pathlib import Path
@@ -11,22 +11,24 @@ from pathlib import Path
 from absl import flags
 
 from avd_jax import command_line
-from avd_jax.training.interpolation import FIELDS, train_interpolator, trained_interpolator
-from avd_jax.training.shipping import write_interpolator
+from avd_jax.convert.shipping import write_interpolator
+from avd_jax.methods.interpolator.method import trained_interpolator
+from avd_jax.training.trainer import train
 
 OUT = flags.DEFINE_string(
     "out", None, "folder that gets interpolator/, once the run is complete: a student's run or export, or weights"
 )
 
 
-def train(config, workdir: Path) -> int:
+def train_interpolator(recipe, config, workdir: Path) -> int:
     """Train and write the result."""
-    status, state, sizes = train_interpolator(config, workdir)
-    if status == 0 and OUT.value:
-        write_interpolator(trained_interpolator(sizes, state.ema), Path(OUT.value))
+    run = train(recipe, config, workdir)
+    if run.status == 0 and OUT.value:
+        params = run.state.networks["interpolator"].latest
+        write_interpolator(trained_interpolator(run.method, params), Path(OUT.value))
         print(f"wrote {OUT.value}/interpolator")
-    return status
+    return run.status
 
 
 if __name__ == "__main__":
-    command_line.run_training(train, FIELDS)
+    command_line.run_training(train_interpolator, method="interpolator")

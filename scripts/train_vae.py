@@ -2,7 +2,7 @@
 
     python scripts/train_vae.py --config configs/tiny_vae.py --workdir runs/tiny_vae --out weights/tiny
 
-The same command goes on from the last checkpoint of the workdir. `--explain` prints every field of the config.
+The same command resumes from the last checkpoint of the workdir. `--explain` prints every field of the config.
 """
 
 from pathlib import Path
@@ -10,20 +10,21 @@ from pathlib import Path
 from absl import flags
 
 from avd_jax import command_line
-from avd_jax.training.shipping import write_vae
-from avd_jax.training.vae_training import FIELDS, train_vae, trained_vae
+from avd_jax.convert.shipping import write_vae
+from avd_jax.methods.vae.method import trained_vae
+from avd_jax.training.trainer import train
 
 OUT = flags.DEFINE_string("out", None, "the folder that gets vae/, once the run is complete")
 
 
-def train(config, workdir: Path) -> int:
+def train_vae(recipe, config, workdir: Path) -> int:
     """Train and write the result."""
-    status, state = train_vae(config, workdir)
-    if status == 0:
-        write_vae(trained_vae(config, state.ema), Path(OUT.value))
+    run = train(recipe, config, workdir)
+    if run.status == 0:
+        write_vae(trained_vae(config, run.state.networks["vae"].latest), Path(OUT.value))
         print(f"wrote {OUT.value}/vae")
-    return status
+    return run.status
 
 
 if __name__ == "__main__":
-    command_line.run_training(train, FIELDS, required=(OUT,))
+    command_line.run_training(train_vae, method="vae", required=(OUT,))

@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from avd_jax.training.shipping import write_interpolator as ship
 from flax import nnx
 
 from avd_jax import convert
@@ -16,7 +17,6 @@ from avd_jax.convert.interpolator_rules import PREFIX
 from avd_jax.convert.saving import write_interpolator
 from avd_jax.convert.weights import open_weights
 from avd_jax.errors import UserError
-from avd_jax.training.shipping import write_interpolator as ship
 
 FILE = "diffusion_pytorch_model.safetensors"
 

@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from avd_jax.training.networks import make_network
 from flax import nnx
 
 from avd_jax.errors import UserError
 from avd_jax.models import wan_dit
 from avd_jax.models.wan_dit import REMAT_POLICIES, WAN_1_3B, WAN_14B, WanDiT, WanDiTConfig, timestep_features
-from avd_jax.training.networks import make_network
 
 TINY = WanDiTConfig(
     dim=24, ffn_dim=40, num_heads=2, num_layers=2, in_dim=4, out_dim=3, freq_dim=32, text_dim=16, text_len=9

@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from avd_jax.training.networks import make_network
 from flax import nnx
 from training_cases import DIT, LATENTS_SHAPE, make_batch, write_weights
 
 from avd_jax import convert
 from avd_jax.parallel.memory import parameter_sharding
 from avd_jax.parallel.mesh import make_mesh
-from avd_jax.training.networks import make_network
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
+from avd_jax.training.networks import make_network
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -17,7 +18,6 @@ from avd_jax.models.interpolator import Interpolator, InterpolatorConfig
 from avd_jax.models.wan_dit import WAN_1_3B, WAN_14B
 from avd_jax.parallel.mesh import AXES, PARAMETER_AXES
 from avd_jax.parallel.rules import LARGE_LEAF, RULES, dotted, sharding_table, shardings, spec_for, tree_shardings
-from avd_jax.training.networks import make_network
 from avd_jax.training.state import init_state, make_optimizers
 
 W = PARAMETER_AXES

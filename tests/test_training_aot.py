@@ -4,12 +4,12 @@ import json
 
 import jax
 import pytest
+from avd_jax.training.aot import Plan, Report, make_plan
 from training_cases import DIT, make_config
 
 from avd_jax.errors import UserError
 from avd_jax.parallel.mesh import make_mesh
 from avd_jax.training import aot, planning
-from avd_jax.training.aot import Plan, Report, make_plan
 
 SHAPE = 3, 4, 4, 4
 VIDEO = {"frames": 9, "height": 32, "width": 32}

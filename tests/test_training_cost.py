@@ -5,13 +5,13 @@ import collections
 import jax
 import jax.numpy as jnp
 import pytest
+from avd_jax.training.networks import Networks
+from avd_jax.training.steps import make_fake_score_step, make_generator_step
 from training_cases import LATENTS_SHAPE, linear_network, linear_params, make_batch, make_config, recording
 
 from avd_jax.training import objectives
 from avd_jax.training.cost import HALF_RATE, cycle_cost
-from avd_jax.training.networks import Networks
 from avd_jax.training.state import init_state, make_optimizers
-from avd_jax.training.steps import make_fake_score_step, make_generator_step
 
 
 def counted(config):

@@ -9,16 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from avd_jax.training.networks import Networks, make_network
+from avd_jax.training.objectives import Frozen
+from avd_jax.training.steps import compile_step, make_fake_score_step, make_generator_step
 from training_cases import DIT, make_config
 
 from avd_jax.parallel.hosts import batch_rows
 from avd_jax.parallel.mesh import make_mesh, replicated
 from avd_jax.parallel.rules import LARGE_LEAF
 from avd_jax.training.checkpoint import Checkpoints
-from avd_jax.training.networks import Networks, make_network
-from avd_jax.training.objectives import Frozen
 from avd_jax.training.state import abstract_state, init_state, make_optimizers
-from avd_jax.training.steps import compile_step, make_fake_score_step, make_generator_step
 
 # Small, but for leaves of a million elements: the text's projection, and the feed-forward layers' stacks.
 LARGE = dataclasses.replace(DIT, dim=256, ffn_dim=2048, text_dim=4096)

@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from avd_jax.training.pretraining import FIELDS
 
 from avd_jax.errors import UserError
 from avd_jax.parallel.mesh import make_mesh
 from avd_jax.training import fitting
 from avd_jax.training.fields import config_from
-from avd_jax.training.pretraining import FIELDS
 
 TARGET = jnp.array([1.0, -2.0, 3.0])
 

@@ -7,6 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from avd_jax.training.networks import Networks
+from avd_jax.training.run import build_run
+from avd_jax.training.shipping import write_interpolator
 from flax import nnx
 from training_cases import (
     LATENTS_SHAPE,
@@ -27,9 +30,6 @@ from avd_jax.models.interpolator import Interpolator, InterpolatorConfig
 from avd_jax.training import objectives
 from avd_jax.training.config import validate
 from avd_jax.training.loop import train
-from avd_jax.training.networks import Networks
-from avd_jax.training.run import build_run
-from avd_jax.training.shipping import write_interpolator
 
 GENERATOR, FAKE_SCORE, TEACHER = linear_params(0), linear_params(1), linear_params(2)
 TIMES = (1000.0, 900.0, 757.0, 522.0)

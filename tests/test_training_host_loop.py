@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from avd_jax.training.host_loop import Work, run_steps
+
 from avd_jax.training.metrics import MetricsWriter
 from avd_jax.training.workdir import StopSignals
 

@@ -6,16 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
-from training_cases import write_sets
-
-from avd_jax import convert
-from avd_jax.convert.state import flat_state
-from avd_jax.data.latents import EncodedSet
-from avd_jax.data.pipeline import held_out_indices, training_batches
-from avd_jax.errors import UserError
-from avd_jax.models.interpolator import Interpolator, InterpolatorConfig
-from avd_jax.training.fields import config_from
 from avd_jax.training.interpolation import (
     FIELDS,
     baseline_errors,
@@ -26,6 +16,16 @@ from avd_jax.training.interpolation import (
     trained_interpolator,
 )
 from avd_jax.training.shipping import write_interpolator
+from flax import nnx
+from training_cases import write_sets
+
+from avd_jax import convert
+from avd_jax.convert.state import flat_state
+from avd_jax.data.latents import EncodedSet
+from avd_jax.data.pipeline import held_out_indices, training_batches
+from avd_jax.errors import UserError
+from avd_jax.models.interpolator import Interpolator, InterpolatorConfig
+from avd_jax.training.fields import config_from
 
 SHAPE = 5, 4, 4, 4
 

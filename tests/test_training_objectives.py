@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from avd_jax.training.networks import Networks
 from training_cases import (
     LATENTS_SHAPE,
     generator_loss,
@@ -18,7 +19,6 @@ from training_cases import (
 
 from avd_jax.losses.adaptive_regression import LossHistory
 from avd_jax.training import objectives
-from avd_jax.training.networks import Networks
 
 GENERATOR, FAKE_SCORE, TEACHER = linear_params(0), linear_params(1), linear_params(2)
 NEGATIVE = np.random.default_rng(7).standard_normal((8, 16)).astype(np.float32)

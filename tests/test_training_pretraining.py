@@ -4,6 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from avd_jax.training.fitting import make_optimizer
+from avd_jax.training.pretraining import FIELDS, matrices_of_blocks, pretrain, pretraining_loss, trained_dit
+from avd_jax.training.shipping import write_dit
 from flax import nnx
 
 from avd_jax import convert
@@ -12,9 +15,6 @@ from avd_jax.data.inputs import Clip
 from avd_jax.errors import UserError
 from avd_jax.models.wan_dit import WanDiT, WanDiTConfig
 from avd_jax.training.fields import config_from
-from avd_jax.training.fitting import make_optimizer
-from avd_jax.training.pretraining import FIELDS, matrices_of_blocks, pretrain, pretraining_loss, trained_dit
-from avd_jax.training.shipping import write_dit
 
 LATENTS, TEXT_DIM, TEXT_LEN = (2, 4, 4, 4), 6, 5
 

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from avd_jax.training.networks import Networks, make_network
+from avd_jax.training.steps import compile_step, make_fake_score_step, make_generator_step
 from training_cases import (
     DIT,
     LATENTS_SHAPE,
@@ -23,9 +25,7 @@ from training_cases import (
 from avd_jax.parallel.mesh import batch_sharding, make_mesh, replicated
 from avd_jax.parallel.rules import dotted
 from avd_jax.training import objectives
-from avd_jax.training.networks import Networks, make_network
 from avd_jax.training.state import abstract_state, init_state, make_optimizers
-from avd_jax.training.steps import compile_step, make_fake_score_step, make_generator_step
 
 FROZEN = objectives.Frozen(linear_params(2), jnp.ones((8, 16)))
 COMPILED = {}

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from avd_jax.training.text_training import THING_WORDS, UNASKED, train_text_encoder
 
 from avd_jax.data import shapes_world
 from avd_jax.data.tokenizer import Tokenizer
 from avd_jax.models.umt5 import UMT5Config
 from avd_jax.training import text_training
-from avd_jax.training.text_training import THING_WORDS, UNASKED, train_text_encoder
 
 ROOT = Path(__file__).parents[1]
 

@@ -7,13 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
-
-from avd_jax import convert
-from avd_jax.data import shapes_world
-from avd_jax.errors import UserError
-from avd_jax.models.wan_vae import WanVAE, WanVAEConfig
-from avd_jax.training.fields import config_from
 from avd_jax.training.shipping import write_vae
 from avd_jax.training.vae_training import (
     FIELDS,
@@ -27,6 +20,13 @@ from avd_jax.training.vae_training import (
     trained_vae,
     vae_loss,
 )
+from flax import nnx
+
+from avd_jax import convert
+from avd_jax.data import shapes_world
+from avd_jax.errors import UserError
+from avd_jax.models.wan_vae import WanVAE, WanVAEConfig
+from avd_jax.training.fields import config_from
 
 SIZES = WanVAEConfig(base_dim=4, dim_mult=(1, 1, 1, 1), num_res_blocks=1)
 

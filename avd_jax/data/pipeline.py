@@ -35,6 +35,7 @@ def training_batches(
       latents_dir: a `latents` set.
       prompts_dir: a `prompts` set; None takes the captions of the latents set, shuffled on their own.
       batch_size: of all hosts together.
+      prompt_batches: batches of prompts that a cycle takes.
       seed: of the order.
       text_len: length to which embeddings are padded with zeros; longer ones are cut.
       rows: of each global batch that this host reads, such as `parallel.hosts.batch_rows` gives; None: all.
@@ -42,10 +43,11 @@ def training_batches(
 
     Returns:
       An iterator, without end, over dicts of bfloat16 arrays with an entry for each of these rows:
-        prompt_embeds: [B prompt_batches text_len text_dim], for the student's samples.
-        latents: [B F h w C], for the regression loss.
-        caption_embeds: [B text_len text_dim], of the captions of these latents.
-      `get_state()` gives JSON-compatible values and `set_state(state)` goes on from there exactly; it can be saved
+        latents: [B F h w C], of clips.
+        captions: {"prompt_embeds": [B text_len text_dim]}, what a network is told of these clips.
+        prompts: {"prompt_embeds": [B prompt_batches text_len text_dim]}, of the set of prompts; not there if
+          prompt_batches is 0.
+      `get_state()` gives JSON-compatible values and `set_state(state)` resumes from there exactly; it can be saved
       with `grain.checkpoint.CheckpointSave`.
 
     Raises:
@@ -61,26 +63,28 @@ def training_batches(
             )
     latents_seed, prompts_seed = np.random.SeedSequence(seed).generate_state(2)
 
-    def join(index: int) -> dict[str, np.ndarray]:
+    def join(index: int) -> dict:
         pair = latents_stream[index]
         prompts = [prompts_stream[index * prompt_batches + i]["prompt_embeds"] for i in range(prompt_batches)]
         if pair["latents"].shape != latents.info.latents_shape:
             raise UserError(f"{latents_dir}: {pair['clip_id']} has latents of shape {pair['latents'].shape}.")
-        return {
-            "prompt_embeds": np.stack([pad_prompt_embeds(embeds, text_len) for embeds in prompts]),
-            "latents": pair["latents"],
-            "caption_embeds": pad_prompt_embeds(pair["prompt_embeds"], text_len),
-        }
+        captions = {"prompt_embeds": pad_prompt_embeds(pair["prompt_embeds"], text_len)}
+        row = {"latents": pair["latents"], "captions": captions}
+        if prompts:
+            padded = [pad_prompt_embeds(embeds, text_len) for embeds in prompts]
+            row["prompts"] = {"prompt_embeds": np.stack(padded)}
+        return row
 
     latents_stream = _endless(_Without(latents, held_out_indices(len(latents), held_out)), int(latents_seed))
     prompts_stream = _endless(prompts, int(prompts_seed))
     rows = range(batch_size) if rows is None else rows
 
-    def read_row(number: int) -> dict[str, np.ndarray]:
+    def read_row(number: int) -> dict:
         batch, within = divmod(number, len(rows))
         return join(batch * batch_size + rows[within])
 
-    batches = grain.MapDataset.range(sys.maxsize // (prompt_batches * batch_size)).map(read_row).batch(len(rows))
+    batches = grain.MapDataset.range(sys.maxsize // (max(prompt_batches, 1) * batch_size))
+    batches = batches.map(read_row).batch(len(rows))
     # Threads, not worker processes: the state then is one position, and nothing is copied between processes.
     options = grain.ReadOptions(num_threads=BATCHES_AHEAD, prefetch_buffer_size=BATCHES_AHEAD)
     return iter(batches.to_iter_dataset(options))

@@ -7,9 +7,9 @@ One convention holds everywhere: **a timestep is what the network is given, and 
 acts once, where timesteps are made (drawn in `sample_timesteps`, or laid out by a solver), and never again after that.
 
 So the authors' student timesteps 1000, 900, 757, 522 have sigmas 1, 0.9, 0.757, 0.522: in their code, too, sigma stays
-t/1000 whatever shift the schedule object was built with (PAPER.md, last section). They are near a shift of 3 of 1000,
-750, 500, 250, which is 1000, 900, 750, 500, but no one shift makes them (the three would need 3.00, 3.12 and 3.28), so
-configs list them as they are, shifted already.
+t/1000 whatever shift the schedule object was built with (docs/method.md, last section). They are near a shift of 3 of
+1000, 750, 500, 250, which is 1000, 900, 750, 500, but no one shift makes them (the three would need 3.00, 3.12, 3.28),
+so configs list them as they are, shifted already.
 
 Arithmetic is at least float32: bf16 has 8 bits, and x0 is a small difference of large terms where sigma is near 1.
 """
@@ -33,7 +33,7 @@ def at_least_float32(x: Array) -> Array:
 def shifted_sigma(u, shift: float):
     """Return the noise level at uniform time `u` in [0, 1] (0: data, 1: noise); any array or float, element by element.
 
-    PAPER.md, Notation. A shift above 1 spends more of the time at high noise; 1 leaves `u` as it is.
+    docs/method.md, Notation. A shift above 1 spends more of the time at high noise; 1 leaves `u` as it is.
     """
     return shift * u / (1 + (shift - 1) * u)
 

@@ -1,4 +1,4 @@
-"""The few-step student: its rollout, and the backward simulation that feeds its loss (PAPER.md, Training, Algorithm 1).
+"""The few-step student: its rollout, and the backward simulation that feeds its loss (docs/method.md, Algorithm 1).
 
 A step predicts x0 from xt and re-noises it with fresh noise to the next timestep; after the last step the "next
 timestep" is 0, where re-noising changes nothing, so every step is the same program and the network is traced once.
@@ -8,9 +8,9 @@ and however it is sharded. `fold_in(key, 0)` gives the initial noise, `fold_in(k
 i. The noise is generated example by example under `vmap`, which for JAX's default threefry keys draws what a lone
 example would.
 
-With `HalfRate` the first steps work on every second frame (PAPER.md, Frame interpolation): the last of them ends in the
-interpolation of its x0 to all frames, which is re-noised to where the full rate goes on. Half-rate noise is every
-second frame of the noise that a full rate draws, so that a seed means the same with and without.
+With `HalfRate` the first steps work on every second frame (docs/method.md, Frame interpolation): the last of them ends
+in the interpolation of its x0 to all frames, which is re-noised for the first step at the full rate. Half-rate noise is
+every second frame of the noise that a full rate draws, so that a seed means the same with and without.
 """
 
 import itertools
@@ -50,7 +50,7 @@ class StudentSchedule:
 
 
 HALF_RATE_POSITIONS = {"consecutive": 1, "strided": 2}  # name -> distance of neighbouring half-rate frames
-# A small teacher denoises every second frame 3.6 times better where it is told so (README, Frame interpolation).
+# A small teacher denoises every second frame 3.6 times better where it is told so (docs/interpolation.md).
 DEFAULT_HALF_RATE_POSITIONS = "strided"
 
 
@@ -147,7 +147,7 @@ def backward_simulation(
     stop_step: int | Int[Array, ""],
     half_rate: HalfRate | None = None,
 ) -> tuple[Latents, Timesteps]:
-    """Run the student, without gradient, up to the input of one of its steps (PAPER.md, Training).
+    """Run the student, without gradient, up to the input of one of its steps (Algorithm 1).
 
     The loop's length is dynamic: `stop_step` network evaluations are made and no more, whatever value it is traced for.
     The caller makes the step at the returned point itself, with gradient or without.

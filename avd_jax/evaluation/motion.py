@@ -14,7 +14,7 @@ MOVING_FRAMES = 4 / 16  # share of the frames that must move
 
 
 def temporal_variance(array: np.ndarray) -> float:
-    """Return the variance along frames, mean over everything else (the argument of PAPER.md's Eq. 8).
+    """Return the variance along frames, mean over everything else (the argument of the paper's Eq. 8).
 
     Args:
       array: [F H W C], a video or latents.

@@ -1,9 +1,9 @@
 """The samplers as compiled functions from seeds and prompts to latents, and the sizes that they can make.
 
-A network comes in as a callable `network(params, latents, timesteps, prompt_embeds) -> velocity` beside its
-parameters, so that training samples with the very functions that generation uses. Example b of a batch depends on key b
-and embedding b only: a video is the same in every batch and on every number of devices, but for the last bits, where a
-backend sums in another order for another batch size.
+A network comes in as a callable `network(params, xt, timesteps, conditions) -> velocity` beside its parameters, so
+that training samples with the very functions that generation uses. Example b of a batch depends on key b and conditions
+b only: a video is the same in every batch and on every number of devices, but for the last bits: a backend may sum in
+another order for another batch size.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from avd_jax.diffusion.guidance import guide
+from avd_jax.diffusion.guidance import guided_velocity
 from avd_jax.diffusion.student import (
     HALF_RATE_POSITIONS,
     HalfRate,
@@ -29,6 +28,7 @@ from avd_jax.diffusion.student import (
 )
 from avd_jax.diffusion.unipc import unipc_sample, unipc_schedule
 from avd_jax.errors import UserError
+from avd_jax.models.functional import functional
 from avd_jax.models.wan_dit import WanDiTConfig
 from avd_jax.models.wan_vae import WanVAEConfig
 
@@ -70,16 +70,6 @@ def sample_keys(seeds: Sequence[int]) -> Keys:
     return jax.vmap(make)(np.asarray(seeds, np.uint32))
 
 
-def as_network(module: nnx.Module) -> tuple[Network, nnx.State]:
-    """Return a module as a network and its parameters."""
-    graphdef, state = nnx.split(module)
-
-    def network(params, latents, timesteps, prompt_embeds, **options):
-        return nnx.merge(graphdef, params)(latents, timesteps, prompt_embeds, **options)
-
-    return network, state
-
-
 @dataclass(frozen=True)
 class HalfRateSampling:
     """How a student makes its first steps at half the frame rate.
@@ -95,63 +85,75 @@ class HalfRateSampling:
     interpolator: nnx.Module
 
 
-def make_student_sampler(
-    network: Network,
-    shape: LatentsShape,
-    *,
-    timesteps: Sequence[float | int],
-    half_rate: HalfRateSampling | None = None,
-) -> Callable[..., jax.Array]:
-    """Compile the few-step rollout of a student (PAPER.md, Training), one program for each rate that it runs at.
+class StudentSampler:
+    """The few-step rollout of a student (docs/method.md, Algorithm 1), one program for each rate that it runs at.
 
-    Args:
-      network: see the module; for strided half-rate positions it takes `frame_stride` too.
-      shape: from `latents_shape`.
-      timesteps: those that the student was trained for.
-      half_rate: for a rollout whose first steps are at half rate.
-
-    Returns:
-      A function `(params, keys [B], prompt_embeds [B L D]) -> latents [B F H W C]`, float32; keys are from
-      `sample_keys`.
-
-    Raises:
-      UserError: timesteps that are not decreasing in 1000..0, or half-rate steps that do not fit them or the shape.
+    Attributes:
+      first: `(params, interpolator, keys, conditions) -> xt`, jitted: the half-rate steps; None without any.
+      rest: `(params, xt, keys, conditions) -> latents`, jitted: the others; without half-rate steps
+        `(params, keys, conditions) -> latents`, from the noise on.
+      interpolator: parameters of the frame interpolator, or None.
     """
-    timesteps = StudentSchedule(tuple(timesteps)).timesteps
-    if half_rate is None:
+
+    def __init__(
+        self,
+        network: Network,
+        shape: LatentsShape,
+        *,
+        timesteps: Sequence[float | int],
+        half_rate: HalfRateSampling | None = None,
+    ):
+        """Build the programs; nothing is compiled yet.
+
+        Args:
+          network: see the module; for strided half-rate positions it takes `frame_stride` too.
+          shape: from `latents_shape`.
+          timesteps: those that the student was trained for.
+          half_rate: for a rollout whose first steps are at half rate.
+
+        Raises:
+          UserError: timesteps that are not decreasing in 1000..0, or half-rate steps that do not fit them or the shape.
+        """
+        timesteps = StudentSchedule(tuple(timesteps)).timesteps
+        self.first = self.interpolator = None
+        if half_rate is None:
+
+            @jax.jit
+            def sample(params, keys, conditions):
+                velocity_fn = _velocity_fn(network, params, conditions)
+                return student_sample(velocity_fn, initial_noise(keys, shape), keys, timesteps=timesteps)
+
+            self.rest = sample
+            return
+        steps = half_rate.steps
+        check_half_rate(steps, num_steps=len(timesteps), frames=shape[0])
+        # No argument if it changes nothing: networks that know no positions are networks too.
+        stride = HALF_RATE_POSITIONS[half_rate.positions]
+        options = {} if stride == 1 else {"frame_stride": stride}
+        interpolate, self.interpolator = functional(half_rate.interpolator)
 
         @jax.jit
-        def sample(params, keys, prompt_embeds):
-            velocity_fn = _velocity_fn(network, params, prompt_embeds)
-            return student_sample(velocity_fn, initial_noise(keys, shape), keys, timesteps=timesteps)
+        def first(params, interpolator, keys, conditions):
+            velocity_fn = _velocity_fn(network, params, conditions, **options)
+            phase = HalfRate(steps, velocity_fn, partial(interpolate, interpolator))
+            return half_rate_steps(initial_noise(keys, shape), keys, timesteps=timesteps, half_rate=phase)
 
-        return sample
-    steps = half_rate.steps
-    check_half_rate(steps, num_steps=len(timesteps), frames=shape[0])
-    # No argument where it changes nothing: networks that know no positions are networks too.
-    stride = HALF_RATE_POSITIONS[half_rate.positions]
-    options = {} if stride == 1 else {"frame_stride": stride}
-    graphdef, interpolator = nnx.split(half_rate.interpolator)
+        @jax.jit
+        def rest(params, xt, keys, conditions):
+            velocity_fn = _velocity_fn(network, params, conditions)
+            return full_rate_steps(velocity_fn, xt, keys, timesteps=timesteps, first_step=steps)
 
-    @jax.jit
-    def first(params, interpolator, keys, prompt_embeds):
-        velocity_fn = _velocity_fn(network, params, prompt_embeds, **options)
-        phase = HalfRate(steps, velocity_fn, nnx.merge(graphdef, interpolator))
-        return half_rate_steps(initial_noise(keys, shape), keys, timesteps=timesteps, half_rate=phase)
+        self.first, self.rest = first, rest
 
-    @jax.jit
-    def rest(params, xt, keys, prompt_embeds):
-        velocity_fn = _velocity_fn(network, params, prompt_embeds)
-        return full_rate_steps(velocity_fn, xt, keys, timesteps=timesteps, first_step=steps)
-
-    def sample_at_both_rates(params, keys, prompt_embeds):
-        return rest(params, first(params, interpolator, keys, prompt_embeds), keys, prompt_embeds)
-
-    return sample_at_both_rates
+    def __call__(self, params, keys, conditions) -> jax.Array:
+        """Return latents [B F H W C], float32, for keys [B] from `sample_keys` and the conditions of each example."""
+        if self.first is None:
+            return self.rest(params, keys, conditions)
+        return self.rest(params, self.first(params, self.interpolator, keys, conditions), keys, conditions)
 
 
-def _velocity_fn(network: Network, params, prompt_embeds, **options) -> Callable:
-    return lambda latents, times: network(params, latents, times, prompt_embeds, **options)
+def _velocity_fn(network: Network, params, conditions, **options) -> Callable:
+    return lambda xt, times: network(params, xt, times, conditions, **options)
 
 
 def make_teacher_sampler(
@@ -167,8 +169,9 @@ def make_teacher_sampler(
       guidance_scale: in Wan's convention, see `guide`.
 
     Returns:
-      A jitted `(params, keys [B], prompt_embeds [B L D], negative_prompt_embeds [L D]) -> latents [B F H W C]`,
-      float32; keys are from `sample_keys`, and a seed starts from the noise that the student starts from.
+      A jitted `(params, keys [B], conditions, negative_conditions) -> latents [B F H W C]`, float32. Keys are from
+      `sample_keys`, and a seed starts from the noise that the student starts from; the negative conditions are one for
+      all examples.
 
     Raises:
       UserError: num_steps below 1, or a shift that is not positive.
@@ -176,14 +179,14 @@ def make_teacher_sampler(
     unipc_schedule(num_steps, shift)  # now, not at the first call
 
     @jax.jit
-    def sample(params, keys, prompt_embeds, negative_prompt_embeds):
-        negative = jnp.broadcast_to(negative_prompt_embeds, prompt_embeds.shape).astype(prompt_embeds.dtype)
-        both = jnp.stack([prompt_embeds, negative])
-
-        def velocity_fn(latents, times):
-            # One after the other: the network is compiled once, and no shard of the batch has to move.
-            cond, uncond = jax.lax.map(partial(network, params, latents, times), both)
-            return guide(cond=cond, uncond=uncond, scale=guidance_scale)
+    def sample(params, keys, conditions, negative_conditions):
+        def velocity_fn(xt, times):
+            return guided_velocity(
+                partial(network, params, xt, times),
+                conditions=conditions,
+                negative_conditions=negative_conditions,
+                scale=guidance_scale,
+            )
 
         return unipc_sample(velocity_fn, initial_noise(keys, shape), num_steps=num_steps, shift=shift)
 

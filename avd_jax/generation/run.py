@@ -30,14 +30,14 @@ from avd_jax.errors import UserError
 from avd_jax.generation.pipeline import (
     HalfRateSampling,
     LatentsShape,
-    as_network,
+    StudentSampler,
     latents_shape,
-    make_student_sampler,
     make_teacher_sampler,
     sample_keys,
 )
 from avd_jax.generation.settings import Job, Settings, to_record
 from avd_jax.generation.weights import Parts, open_parts
+from avd_jax.models.functional import denoiser
 from avd_jax.models.placement import Placement
 from avd_jax.parallel.mesh import BATCH_AXES, batch_sharding, filled_up, replicated
 from avd_jax.parallel.rules import spec_for
@@ -144,28 +144,31 @@ def _sample(plan: Plan, mesh: Mesh, size: int) -> Iterator[tuple[Job, np.ndarray
     # The VAE is float32, as Wan runs it.
     decode = video_decoder(load_module(parts.vae, jnp.float32, lambda path, leaf: replicated(mesh)))
     dit.placement = Placement(mesh=mesh, batch_axes=BATCH_AXES, sequence_axis="seq")
-    network, params = as_network(dit)
+    network, params = denoiser(dit)
 
     def padded(text: str) -> np.ndarray:
         return pad_prompt_embeds(texts[text], parts.transformer.config.text_len)
+
+    def conditions(embeds: np.ndarray, sharding: NamedSharding) -> dict:
+        return jax.device_put({"prompt_embeds": embeds}, sharding)
 
     if settings.solver == "student":
         half_rate = None
         if settings.half_rate_steps:
             interpolator = load_module(parts.interpolator, dtype, lambda path, leaf: replicated(mesh))
             half_rate = HalfRateSampling(settings.half_rate_steps, settings.half_rate_positions, interpolator)
-        sampler = make_student_sampler(network, shape, timesteps=settings.timesteps, half_rate=half_rate)
+        sampler = StudentSampler(network, shape, timesteps=settings.timesteps, half_rate=half_rate)
         negative = ()
     else:
         guidance = {"shift": settings.shift, "guidance_scale": settings.guidance_scale}
         sampler = make_teacher_sampler(network, shape, num_steps=settings.steps, **guidance)
-        negative = (jax.device_put(padded(settings.negative_prompt), replicated(mesh)),)
+        negative = (conditions(padded(settings.negative_prompt), replicated(mesh)),)
 
     def start(batch: list[Job]) -> jax.Array:
         rows = batch + batch[-1:] * (size - len(batch))
         keys = jax.device_put(sample_keys([job.seed for job in rows]), batch_sharding(mesh))
-        prompt_embeds = jax.device_put(np.stack([padded(job.prompt) for job in rows]), batch_sharding(mesh))
-        return decode(sampler(params, keys, prompt_embeds, *negative))
+        texts = conditions(np.stack([padded(job.prompt) for job in rows]), batch_sharding(mesh))
+        return decode(sampler(params, keys, texts, *negative))
 
     batches = [jobs[i : i + size] for i in range(0, len(jobs), size)]
     running = start(batches[0])

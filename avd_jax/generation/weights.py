@@ -1,23 +1,15 @@
 """The four parts that a video needs, opened and checked against each other before anything large is loaded."""
 
 import hashlib
-import math
 from dataclasses import dataclass
 
-import numpy as np
-
 from avd_jax.convert.architectures import UMT5, WAN_DIT, WAN_VAE
+from avd_jax.convert.fingerprint import fingerprint
 from avd_jax.convert.loading import load_tokenizer, open_interpolator_of
 from avd_jax.convert.weights import Weights, open_weights
 from avd_jax.data.tokenizer import Tokenizer
 from avd_jax.errors import UserError
 from avd_jax.generation.settings import Settings
-
-# A fine-tune changes nearly every leaf, but one merged from low-rank factors may change attention only.
-_TELLING_LEAF = "blocks.self_attn.q.kernel"
-_SMALL_LEAF = 1 << 20  # elements
-_MOST_LEAVES = 32
-_MOST_VALUES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -80,18 +72,3 @@ def _open_interpolator(settings: Settings) -> Weights:
             "interpolator; name the weights that made the video"
         )
     return weights
-
-
-def fingerprint(weights: Weights) -> str:
-    """Return a short text that identifies a network's weights, in whatever layout they are stored, read from a few."""
-    small = sorted(path for path, leaf in weights.leaves.items() if math.prod(leaf.shape) <= _SMALL_LEAF)
-    chosen = small[:: math.ceil(len(small) / _MOST_LEAVES) or 1]
-    if _TELLING_LEAF in weights.leaves and _TELLING_LEAF not in chosen:
-        chosen.append(_TELLING_LEAF)
-    digest = hashlib.sha256()
-    for path in chosen:
-        array = weights.array(path)
-        digest.update(f"{path} {array.shape} {array.dtype}".encode())
-        values = array.reshape(-1)
-        digest.update(np.ascontiguousarray(values[:: math.ceil(values.size / _MOST_VALUES) or 1]).tobytes())
-    return digest.hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""The frame interpolator: a 2-D U-Net that makes the latent frame between two others (PAPER.md, Frame interpolation).
+"""The frame interpolator: a 2-D U-Net that makes the latent frame between two others (docs/interpolation.md).
 
 Three levels: a block of convolution, normalisation and ReLU each, max-pooling between them, transposed convolutions on
 the way back, each followed by the skip connection and a block, and a 1x1 convolution at the end. Structure, names and

@@ -1,8 +1,9 @@
 """Checkpoints of a run: Orbax, written in the background, the newest N and the best one kept.
 
-A checkpoint `workdir/checkpoints/<step>/` has the items `generator`, `fake_score`, `ema` (where the run keeps one),
-`optimizers` and `progress` as arrays, and `meta` as JSON: the architecture, the student's schedule and guidance, the
-whole config, the run's random key and the position in the data.
+A checkpoint `workdir/checkpoints/<step>/` has an item with the parameters of each network, under the network's name,
+one with its running mean (`<name>_ema`) if the run keeps one, `optimizers` and `progress`, all arrays; and `meta` as
+JSON: the method, the main network and its architecture, how a student is sampled, the whole config, the run's random
+key and the position in the data.
 """
 
 import errno

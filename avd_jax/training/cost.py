@@ -1,44 +1,67 @@
-"""What one training cycle costs, counted in forward passes of the transformer on one example.
+"""What a cycle costs, counted from the programs that run: in passes of a network, and as a share of the peak."""
 
-A backward pass costs two forwards, and one more where remat runs the block's forward again. The student's rollout stops
-at a step drawn uniformly, so its cost is an expectation.
-"""
-
+from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import accumulate
-from statistics import mean
 
-HALF_RATE = 0.35  # of a full pass: the 1.3B model with 11 instead of 21 frames of 60x104 (benchmarks/half_rate.py)
+from avd_jax.capacity.devices import peak_flops
+from avd_jax.capacity.flops import count_flops
+from avd_jax.capacity.program import expected_flops
+from avd_jax.training.assembly import Assembly
 
 
 @dataclass(frozen=True)
 class CycleCost:
-    """Forward passes an example: of one generator update, of one fake_score update, and of the whole cycle."""
+    """FLOPs of a cycle over all devices, expected over what is drawn at random; remat's second forward counts again.
 
-    generator: float
-    fake_score: float
-    cycle: float
+    Attributes:
+      updates: network -> FLOPs of one update of it.
+      times: network -> how often a cycle updates it.
+      examples: in a batch.
+      unit: name of the piece of work in which the cost is stated, for one example; None if there is none.
+      unit_flops: of that piece.
+    """
+
+    updates: Mapping[str, float]
+    times: Mapping[str, int]
+    examples: int
+    unit: str | None = None
+    unit_flops: float = 1.0
+
+    @property
+    def flops(self) -> float:
+        """FLOPs of the whole cycle."""
+        return sum(self.times[name] * flops for name, flops in self.updates.items())
+
+    def in_units(self, flops: float) -> float:
+        """Return FLOPs of a batch as units an example."""
+        return flops / self.unit_flops / self.examples
+
+    def as_text(self) -> str:
+        """Return the cost as a sentence."""
+        made = ", ".join(f"{n} {name} update{'s' * (n != 1)}" for name, n in self.times.items())
+        if self.unit is None:
+            return f"one cycle ({made}) costs {self.flops / self.examples:.3g} FLOPs an example"
+        each = ", ".join(f"{self.in_units(flops):.3g} a {name} update" for name, flops in self.updates.items())
+        return f"one cycle ({made}) costs {self.in_units(self.flops):.3g} {self.unit} an example: {each}"
 
 
-def fake_score_updates(config) -> int:
-    """Return how many updates of fake_score a cycle has; only distribution matching asks for it."""
-    return config.fake_score_updates if config.loss.distribution_matching else 0
+def cycle_cost(assembly: Assembly) -> CycleCost:
+    """Count one cycle of a run; each program is traced, which its first call need not do again."""
+    calls, method = assembly.calls, assembly.method
+    updates = {call.update.network: expected_flops(assembly.program(f"{call.update.network}_step")) for call in calls}
+    times = {call.update.network: call.update.times for call in calls}
+    unit, unit_flops = None, 1.0
+    if method.unit is not None:
+        unit, function, args = method.unit()
+        unit_flops = count_flops(function, *args)
+    return CycleCost(updates, times, assembly.rows.batch_size, unit, unit_flops)
 
 
-def cycle_cost(config) -> CycleCost:
-    """Count one cycle of `config`: its updates of fake_score and one of the generator."""
-    half_rate, steps = config.half_rate.steps, len(config.student.timesteps)
-    passes = [HALF_RATE] * half_rate + [1.0] * (steps - half_rate)
-    before_stop = mean(accumulate(passes[:-1], initial=0.0))  # the rollout's steps before the sampled one
-    at_stop = mean(passes)
-    with_gradient = 3 if config.remat == "none" else 4
-    generator = 0.0
-    if config.loss.distribution_matching or config.loss.temporal:
-        generator += before_stop + with_gradient * at_stop
-    if config.loss.distribution_matching:
-        generator += 1 + 2  # fake_score, and the teacher with and without the prompt
-    if config.loss.regression:
-        generator += with_gradient * at_stop
-    fake_score = before_stop + at_stop + with_gradient
-    updates = fake_score_updates(config)
-    return CycleCost(generator, fake_score, updates * fake_score + generator)
+def seconds_at_peak(assembly: Assembly, cost: CycleCost) -> float | None:
+    """Return the seconds that one cycle would take at the peak of all devices' matrix units; None if that is unknown.
+
+    What these are of the seconds that it takes is the run's MFU.
+    """
+    mesh = assembly.method.mesh
+    peak = peak_flops(mesh.devices.flat[0].device_kind)
+    return None if peak is None else cost.flops / (peak * mesh.size)

@@ -1,35 +1,112 @@
-"""Configs made from a table of fields, `dotted name -> (default, help line)`."""
+"""Configs made from a table of rows, `dotted name -> Field`: a default, a help line, and what the value may be."""
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import ml_collections
 from absl import app
 
 from avd_jax.errors import UserError, closest
 
-Fields = Mapping[str, tuple[object, str]]
+Check = Callable[[object], str | None]
+
+
+def anything(value: object) -> None:
+    """Accept every value of the default's type."""
+
+
+class Field(NamedTuple):
+    """One row of a config.
+
+    Attributes:
+      default: also says which type the field has.
+      help: one line for `--explain`.
+      check: value -> what it must be, as the end of the sentence "config.NAME=VALUE ..."; None if it is that.
+      changeable: whether a run may resume with another value. It decides nothing that the run computes, or it is a path
+        whose contents are compared instead.
+    """
+
+    default: object
+    help: str
+    check: Check = anything
+    changeable: bool = False
+
+
+Fields = Mapping[str, Field]
+
+
+def at_least(least: int, hint: str = "") -> Check:
+    """Return the check of a whole number; `hint` is added to what it says."""
+    return lambda value: None if value >= least else f"must be at least {least}{hint}"
+
+
+def not_negative(value: float) -> str | None:
+    """Check a finite number, 0 or above."""
+    return None if 0 <= value < math.inf else "must be 0 or a positive number"
+
+
+def positive(value: float) -> str | None:
+    """Check a finite number above 0."""
+    return None if 0 < value < math.inf else "must be positive"
+
+
+def finite(value: float) -> str | None:
+    """Check a number that is neither infinite nor nan."""
+    return None if math.isfinite(value) else "must be a number"
+
+
+def not_nan(value: float) -> str | None:
+    """Check a number that may be infinite."""
+    return "must be a number" if math.isnan(value) else None
+
+
+def below_one(value: float) -> str | None:
+    """Check a decay: at least 0 and below 1."""
+    return None if 0 <= value < 1 else "must be at least 0 and below 1"
+
+
+def share(value: float) -> str | None:
+    """Check a share of a whole."""
+    return None if 0 <= value <= 1 else "must be a share, 0 to 1"
+
+
+def band(value: Sequence[float]) -> str | None:
+    """Check two bounds around 1."""
+    low, high = value
+    return None if low < 1 < high else "must be two numbers, below and above 1"
+
+
+def one_of(choices: Iterable[str]) -> Check:
+    """Return the check of a name that is one of `choices`."""
+    choices = tuple(choices)
+
+    def check(value: str) -> str | None:
+        return None if value in choices else f"must be one of {', '.join(choices)}{closest(value, choices)}"
+
+    return check
 
 
 def config_from(fields: Fields) -> ml_collections.ConfigDict:
     """Return a config with every field at its default; fields can be set, not added."""
     config = ml_collections.ConfigDict()
-    for name, (value, _) in fields.items():
+    for name, field in fields.items():
         *parents, leaf = name.split(".")
         node = config
         for parent in parents:
             if parent not in node:
                 node[parent] = ml_collections.ConfigDict()
             node = node[parent]
-        node[leaf] = value
+        node[leaf] = field.default
     return config.lock()
 
 
-def with_defaults(fields: Fields, **defaults: object) -> dict[str, tuple[object, str]]:
+def with_defaults(fields: Fields, **defaults: object) -> dict[str, Field]:
     """Return a copy of a table in which some fields have other defaults; `__` stands for the dot of a name."""
     changed = {name.replace("__", "."): value for name, value in defaults.items()}
-    return dict(fields) | {name: (value, fields[name][1]) for name, value in changed.items()}
+    return dict(fields) | {name: fields[name]._replace(default=value) for name, value in changed.items()}
 
 
 def flatten(config) -> dict[str, object]:
@@ -47,7 +124,7 @@ def describe(config, fields: Fields) -> str:
     """Return one line a field: name, value, help."""
     flat = flatten(config)
     width = max(len(f"{name} = {value}") for name, value in flat.items())
-    return "\n".join(f"{f'{name} = {value}':<{width}}  {fields[name][1]}" for name, value in flat.items())
+    return "\n".join(f"{f'{name} = {value}':<{width}}  {fields[name].help}" for name, value in flat.items())
 
 
 def check_names(config, fields: Fields) -> dict[str, object]:
@@ -59,19 +136,50 @@ def check_names(config, fields: Fields) -> dict[str, object]:
     return flat
 
 
-def flags_parser(fields: Fields) -> Callable[[Sequence[str]], list[str]]:
-    """Return a `flags_parser` for `absl.app.run` that checks the config file and the names of fields first."""
+def check_values(config, fields: Fields) -> dict[str, object]:
+    """Check names and values, each value by the row of its field.
+
+    Returns:
+      The flat config.
+
+    Raises:
+      UserError: naming the field, its value and what it must be.
+    """
+    flat = check_names(config, fields)
+    for name, value in flat.items():
+        require(name, value, fields[name].check(value))
+    return flat
+
+
+def require(name: str, value: object, wrong: str | None) -> None:
+    """Raise a UserError about a field if there is something wrong with its value."""
+    if wrong:
+        raise UserError(f"config.{name}={value!r} {wrong}")
+
+
+def flags_parser(fields_of: Callable[[str], Fields]) -> Callable[[Sequence[str]], list[str]]:
+    """Return a `flags_parser` for `absl.app.run` that checks the config file and the names of fields first.
+
+    Args:
+      fields_of: path of the config file -> the fields that its config has.
+    """
 
     def parse(argv: Sequence[str]) -> list[str]:
+        named, path = [], ""
         for argument, following in itertools.pairwise([*argv, ""]):
             if not argument.startswith("-"):
                 continue
             name, assigned, value = argument.lstrip("-").partition("=")
-            if name == "config" and not Path(value if assigned else following).is_file():
-                raise UserError(f"--config {value if assigned else following}: there is no such file")
-            field = name.removeprefix("config.")
-            if field != name and field not in fields:
-                raise UserError(f"config.{field} does not exist{closest(field, fields)}; --explain lists every field")
+            if name == "config":
+                path = value if assigned else following
+                if not Path(path).is_file():
+                    raise UserError(f"--config {path}: there is no such file")
+            elif name.startswith("config."):
+                named.append(name.removeprefix("config."))
+        fields = fields_of(path) if path else {}
+        for name in named:
+            if name not in fields:
+                raise UserError(f"config.{name} does not exist{closest(name, fields)}; --explain lists every field")
         return app.parse_flags_with_usage(list(argv))
 
     return parse

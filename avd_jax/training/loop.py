@@ -1,161 +1,156 @@
-"""A distillation run: cycles of updates, logs, samples, checkpoints; resumable at any moment.
+"""The host's side of every training run: dispatch a step, log the one before, save, stop.
 
-A run that is killed or stopped goes on from its last checkpoint and ends with the same parameters, bit for bit.
+The loop never waits for the devices: it dispatches a step, a cycle of updates, and then fetches the metrics of the one
+before.
 """
 
-from collections.abc import Mapping
+import signal
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import jax
-import numpy as np
-from clu import parameter_overview
 
-from avd_jax.data.atomic import write_text
 from avd_jax.errors import UserError
-from avd_jax.parallel.hosts import is_first
-from avd_jax.training.checkpoint import Checkpoints
-from avd_jax.training.config import FIELDS, validate
-from avd_jax.training.cost import cycle_cost, fake_score_updates
-from avd_jax.training.fields import describe
-from avd_jax.training.host_loop import Work, run_steps
-from avd_jax.training.meters import BINS, Meters
-from avd_jax.training.metrics import MetricsWriter, NoMetrics, open_metrics
-from avd_jax.training.run import Run, build_run
-from avd_jax.training.samples import SampleWriter
-from avd_jax.training.state import TrainState
-from avd_jax.training.throughput import seconds_at_peak
-from avd_jax.training.workdir import CHANGEABLE, StopSignals, check_inputs, claim, jsonable
+from avd_jax.training.checkpoint import Checkpoints, State
+from avd_jax.training.fields import flatten
+from avd_jax.training.metrics import MetricsWriter, NoMetrics
+from avd_jax.training.profiling import Profile
+from avd_jax.training.workdir import StopSignals, jsonable
+
+SomeState = TypeVar("SomeState", bound=State)
 
 
-def train(config, workdir: Path, *, profile: bool = False) -> int:
-    """Train, or go on training, in `workdir`; `profile` writes a trace of a few steps to `workdir/profile`.
+@dataclass(frozen=True)
+class Driven(Generic[SomeState]):
+    """What the loop drives.
+
+    Attributes:
+      config: `num_steps`, `log_every`, `checkpoint_every` and `max_nonfinite` are read here, all of it is recorded.
+      dispatch: `(state, step) -> (state, metrics)`, the step from `step` to `step + 1`; it must not wait for it.
+      describe: says what a checkpoint records besides arrays, step and settings, such as the data's position.
+      summarise: `(step, metrics) -> numbers to log`, once they are on the host; `skipped/in_row` is among them.
+      ratings: further numbers, of earlier steps, that a checkpoint may be rated by.
+      sample: called with `(step, state)` every `sample_every` steps and after the last, after the checkpoint unless
+        that is rated by the samples; its time is not a step's.
+      sample_every: 0 never samples.
+      seconds_at_peak: that a step would take if every device worked at its peak; None if unknown.
+      profile: folder for a trace of a few steps; None traces none.
+    """
+
+    config: object
+    dispatch: Callable[[SomeState, int], tuple[SomeState, object]]
+    describe: Callable[[], dict]
+    summarise: Callable[[int, Mapping], dict[str, float]]
+    ratings: Callable[[], dict[str, float]] = dict
+    sample: Callable[[int, SomeState], object] = lambda step, state: None
+    sample_every: int = 0
+    seconds_at_peak: float | None = None
+    profile: Path | None = None
+
+
+def run_steps(
+    driven: Driven[SomeState],
+    state: SomeState,
+    checkpoints: Checkpoints,
+    writer: MetricsWriter | NoMetrics,
+    stop: StopSignals,
+) -> tuple[int, SomeState]:
+    """Make the steps from `state.step` to `config.num_steps`, or until a signal.
 
     Returns:
-      The exit status: 0 when the run is complete, 128 + the signal's number when a signal stopped it (after a
-      checkpoint; the same command goes on).
+      The exit status, 0 or 128 + the number of the signal that stopped the run, and the last state, which is saved.
 
     Raises:
-      UserError: for what the user can put right.
+      UserError: the loss stays non-finite, the best metric does not exist, or the disk is full.
     """
-    validate(config)
-    # Paths may change: it is their contents that must be the same (`_start`).
-    claim(config, workdir, changeable=(*CHANGEABLE, "num_steps", "init_from", "data.latents", "data.prompts"))
-    if is_first():
-        print(describe(config, FIELDS), flush=True)
-        _print_cost(config)
-    with StopSignals() as stop:
-        run = build_run(config, workdir)
-        overview = parameter_overview.get_parameter_overview(run.abstract.generator, include_stats=False)
-        if is_first():
-            write_text(workdir / "parameters.txt", f"{overview}\n")
-        checkpoints = Checkpoints(workdir, **config.checkpoint)
-        state, key, batches = _start(run, checkpoints)
-        first_step = int(state.step)
-        writer = open_metrics(workdir, first_step=first_step, num_steps=config.num_steps)
-        try:
-            if first_step >= config.num_steps:
-                writer.message(f"the run is complete: {first_step} of {config.num_steps} steps are in {workdir}")
-                return 0
-            if first_step:
-                writer.message(f"going on from step {first_step}")
-            meters = Meters(config.meters, config.student.timesteps, writer.message, batch_size=config.batch_size)
-            samples = SampleWriter(run, workdir, writer, meters) if config.sample_every else None
-            if samples and not first_step and not stop.signal:
-                samples.write(0, state)
-            folder = workdir / "profile" if profile else None
-            work = _work(run, key, batches, samples, meters, writer, folder)
-            status, _ = run_steps(work, state, checkpoints, writer, stop)
-            return status
-        finally:
-            writer.close()
+    return _HostLoop(driven, checkpoints, writer, stop, int(state.step)).go(state)
 
 
-def _work(
-    run: Run,
-    key,
-    batches,
-    samples: SampleWriter | None,
-    meters: Meters,
-    writer: MetricsWriter | NoMetrics,
-    profile: Path | None,
-) -> Work[TrainState]:
-    updates = fake_score_updates(run.config)
+class _HostLoop:
+    """One process's way from the first to the last step."""
 
-    def dispatch(state: TrainState, step: int):
-        """Dispatch one cycle: the updates of fake_score, then the one of the generator."""
-        cycle_key, batch = jax.random.fold_in(key, step), next(batches)
-        fake_metrics = []
-        for i in range(updates):
-            prompts = {"prompt_embeds": run.rows.put(batch["prompt_embeds"][:, i])}
-            state, metrics = run.fake_score_step(state, run.frozen, prompts, jax.random.fold_in(cycle_key, i))
-            fake_metrics.append(metrics)
-        real = {name: run.rows.put(batch[name]) for name in ("latents", "caption_embeds")}
-        real["prompt_embeds"] = run.rows.put(batch["prompt_embeds"][:, -1])
-        state, metrics = run.generator_step(state, run.frozen, real, jax.random.fold_in(cycle_key, updates))
-        return state, (metrics, fake_metrics)
+    def __init__(self, driven: Driven, checkpoints, writer, stop, step: int):
+        self.driven, self.config = driven, driven.config
+        self.checkpoints, self.writer, self.stop = checkpoints, writer, stop
+        self.pending: tuple[int, object] | None = None
+        self.latest: dict[str, float] = {}
+        self.step = self.written = step
+        self.clock = time.monotonic()
+        self.profile = Profile(driven.profile, first_step=step, num_steps=driven.config.num_steps)
 
-    def describe() -> dict:
-        return {
-            "architecture": run.architecture(),
-            "student": run.student_settings(),
-            "inputs": run.inputs,
-            "key": np.asarray(jax.random.key_data(key)).tolist(),
-            "data": batches.get_state(),
-        }
+    def go(self, state):
+        config = self.config
+        while self.step < config.num_steps and not self.stop.before(self.step):
+            self.profile.before(self.step)
+            with jax.profiler.StepTraceAnnotation("step", step_num=self.step):
+                state, metrics = self.driven.dispatch(state, self.step)
+            self._fetch()  # of the step before, while the devices work on this one
+            self.profile.after(self.step, metrics)
+            self.step += 1
+            self.pending = self.step, metrics
+            actions = [self._sample] if self._is_due(self.driven.sample_every) else []
+            if self._is_due(config.checkpoint_every):
+                rated_by_samples = self.checkpoints.best_metric in self.driven.ratings()
+                actions.insert(len(actions) if rated_by_samples else 0, self._save)
+            for act in actions:
+                act(state)
+            self._stop_if_broken(state)
+        self.profile.close()
+        self._save(state)
+        self.checkpoints.wait()
+        if self.stop.signal and self.step < config.num_steps:
+            name = signal.Signals(self.stop.signal).name
+            self.writer.message(
+                f"stopped by {name} after step {self.step}, which is saved; the same command goes on from it"
+            )
+            return 128 + self.stop.signal, state
+        self.writer.message(f"done: {self.step} steps, checkpoints in {self.checkpoints.folder}")
+        return 0, state
 
-    def summarise(step: int, metrics: tuple[Mapping, list[Mapping]]) -> dict[str, float]:
-        """Return the generator's metrics, the means over fake_score's updates of the cycle, and the meters."""
-        values, fake_score = dict(metrics[0]), metrics[1]
-        for name, counts in meters.after_update(step, values).items():
-            writer.histogram(step, name, counts, BINS)
-        values = {name: float(value) for name, value in values.items()}
-        for name in ("loss/fake_score", "grad_norm/fake_score"):
-            if fake_score:
-                values[name] = float(np.mean([update[name] for update in fake_score]))
-        return values
+    def _is_due(self, every: int) -> bool:
+        """Return whether what happens every so many steps, and after the last, is to happen now; 0: never."""
+        return bool(every) and (self.step % every == 0 or self.step == self.config.num_steps)
 
-    return Work(
-        config=run.config,
-        dispatch=dispatch,
-        describe=describe,
-        summarise=summarise,
-        standing=lambda: meters.values,
-        sample=samples.write if samples else lambda step, state: None,
-        sample_every=run.config.sample_every,
-        seconds_at_peak=seconds_at_peak(run),
-        profile=profile,
-    )
+    def _sample(self, state) -> None:
+        self._fetch()
+        started = time.monotonic()
+        self.driven.sample(self.step, state)
+        self.clock += time.monotonic() - started
 
+    def _fetch(self) -> None:
+        """Bring the last step's metrics to the host and log them."""
+        if self.pending is None:
+            return
+        step, metrics = self.pending
+        self.pending = None
+        self.latest = values = self.driven.summarise(step, jax.device_get(metrics))
+        self.checkpoints.check_best_metric(self.driven.ratings() | values)  # now, not when hours later it is needed
+        self.writer.advance(step)
+        if step % self.config.log_every == 0 or step == self.config.num_steps:
+            now = time.monotonic()
+            seconds = (now - self.clock) / (step - self.written)
+            self.clock, self.written = now, step
+            speed = {"time/step_seconds": seconds, "time/steps_per_second": 1 / seconds}
+            if self.driven.seconds_at_peak:
+                speed["time/mfu"] = self.driven.seconds_at_peak / seconds
+            self.writer.write(step, values | speed)
 
-def _start(run: Run, checkpoints: Checkpoints):
-    """Return (state, key, batches) of a new run or of the last checkpoint."""
-    batches = run.batches()
-    step = checkpoints.latest_step()
-    if step is None:
-        return run.init_state(), jax.random.key(run.config.seed), batches
-    meta = checkpoints.meta(step)
-    here = jsonable(run.architecture())
-    if meta["architecture"] != here:
-        difference = _difference(meta["architecture"], here)
+    def _save(self, state) -> None:
+        self._fetch()
+        meta = self.driven.describe() | {"step": self.step, "settings": jsonable(flatten(self.config))}
+        self.checkpoints.save(self.step, state, meta, self.driven.ratings() | self.latest)
+
+    def _stop_if_broken(self, state) -> None:
+        skipped = self.latest.get("skipped/in_row", 0)
+        if skipped < self.config.max_nonfinite:
+            return
+        self._save(state)
+        self.checkpoints.wait()
         raise UserError(
-            f"{checkpoints.folder / str(step)}: is of another architecture ({difference}); "
-            "give its own init_from or another --workdir"
+            f"the loss was not finite in {int(skipped)} updates in a row (config.max_nonfinite); stopped after step "
+            f"{self.step}, which is saved with the last good weights. Look at metrics.jsonl; a lower "
+            "optimizer.learning_rate or clean data may help"
         )
-    check_inputs(meta.get("inputs"), run.inputs, checkpoints.folder / str(step))
-    batches.set_state(meta["data"])
-    key = jax.random.wrap_key_data(np.asarray(meta["key"], np.uint32))
-    return checkpoints.restore(step, run.abstract), key, batches
-
-
-def _print_cost(config) -> None:
-    cost = cycle_cost(config)
-    print(
-        f"one cycle ({fake_score_updates(config)} fake_score updates, 1 generator update) costs {cost.cycle:g} forward "
-        f"passes of the DiT an example: {cost.fake_score:g} a fake_score update, {cost.generator:g} a generator update",
-        flush=True,
-    )
-
-
-def _difference(before: Mapping, now: Mapping) -> str:
-    old, new = before.get("config", {}), now["config"]
-    return ", ".join(f"{name} {old.get(name)} there, {new[name]} here" for name in new if old.get(name) != new[name])

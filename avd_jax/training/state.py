@@ -2,16 +2,41 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
 
-from avd_jax.losses.adaptive_regression import LossHistory
+from avd_jax.models.functional import Params
 from avd_jax.parallel.rules import tree_shardings
-from avd_jax.training.networks import Params
+from avd_jax.training.method import Method
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class NetworkState:
+    """What the updates of one network change.
+
+    Attributes:
+      params: float32 masters of what is trained of it.
+      optimizer: its optimizer's state.
+      ema: running mean of the parameters, or None.
+      skipped: updates skipped for a loss or gradient that was not finite, in the whole run, int32.
+      skipped_in_row: such updates since the last good one, int32: each network has its own count, since good updates of
+        one must not hide that another makes none.
+    """
+
+    params: Params
+    optimizer: optax.OptState
+    ema: Params | None
+    skipped: jax.Array
+    skipped_in_row: jax.Array
+
+    @property
+    def latest(self) -> Params:
+        """The running mean if one is kept, else the parameters: what is sampled, shipped and evaluated."""
+        return self.params if self.ema is None else self.ema
 
 
 @jax.tree_util.register_dataclass
@@ -20,108 +45,80 @@ class TrainState:
     """What an update reads and replaces.
 
     Attributes:
-      step: generator updates made, int32.
-      generator, fake_score: float32 masters.
-      ema: running mean of the generator's weights, or None.
-      generator_optimizer, fake_score_optimizer: AdamW's states.
-      history: the regression loss history of each student timestep.
-      skipped: updates skipped for a non-finite loss, in the whole run, int32.
-      skipped_in_row: such updates since the last good one, of the generator and of fake_score, int32 [2]: each has its
-        own count, since good updates of one must not hide that the other makes none.
+      step: cycles of updates made, int32.
+      networks: by name.
+      extras: what else the method keeps, by name, such as the loss history.
     """
 
     step: jax.Array
-    generator: Params
-    fake_score: Params
-    ema: Params | None
-    generator_optimizer: optax.OptState
-    fake_score_optimizer: optax.OptState
-    history: LossHistory
-    skipped: jax.Array
-    skipped_in_row: jax.Array
+    networks: dict[str, NetworkState]
+    extras: dict[str, Any]
 
     def to_items(self) -> dict:
-        """Return what a checkpoint stores, by item."""
-        items = {
-            "generator": self.generator,
-            "fake_score": self.fake_score,
-            "optimizers": {"generator": self.generator_optimizer, "fake_score": self.fake_score_optimizer},
-            "progress": {
-                "step": self.step,
-                "skipped": self.skipped,
-                "skipped_in_row": self.skipped_in_row,
-                "history": {"mean": self.history.mean, "seen": self.history.seen},
-            },
-        }
-        return items if self.ema is None else items | {"ema": self.ema}
+        """Return what a checkpoint stores, by item: each network's parameters and EMA are items of their own."""
+        items = {name: network.params for name, network in self.networks.items()}
+        items |= {ema_item(name): network.ema for name, network in self.networks.items() if network.ema is not None}
+        items["optimizers"] = {name: network.optimizer for name, network in self.networks.items()}
+        counts = {name: [network.skipped, network.skipped_in_row] for name, network in self.networks.items()}
+        return items | {"progress": {"step": self.step, "skipped": counts, "extras": _leaves(self.extras)}}
 
     def from_items(self, items: Mapping) -> "TrainState":
         """Return the state that a checkpoint of a state like this one holds."""
         progress = items["progress"]
+
+        def network(name: str, like: NetworkState) -> NetworkState:
+            ema = None if like.ema is None else items[ema_item(name)]
+            return NetworkState(items[name], items["optimizers"][name], ema, *progress["skipped"][name])
+
         return TrainState(
             step=progress["step"],
-            generator=items["generator"],
-            fake_score=items["fake_score"],
-            ema=None if self.ema is None else items["ema"],
-            generator_optimizer=items["optimizers"]["generator"],
-            fake_score_optimizer=items["optimizers"]["fake_score"],
-            history=LossHistory(**progress["history"]),
-            skipped=progress["skipped"],
-            skipped_in_row=progress["skipped_in_row"],
+            networks={name: network(name, like) for name, like in self.networks.items()},
+            extras=_filled(self.extras, progress.get("extras", {})),
         )
 
 
-@dataclass(frozen=True)
-class Optimizers:
-    """AdamW of the generator and of fake_score (PAPER.md, Training)."""
-
-    generator: optax.GradientTransformation
-    fake_score: optax.GradientTransformation
+def ema_item(network: str) -> str:
+    """Return the item of a checkpoint that holds a network's running mean."""
+    return f"{network}_ema"
 
 
-def make_optimizers(config) -> Optimizers:
-    """Build both optimizers: the gradient's global norm is clipped, then AdamW."""
-    settings = config.optimizer
+def init_state(method: Method, params: Mapping[str, Params]) -> TrainState:
+    """Start a run from each network's parameters; a pure function of arrays, to be called under `jax.jit`."""
 
-    def adamw(learning_rate: float) -> optax.GradientTransformation:
-        return optax.chain(
-            optax.clip_by_global_norm(settings.max_grad_norm),
-            optax.adamw(
-                learning_rate,
-                b1=settings.beta1,
-                b2=settings.beta2,
-                eps=settings.epsilon,
-                weight_decay=settings.weight_decay,
-            ),
+    def network(name: str) -> NetworkState:
+        trained, start = method.networks[name], params[name]
+        copy = jax.tree.map(jnp.copy, start)  # each has buffers of its own, which the updates may reuse
+        return NetworkState(
+            params=copy,
+            optimizer=trained.optimizer.init(start),
+            ema=jax.tree.map(jnp.copy, start) if trained.ema_decay else None,
+            skipped=jnp.zeros((), jnp.int32),
+            skipped_in_row=jnp.zeros((), jnp.int32),
         )
 
-    return Optimizers(adamw(settings.learning_rate), adamw(settings.fake_score_learning_rate))
-
-
-def init_state(config, optimizers: Optimizers, params: Params) -> TrainState:
-    """Start a run: generator and fake_score both from `params`, the teacher's weights in float32.
-
-    A pure function of arrays: call it under `jax.jit` with `state_shardings` as its out_shardings.
-    """
-    copy = partial(jax.tree.map, jnp.copy)  # each has buffers of its own, which the steps may reuse
     return TrainState(
         step=jnp.zeros((), jnp.int32),
-        generator=copy(params),
-        fake_score=copy(params),
-        ema=copy(params) if config.ema_decay else None,
-        generator_optimizer=optimizers.generator.init(params),
-        fake_score_optimizer=optimizers.fake_score.init(params),
-        history=LossHistory.init(len(config.student.timesteps)),
-        skipped=jnp.zeros((), jnp.int32),
-        skipped_in_row=jnp.zeros(2, jnp.int32),
+        networks={name: network(name) for name in method.networks},
+        extras={name: make() for name, make in method.extras.items()},
     )
 
 
-def abstract_state(config, optimizers: Optimizers, abstract_params: Params, mesh: Mesh) -> TrainState:
+def abstract_state(method: Method) -> TrainState:
     """Return the state's shapes, dtypes and shardings, to initialise, restore or compile with."""
-    shapes = jax.eval_shape(lambda params: init_state(config, optimizers, params), abstract_params)
+    params = {name: network.abstract for name, network in method.networks.items()}
+    shapes = jax.eval_shape(lambda params: init_state(method, params), params)
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         shapes,
-        tree_shardings(shapes, mesh),
+        tree_shardings(shapes, method.mesh),
     )
+
+
+def _leaves(tree) -> dict:
+    """Return a pytree of any kind as path -> leaf, the form in which checkpoints keep it."""
+    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _filled(like, leaves: Mapping):
+    """Return a pytree like `like` with the leaves of `_leaves`."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: leaves[jax.tree_util.keystr(path)], like)

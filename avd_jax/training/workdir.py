@@ -3,7 +3,7 @@
 import json
 import os
 import signal
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 
 import jax
@@ -12,24 +12,19 @@ from jax.experimental import multihost_utils
 from avd_jax.data.atomic import write_text
 from avd_jax.errors import UserError
 from avd_jax.parallel.hosts import barrier, is_first
-from avd_jax.training.fields import flatten
-
-# What may differ when a run goes on: what is kept of it, and on what it runs. All else decides its parameters.
-CHANGEABLE = (
-    *("log_every", "checkpoint_every", "checkpoint.", "sample_every", "sample.", "meters."),
-    *("mesh.", "teacher_memory", "remat", "attention.", "accumulation_steps"),
-)
+from avd_jax.training.fields import Fields, flatten
 
 
-def claim(config, workdir: Path, *, changeable: tuple[str, ...] = CHANGEABLE) -> None:
+def record_config(config, workdir: Path, fields: Fields) -> None:
     """Write the config to the workdir; one that holds a checkpoint must have the same, but for the changeable fields.
 
     Raises:
       UserError: naming the fields that differ.
     """
     path, now = workdir / "config.json", jsonable(flatten(config))
+    changeable = {name for name, field in fields.items() if field.changeable}
     try:
-        # Until there is something to go on from, a setting that was wrong can be put right.
+        # Until there is something to resume from, a setting that was wrong can be put right.
         started = any(child.name.isdigit() for child in (workdir / "checkpoints").glob("*"))
         before = json.loads(path.read_text()) if started and path.exists() else {}
         _check_unchanged(workdir, before, now, changeable)
@@ -42,8 +37,8 @@ def claim(config, workdir: Path, *, changeable: tuple[str, ...] = CHANGEABLE) ->
         raise UserError(f"{path}: is no JSON ({error}); remove it or choose another --workdir") from error
 
 
-def _check_unchanged(workdir: Path, before: dict, now: dict, changeable: tuple[str, ...]) -> None:
-    changed = [name for name in now if name in before and before[name] != now[name] and not name.startswith(changeable)]
+def _check_unchanged(workdir: Path, before: dict, now: dict, changeable: Set[str]) -> None:
+    changed = [name for name in now if name in before and before[name] != now[name] and name not in changeable]
     if changed:
         shown = ", ".join(f"config.{name} was {before[name]!r}, is {now[name]!r}" for name in changed)
         raise UserError(f"{workdir}: holds a run with other settings ({shown}); use them, or another --workdir")
@@ -55,7 +50,7 @@ def check_inputs(before: Mapping[str, str] | None, now: Mapping[str, str], check
     Args:
       before, now: field -> what identifies the contents of the path in that field, wherever it lies; None where the
         checkpoint does not say.
-      checkpoint: that the run is to go on from.
+      checkpoint: that the run is to resume from.
     """
     before = now if before is None else before
     changed = sorted(f"config.{name}" for name in {*before, *now} if before.get(name) != now.get(name))

@@ -8,6 +8,7 @@ crops of few frames are enough: the network is convolutional, and a step costs a
 
 import dataclasses
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -16,77 +17,17 @@ import numpy as np
 from flax import nnx
 
 from avd_jax.data import shapes_world
-from avd_jax.errors import UserError
+from avd_jax.methods.vae.config import model_config
+from avd_jax.models.functional import Functional, Params, filled, functional
 from avd_jax.models.vae_layers import AttentionBlock, Downsample, ResidualBlock
 from avd_jax.models.wan_vae import RGB, WanVAE, WanVAEConfig
-from avd_jax.parallel.mesh import batch_sharding, make_mesh
-from avd_jax.training.fields import with_defaults
-from avd_jax.training.fitting import SHARED_FIELDS, CountedBatches, Fit, FitState, build_fit, check_shared, fit
-from avd_jax.training.networks import Params, filled
+from avd_jax.parallel.hosts import batch_rows
+from avd_jax.parallel.mesh import make_mesh
+from avd_jax.training.method import BatchField, Draw, Method, Term, Trained, Update, Value
+from avd_jax.training.optimizers import growing_decay, scheduled
 
 FIRST_LOG_VARIANCE = -6.0
 GAIN = 1.9  # what the norms of the default sizes take from a colour on its way, measured
-
-FIELDS: dict[str, tuple[object, str]] = {
-    "seed": (0, "decides the initial weights, the crops and the latent noise"),
-    "num_steps": (4000, "updates in the run; the learning rate falls to zero over them"),
-    "batch_size": (3, "crops an update"),
-    "model.base_dim": (8, "channels at full resolution"),
-    "model.z_dim": (16, "channels of the latents"),
-    "model.dim_mult": ((1, 3, 6), "channels of each level, in base_dim"),
-    "model.temporal_downsample": (
-        (True, True),
-        "whether each level but the last halves the frames, not only the sides",
-    ),
-    "model.num_res_blocks": (1, "residual blocks a level of the encoder; the decoder has one more"),
-    "data.first_clip": (1_000_000, "number of the first clip of the built-in world; later work uses the ones below"),
-    "data.frames": (17, "frames of a whole clip, 4n + 1"),
-    "data.height": (64, "pixels of a whole clip"),
-    "data.width": (64, "pixels of a whole clip"),
-    "data.crop_frames": (17, "frames of a crop, 4n + 1; colours drift beyond what was trained"),
-    "data.crop_size": (32, "pixels of a crop's sides, a multiple of the VAE's stride"),
-    "loss.gradient": (0.5, "weight of the differences of neighbouring pixels"),
-    "loss.kl": (1e-4, "weight of the divergence from a normal distribution"),
-    **with_defaults(
-        SHARED_FIELDS,
-        optimizer__learning_rate=5e-4,
-        optimizer__warmup_steps=20,
-        ema_decay=0.995,
-        log_every=20,
-        checkpoint_every=250,
-    ),
-}
-
-
-def validate(config) -> None:
-    """Check the values (UserError names the field)."""
-    flat = check_shared(config, FIELDS)
-    for name in ("model.base_dim", "model.z_dim", "model.num_res_blocks"):
-        if flat[name] < 1:
-            raise UserError(f"config.{name}={flat[name]} must be at least 1")
-    sizes = model_config(config)
-    for name in ("data.frames", "data.crop_frames"):
-        if flat[name] % sizes.temporal_stride != 1:
-            raise UserError(f"config.{name}={flat[name]} is not {sizes.temporal_stride}n + 1")
-    size, stride = flat["data.crop_size"], sizes.spatial_stride
-    if size < stride or size % stride or size > min(flat["data.height"], flat["data.width"]):
-        raise UserError(f"config.data.crop_size={size} must be a multiple of {stride}, and no larger than the clip")
-    if flat["data.crop_frames"] > flat["data.frames"]:
-        raise UserError(f"config.data.crop_frames={flat['data.crop_frames']} is more than data.frames")
-
-
-def model_config(config) -> WanVAEConfig:
-    """Return the VAE's sizes, with latent statistics that normalise nothing."""
-    sizes = config.model
-    return WanVAEConfig(
-        base_dim=sizes.base_dim,
-        z_dim=sizes.z_dim,
-        dim_mult=tuple(sizes.dim_mult),
-        num_res_blocks=sizes.num_res_blocks,
-        temporal_downsample=tuple(sizes.temporal_downsample),
-        latents_mean=(0.0,) * sizes.z_dim,
-        latents_std=(1.0,) * sizes.z_dim,
-    )
 
 
 def new_vae(sizes: WanVAEConfig, seed: int) -> WanVAE:
@@ -173,17 +114,17 @@ def _in_two_parts(network, frames):
     return jnp.concatenate([first, network(frames[:, 1:], past)[0]], axis=1)
 
 
-def vae_loss(vae: WanVAE, video: jax.Array, key: jax.Array, *, gradient: float, kl: float) -> tuple[jax.Array, dict]:
-    """Return the loss of video [B F H W 3] and its parts, with the PSNR in dB (of pixels in [-1, 1])."""
+def reconstruct(vae: WanVAE, video: jax.Array, key: jax.Array) -> dict[str, jax.Array]:
+    """Return the terms of the loss of video [B F H W 3], and the PSNR in dB (of pixels in [-1, 1]), all scalars."""
     mean, log_variance = posterior(vae, video)
     noise = jax.random.normal(key, mean.shape)
     error = decode(vae, mean + jnp.exp(0.5 * log_variance) * noise) - video
-    l1 = jnp.mean(jnp.abs(error))
-    edges = jnp.mean(jnp.abs(jnp.diff(error, axis=2))) + jnp.mean(jnp.abs(jnp.diff(error, axis=3)))
-    divergence = 0.5 * jnp.mean(jnp.square(mean) + jnp.exp(log_variance) - log_variance - 1)
-    psnr = 10 * jnp.log10(4 / jnp.mean(jnp.square(error)))
-    parts = {"loss/l1": l1, "loss/gradient": edges, "loss/kl": divergence, "psnr": psnr}
-    return l1 + gradient * edges + kl * divergence, parts
+    return {
+        "l1": jnp.mean(jnp.abs(error)),
+        "edges": jnp.mean(jnp.abs(jnp.diff(error, axis=2))) + jnp.mean(jnp.abs(jnp.diff(error, axis=3))),
+        "kl": 0.5 * jnp.mean(jnp.square(mean) + jnp.exp(log_variance) - log_variance - 1),
+        "psnr": 10 * jnp.log10(4 / jnp.mean(jnp.square(error))),
+    }
 
 
 def crops(config, number: int) -> np.ndarray:
@@ -201,33 +142,76 @@ def crops(config, number: int) -> np.ndarray:
     return out
 
 
-def train_vae(config, workdir: Path) -> tuple[int, FitState]:
-    """Train, or go on training, a VAE in `workdir`; status and errors as in `fit`."""
-    validate(config)
+class WorldCrops:
+    """Endless batches of crops of the built-in world, made from their number; this host's rows of each."""
 
-    def build() -> Fit:
-        mesh = make_mesh(devices=jax.devices()[: math.gcd(config.batch_size, jax.device_count())])
-        sizes = model_config(config)
-        graphdef, abstract_weights = nnx.split(nnx.eval_shape(lambda: WanVAE(sizes, nnx.Rngs(0))))
+    def __init__(self, config, rows: Sequence[int]):
+        """Start with the first batch."""
+        self._config, self._rows, self._number = config, list(rows), 0
 
-        def loss(params: Params, video, key):
-            vae = nnx.merge(graphdef, filled(abstract_weights, params))
-            return vae_loss(vae, video, key, gradient=config.loss.gradient, kl=config.loss.kl)
+    def __iter__(self):
+        return self
 
-        def make_batch(number: int):
-            return jax.device_put(crops(config, number), batch_sharding(mesh))
+    def __next__(self) -> dict[str, np.ndarray]:
+        video = crops(self._config, self._number)
+        self._number += 1
+        return {"video": video[self._rows]}
 
-        return build_fit(
-            config,
-            mesh,
-            loss=loss,
-            abstract_params=nnx.to_pure_dict(abstract_weights),
-            init_params=lambda shardings: nnx.to_pure_dict(nnx.state(new_vae(sizes, config.seed))),
-            architecture={"name": "wan_vae", "config": dataclasses.asdict(sizes)},
-            batches=CountedBatches(make_batch),
-        )
+    def get_state(self) -> dict:
+        """Return the position."""
+        return {"batch": self._number}
 
-    return fit(build, config, workdir)
+    def set_state(self, state: Mapping) -> None:
+        """Go to a position."""
+        self._number = state["batch"]
+
+
+def build(config, *, devices=None, workdir: Path | None = None, video=None) -> Method:
+    """Put the method together; arguments as in `methods/avd/method.py`."""
+    devices = jax.devices() if devices is None else devices
+    mesh = make_mesh(devices=devices[: math.gcd(config.batch_size, len(devices))])
+    sizes, data = model_config(config), config.data
+    network, _ = functional(nnx.eval_shape(lambda: WanVAE(sizes, nnx.Rngs(0))))
+    shape = config.batch_size, data.crop_frames, data.crop_size, data.crop_size, 3
+    return Method(
+        name="vae",
+        main="vae",
+        mesh=mesh,
+        networks={
+            "vae": Trained(
+                network.abstract_params(),
+                lambda shardings: nnx.to_pure_dict(nnx.state(new_vae(sizes, config.seed))),
+                scheduled(config.optimizer, config.num_steps),
+                growing_decay(config.ema_decay),
+            )
+        },
+        updates=(_update(config, network),),
+        fields={"video": BatchField(jax.ShapeDtypeStruct(shape, jnp.float32))},
+        batches=lambda fresh: WorldCrops(config, batch_rows(mesh, config.batch_size).rows),
+        key_of=lambda key, number: key,
+        record=lambda: {"architecture": {"name": "wan_vae", "config": dataclasses.asdict(sizes)}},
+    )
+
+
+def _update(config, network: Functional) -> Update:
+    """Return the update: the three terms of one reconstruction."""
+
+    def reconstruction(vae: Params, video, noise_key) -> dict:
+        return reconstruct(network.module(vae), video, noise_key)
+
+    return Update(
+        "total",
+        "vae",
+        terms=(
+            Term("l1", 1.0, ("reconstruction",), lambda reconstruction: reconstruction["l1"]),
+            Term("gradient", config.loss.gradient, ("reconstruction",), lambda reconstruction: reconstruction["edges"]),
+            Term("kl", config.loss.kl, ("reconstruction",), lambda reconstruction: reconstruction["kl"]),
+        ),
+        values=(Value("reconstruction", ("vae", "video", "noise_key"), reconstruction),),
+        reports=("reconstruction",),
+        draws=(Draw("noise_key", lambda key: key),),
+        metrics=lambda made, extras: {"psnr": made.values["reconstruction"]["psnr"]},
+    )
 
 
 def trained_vae(config, params: Params, *, clips: int = 64, batch_size: int = 4) -> WanVAE:
@@ -236,8 +220,8 @@ def trained_vae(config, params: Params, *, clips: int = 64, batch_size: int = 4)
     Channels that carry nothing keep a deviation of a tenth of the largest: they must not be blown up to noise.
     """
     data, sizes = config.data, model_config(config)
-    graphdef, abstract_weights = nnx.split(nnx.eval_shape(lambda: WanVAE(sizes, nnx.Rngs(0))))
-    encode = jax.jit(lambda params, video: nnx.merge(graphdef, filled(abstract_weights, params)).encode(video))
+    network, _ = functional(nnx.eval_shape(lambda: WanVAE(sizes, nnx.Rngs(0))))
+    encode = jax.jit(lambda params, video: network.module(params).encode(video))
     latents = []
     for start in range(0, clips, batch_size):
         videos = [
@@ -254,5 +238,5 @@ def trained_vae(config, params: Params, *, clips: int = 64, batch_size: int = 4)
         sizes, latents_mean=tuple(map(float, values.mean(0))), latents_std=tuple(map(float, deviation))
     )
     vae = WanVAE(measured, nnx.Rngs(0))
-    nnx.update(vae, filled(abstract_weights, params))
+    nnx.update(vae, filled(network.abstract, params))
     return vae

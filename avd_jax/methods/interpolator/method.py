@@ -1,4 +1,4 @@
-"""Training the frame interpolator on encoded videos (PAPER.md, Frame interpolation).
+"""Training the frame interpolator on encoded videos (docs/method.md, Frame interpolation).
 
     L = mean |U(x[2i], x[2i+2]) - x[2i+1]|^2
 
@@ -7,7 +7,6 @@ statistics stay what they are, in a new network 0 and 1: normalising with those 
 (GroupNorm), left 1.5 times the error on held-out latents of real videos.
 """
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -19,54 +18,64 @@ from jax.sharding import Mesh
 
 from avd_jax import convert
 from avd_jax.convert.architectures import INTERPOLATOR
+from avd_jax.convert.fingerprint import fingerprint
 from avd_jax.convert.weights import open_weights
 from avd_jax.data.atomic import write_text
 from avd_jax.data.encoding import video_decoder
-from avd_jax.data.latents import EncodedSet, LatentsInfo, set_fingerprint
+from avd_jax.data.latents import EncodedSet, LatentsInfo
 from avd_jax.data.pipeline import held_out_indices
 from avd_jax.data.video import contact_sheet
 from avd_jax.errors import UserError
-from avd_jax.generation.weights import fingerprint
+from avd_jax.methods import transformers
+from avd_jax.models.functional import Functional, Params, functional
 from avd_jax.models.interpolator import Interpolator, InterpolatorConfig
 from avd_jax.parallel.hosts import is_first
 from avd_jax.parallel.mesh import replicated
 from avd_jax.shapes import Latents
-from avd_jax.training.fields import with_defaults
-from avd_jax.training.fitting import SHARED_FIELDS, EncodedBatches, Fit, FitState, build_fit, check_shared, fit
-from avd_jax.training.networks import Params, filled
-from avd_jax.training.pretraining import DATA_FIELDS, MESH_FIELDS, batch_mesh, check_data_named, latents_of
-
-FIELDS: dict[str, tuple[object, str]] = {
-    "seed": (0, "decides the initial weights and the order of the data"),
-    "num_steps": (10000, "updates in the run; the learning rate falls to zero over them"),
-    "batch_size": (32, "clips an update, over all devices"),
-    "init_from": ("", "weights to go on from, such as an AVD checkpoint, which set the sizes; empty: a new network"),
-    "model.widths": ((64, 128, 256), "channels of the three levels, without init_from; the authors' are 32, 64, 128"),
-    **DATA_FIELDS,
-    "data.held_out": (64, "clips, spread evenly over the set, that no update sees and the error is measured on"),
-    "sample.clips": (4, "held-out clips to show beside what is made of them"),
-    "sample.vae": ("", "weights of the VAE that decodes them; empty: data.weights, and without either none are shown"),
-    **MESH_FIELDS,
-    **with_defaults(
-        SHARED_FIELDS,
-        optimizer__learning_rate=1e-5,
-        optimizer__warmup_steps=100,
-        optimizer__beta2=0.999,
-        checkpoint_every=1000,
-    ),
-}
+from avd_jax.training.method import BatchField, Method, Observer, Term, Trained, Update
+from avd_jax.training.optimizers import growing_decay, scheduled
+from avd_jax.training.state import TrainState
 
 
-def validate(config) -> None:
-    """Check what can be checked without files (UserError names the field)."""
-    flat = check_shared(config, FIELDS)
-    check_data_named(config)
-    for name, least in (("data.held_out", 1), ("sample.clips", 0)):
-        if flat[name] < least:
-            raise UserError(f"config.{name}={flat[name]} must be at least {least}")
-    if flat["optimizer.weight_decay"]:
-        raise UserError("config.optimizer.weight_decay must be 0: it would shrink BatchNorm's statistics")
-    InterpolatorConfig(widths=tuple(config.model.widths))
+def build(config, *, devices=None, workdir: Path | None = None, video=None) -> Method:
+    """Put the method together; arguments and errors as in `methods/avd/method.py`."""
+    mesh = transformers.batch_mesh(config.mesh, config.batch_size, devices)
+    folder, info = config.data.latents, transformers.latents_info(config.data.latents)
+    if info.latents_shape[0] < 3 or info.latents_shape[0] % 2 == 0:
+        raise UserError(
+            f"{folder}: its clips have {info.latents_shape[0]} latent frames; every second one can be left out of "
+            "an odd number from 3 on; encode 8n + 1 video frames, 9 at least"
+        )
+    start = _start(config, info)
+    network, params = functional(start)
+    latents = jax.ShapeDtypeStruct((config.batch_size, *info.latents_shape), jnp.bfloat16)
+    return Method(
+        name="interpolator",
+        main="interpolator",
+        mesh=mesh,
+        networks={
+            "interpolator": Trained(
+                network.abstract_params(),
+                lambda shardings: params,
+                scheduled(config.optimizer, config.num_steps),
+                growing_decay(config.ema_decay),
+            )
+        },
+        updates=(_update(network),),
+        fields={"latents": BatchField(latents)},
+        batches=transformers.encoded_batches(config, mesh, text_len=1, held_out=config.data.held_out),
+        key_of=lambda key, number: key,
+        record=lambda: {"architecture": INTERPOLATOR.record(start.config)},
+        inputs=partial(_inputs, config),
+        observer=lambda surroundings, frozen: HeldOut(config, Path(folder), surroundings.workdir, network, mesh),
+    )
+
+
+def _update(network: Functional) -> Update:
+    def loss(interpolator: Params, latents):
+        return interpolation_loss(network.module(interpolator), latents)
+
+    return Update("total", "interpolator", (Term("interpolation", 1.0, ("interpolator", "latents"), loss),))
 
 
 def split_frames(latents: Latents) -> tuple[Latents, Latents, Latents]:
@@ -113,59 +122,21 @@ def new_interpolator(sizes: InterpolatorConfig, seed: int) -> Interpolator:
     return unet
 
 
-def train_interpolator(config, workdir: Path) -> tuple[int, FitState, InterpolatorConfig]:
-    """Train, or go on training, in `workdir`; status and errors as in `fit`. Returns the sizes, too."""
-    validate(config)
-    found: list[InterpolatorConfig] = []
-
-    def build() -> Fit:
-        mesh = batch_mesh(config)
-        folder, info = latents_of(config, workdir)
-        if info.latents_shape[0] < 3 or info.latents_shape[0] % 2 == 0:
-            raise UserError(
-                f"{folder}: its clips have {info.latents_shape[0]} latent frames; every second one can be left out of "
-                "an odd number from 3 on; encode 8n + 1 video frames, 9 at least"
-            )
-        start = _start(config, info)
-        found.append(start.config)
-        graphdef, state = nnx.split(start)
-
-        def merge(params: Params) -> Interpolator:
-            return nnx.merge(graphdef, filled(state, params))
-
-        def loss(params: Params, batch, key):
-            return interpolation_loss(merge(params), batch["latents"]), {}
-
-        return build_fit(
-            config,
-            mesh,
-            loss=loss,
-            abstract_params=nnx.to_pure_dict(jax.eval_shape(lambda: state)),
-            init_params=lambda shardings: nnx.to_pure_dict(state),
-            architecture=INTERPOLATOR.record(start.config),
-            batches=EncodedBatches(folder, config, mesh, text_len=1, held_out=config.data.held_out),
-            on_checkpoint=HeldOut(config, folder, workdir, merge, mesh).write,
-            inputs=_inputs(config, folder),
-        )
-
-    status, state = fit(build, config, workdir, movable=("init_from", "data.latents", "data.weights"))
-    return status, state, found[0]
+def trained_interpolator(method: Method, params: Params) -> Interpolator:
+    """Return the interpolator of `params`, trained by `method`, as a module."""
+    sizes = INTERPOLATOR.config_from_record(method.record()["architecture"], name="")
+    return functional(nnx.eval_shape(lambda: Interpolator(sizes, nnx.Rngs(0))))[0].module(params)
 
 
-def trained_interpolator(sizes: InterpolatorConfig, params: Params) -> Interpolator:
-    """Return the interpolator of `params` as a module."""
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: Interpolator(sizes, nnx.Rngs(0))))
-    return nnx.merge(graphdef, filled(state, params))
-
-
-class HeldOut:
+class HeldOut(Observer):
     """Clips that no update sees: the error on their missing frames beside that of two baselines, and pictures.
 
     `held_out.md` gets a row a checkpoint, `samples/step_<n>.png` four pictures a clip: left, made, right and truth.
     """
 
-    def __init__(self, config, folder: Path, workdir: Path, merge: Callable[[Params], Interpolator], mesh: Mesh):
-        """Read the clips; `merge` makes a network of parameters."""
+    def __init__(self, config, folder: Path, workdir: Path, network: Functional, mesh: Mesh):
+        """Read the clips of the set in `folder`."""
+        self.sample_every = config.checkpoint_every or config.num_steps
         clips = EncodedSet(folder, "latents")
         indices = held_out_indices(len(clips), config.data.held_out)
         self._clips = [np.asarray(clips[i]["latents"], np.float32)[None] for i in indices]
@@ -175,15 +146,16 @@ class HeldOut:
             name: np.mean([baseline_errors(clip)[name] for clip in self._clips]) for name in ("copy left", "average")
         }
         compiled = partial(jax.jit, out_shardings=replicated(mesh))
-        self._error = compiled(lambda params, clip: interpolation_loss(merge(params), clip))
-        self._double = compiled(lambda params, clip: merge(params)(clip[:, ::2]))
-        weights = config.sample.vae or config.data.weights
+        self._error = compiled(lambda params, clip: interpolation_loss(network.module(params), clip))
+        self._double = compiled(lambda params, clip: network(params, clip[:, ::2]))
+        weights = config.sample.vae
         self._vae = convert.load_vae(weights) if weights and config.sample.clips else None
         self._decode = video_decoder(self._vae) if self._vae else None
 
-    def write(self, step: int, state: FitState) -> None:
+    def sample(self, step: int, state: TrainState) -> None:
         """Add the row of `step`, for the running mean of the weights, and its pictures."""
-        error = np.mean([self._error(state.ema, clip) for clip in self._clips])
+        params = state.networks["interpolator"].latest
+        error = np.mean([self._error(params, clip) for clip in self._clips])
         copied, average = self._baselines["copy left"], self._baselines["average"]
         row = f"| {step} | {copied:.4f} | {average:.4f} | {error:.4f} | {1 - error / average:.1%} |"
         path = self._workdir / "held_out.md"
@@ -194,13 +166,13 @@ class HeldOut:
             write_text(path, "\n".join([*head, *rows, row]) + "\n")
         print(f"step {step}: held-out error {error:.4f}, {1 - error / average:.1%} below averaging", flush=True)
         if self._vae is not None:
-            self._write_pictures(step, state)
+            self._write_pictures(step, params)
 
-    def _write_pictures(self, step: int, state: FitState) -> None:
+    def _write_pictures(self, step: int, params: Params) -> None:
         pictures = []
         for clip in self._clips[: len(self._captions)]:
             middle = clip.shape[1] // 4 * 2 + 1  # a missing frame, near the middle
-            truth, made = self._decode(clip)[0], self._decode(np.asarray(self._double(state.ema, clip)))[0]
+            truth, made = self._decode(clip)[0], self._decode(np.asarray(self._double(params, clip)))[0]
             stride = self._vae.config.temporal_stride
             places = [max(0, stride * frame - stride // 2) for frame in (middle - 1, middle, middle + 1)]
             left, between, right = places
@@ -223,8 +195,8 @@ def _start(config, info: LatentsInfo) -> Interpolator:
     return unet
 
 
-def _inputs(config, folder: Path) -> dict[str, str]:
-    found = {"data.latents": set_fingerprint(folder)}
+def _inputs(config) -> dict[str, str]:
+    found = transformers.set_fingerprints(config.data.latents)
     if config.init_from:
         found["init_from"] = fingerprint(open_weights(config.init_from, INTERPOLATOR))
     return found

@@ -1,0 +1,29 @@
+"""What identifies a network's weights, in whatever layout they are stored."""
+
+import hashlib
+import math
+
+import numpy as np
+
+from avd_jax.convert.weights import Weights
+
+# A fine-tune changes nearly every leaf, but one merged from low-rank factors may change attention only.
+_TELLING_LEAF = "blocks.self_attn.q.kernel"
+_SMALL_LEAF = 1 << 20  # elements
+_MOST_LEAVES = 32
+_MOST_VALUES = 1 << 20
+
+
+def fingerprint(weights: Weights) -> str:
+    """Return a short text that identifies a network's weights, in whatever layout they are stored, read from a few."""
+    small = sorted(path for path, leaf in weights.leaves.items() if math.prod(leaf.shape) <= _SMALL_LEAF)
+    chosen = small[:: math.ceil(len(small) / _MOST_LEAVES) or 1]
+    if _TELLING_LEAF in weights.leaves and _TELLING_LEAF not in chosen:
+        chosen.append(_TELLING_LEAF)
+    digest = hashlib.sha256()
+    for path in chosen:
+        array = weights.array(path)
+        digest.update(f"{path} {array.shape} {array.dtype}".encode())
+        values = array.reshape(-1)
+        digest.update(np.ascontiguousarray(values[:: math.ceil(values.size / _MOST_VALUES) or 1]).tobytes())
+    return digest.hexdigest()[:16]

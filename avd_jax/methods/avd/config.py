@@ -1,0 +1,181 @@
+"""Every field of a distillation's config: its default (the paper's value where it has one), help line and check.
+
+A file in `configs/` starts from `default_config()` and changes what it must. A field that is not listed here does not
+exist: setting it is an error that names the closest one.
+"""
+
+import ml_collections
+
+from avd_jax.diffusion.student import DEFAULT_HALF_RATE_POSITIONS, HALF_RATE_POSITIONS, StudentSchedule
+from avd_jax.errors import UserError
+from avd_jax.methods.avd.terms import generator_terms
+from avd_jax.methods.transformers import ATTENTION_FIELDS, DTYPES, REMAT
+from avd_jax.models.wan_dit import REMAT_POLICIES, WAN_MODELS
+from avd_jax.parallel.memory import MEMORIES
+from avd_jax.training.config import ACCUMULATION_FIELDS, MESH_FIELDS, RUN_FIELDS
+from avd_jax.training.fields import (
+    Field,
+    Fields,
+    at_least,
+    band,
+    below_one,
+    check_values,
+    config_from,
+    finite,
+    not_nan,
+    not_negative,
+    one_of,
+    positive,
+    require,
+    with_defaults,
+)
+from avd_jax.training.method import active
+
+FIELDS: Fields = {
+    **with_defaults(RUN_FIELDS, method="avd"),
+    "num_steps": Field(1000, "generator updates in the run", at_least(1), changeable=True),
+    **ACCUMULATION_FIELDS,
+    "init_from": Field(
+        "", "weights of the teacher, which all networks start from, in any layout; sets the sizes", changeable=True
+    ),
+    "model": Field("", f"what aot_compile.py compiles if init_from is empty: {', '.join(WAN_MODELS)}"),
+    "data.latents": Field(
+        "", "folder of encoded videos (scripts/encode.py --videos), for the regression loss", changeable=True
+    ),
+    "data.prompts": Field(
+        "",
+        "folder of encoded prompts (scripts/encode.py --prompts); empty: the captions of data.latents",
+        changeable=True,
+    ),
+    "student.timesteps": Field((1000.0, 900.0, 757.0, 522.0), "timesteps (1000 sigma) of the student's steps"),
+    "half_rate.steps": Field(0, "first steps of the student that see every second frame, in training too; 0: none"),
+    "half_rate.positions": Field(
+        DEFAULT_HALF_RATE_POSITIONS,
+        "of these frames in the rotary embedding: " + ", ".join(HALF_RATE_POSITIONS),
+        one_of(HALF_RATE_POSITIONS),
+    ),
+    "half_rate.interpolator": Field(
+        "", "weights that make the other frames, in any layout; they stay with the student"
+    ),
+    "score.shift": Field(
+        5.0, "timestep shift of the random timesteps at which teacher and fake_score are compared", positive
+    ),
+    "score.min_timestep": Field(20.0, "lower bound of these timesteps, of 1000"),
+    "score.max_timestep": Field(980.0, "upper bound of these timesteps, of 1000"),
+    "guidance_scale": Field(
+        5.0, "guidance of the teacher, in Wan's convention uncond + scale * (cond - uncond)", finite
+    ),
+    "fake_score_updates": Field(5, "updates of fake_score before each update of the generator", not_negative),
+    "loss.distribution_matching": Field(1.0, "weight of L_KL, Eq. 4; 0 switches the term off", not_negative),
+    "loss.regression": Field(2.0, "weight of L_reg, Eq. 9; 0 switches the term off and its forward pass", not_negative),
+    "loss.regression_weighting": Field(
+        "adaptive", "'adaptive' (Eqs. 5-7) or 'fixed' (w = 1, the ablation)", one_of(("adaptive", "fixed"))
+    ),
+    "loss.adaptive_k": Field(3.0, "steepness k of the adaptive weight", not_negative),
+    "loss.adaptive_alpha": Field(0.95, "share of the old mean that stays in the loss history", below_one),
+    "loss.adaptive_uses": Field(
+        "before",
+        "the weight uses the mean 'before' the update (paper) or 'after' it (authors)",
+        one_of(("before", "after")),
+    ),
+    "loss.temporal": Field(0.05, "weight of L_temp, Eq. 8; 0 switches the term off", not_negative),
+    "loss.temporal_clip": Field(0.6, "L_temp gives no gradient at or below this; -inf never truncates", not_nan),
+    "optimizer.learning_rate": Field(2e-6, "AdamW's learning rate of the generator", not_negative),
+    "optimizer.fake_score_learning_rate": Field(2e-6, "AdamW's learning rate of fake_score", not_negative),
+    "optimizer.beta1": Field(0.9, "AdamW's decay of the first moment", below_one),
+    "optimizer.beta2": Field(0.999, "AdamW's decay of the second moment", below_one),
+    "optimizer.epsilon": Field(1e-8, "AdamW's epsilon", not_negative),
+    "optimizer.weight_decay": Field(
+        0.01, "AdamW's decoupled weight decay (PyTorch's default; the paper names none)", not_negative
+    ),
+    "optimizer.max_grad_norm": Field(10.0, "gradients are scaled down to this global norm", not_negative),
+    "ema_decay": Field(0.0, "decay of the running mean of the generator's weights; 0 keeps none", below_one),
+    "compute_dtype": Field("bfloat16", "dtype of matrix products; masters and moments are float32", DTYPES),
+    "teacher_dtype": Field("bfloat16", "dtype in which the frozen teacher is stored and run", DTYPES),
+    "teacher_memory": Field(
+        "device",
+        "where the teacher's layers wait: 'device', or 'host', which sends one at a time",
+        one_of(MEMORIES),
+        changeable=True,
+    ),
+    "remat": Field(
+        "block", "what the backward pass keeps of a block: " + ", ".join(REMAT_POLICIES), REMAT, changeable=True
+    ),
+    **MESH_FIELDS,
+    **ATTENTION_FIELDS,
+    "meters.temporal_variance": Field(
+        (0.5, 2.0), "band of the student's variance along frames, as a share of real videos'", band, changeable=True
+    ),
+    "meters.saturation": Field(
+        (0.7, 1.4),
+        "band of its mean HSV saturation; a meter that leaves its band is a warning line",
+        band,
+        changeable=True,
+    ),
+    "meters.colourfulness": Field(
+        (0.7, 1.4), "band of its colourfulness (Hasler and Suesstrunk)", band, changeable=True
+    ),
+    "meters.latent_temporal_variance": Field(
+        (0.4, 2.0), "band of the variance of its latents along frames", band, changeable=True
+    ),
+    "meters.latent_spread": Field(
+        (0.7, 1.4), "band of the deviation of its latents over height and width", band, changeable=True
+    ),
+    "sample_every": Field(
+        100,
+        "generator updates between two sets of sample videos, the last update has one too; 0: never",
+        not_negative,
+        changeable=True,
+    ),
+    "sample.prompts": Field(
+        4,
+        "prompts to sample: the first ones of data.prompts",
+        at_least(1, "; sample_every=0 samples nothing"),
+        changeable=True,
+    ),
+    "sample.vae": Field(
+        "", "weights of the VAE that decodes the samples; empty: those beside init_from", changeable=True
+    ),
+    "sample.teacher_steps": Field(
+        50, "UniPC steps of the teacher's videos that stand beside them; 0: no teacher", not_negative, changeable=True
+    ),
+    "sample.teacher_shift": Field(5.0, "timestep shift of the teacher's solver", positive, changeable=True),
+}
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """Return a config with every field at its default; fields can be set, not added."""
+    return config_from(FIELDS)
+
+
+def validate(config) -> None:
+    """Check a config that is to be trained with, as far as it can be checked without files or devices.
+
+    Raises:
+      UserError: naming the field and what it may be.
+    """
+    validate_values(config)
+    require("init_from", config.init_from, None if config.init_from else "must name the teacher's weights")
+    if not config.data.latents:
+        raise UserError("config.data.latents is empty: give the folder that scripts/encode.py --videos wrote")
+    if config.half_rate.steps and not config.half_rate.interpolator:
+        raise UserError("config.half_rate.interpolator is empty: give weights, see scripts/train_interpolator.py")
+
+
+def validate_values(config) -> None:
+    """Check every value, whether or not weights and data are named.
+
+    Raises:
+      UserError: naming the field and what it may be.
+    """
+    flat = check_values(config, FIELDS)
+    low, high = flat["score.min_timestep"], flat["score.max_timestep"]
+    wrong = None if 0 < low <= high <= 1000 else f"and score.max_timestep={high} must rise in 0..1000"
+    require("score.min_timestep", low, wrong)
+    parts, batch = flat["accumulation_steps"], flat["batch_size"]
+    require("accumulation_steps", parts, f"must divide batch_size={batch}" if batch % parts else None)
+    if not active(generator_terms(config.loss)):
+        raise UserError("config.loss: every term has weight 0, nothing would be trained; set one of them")
+    num_steps = len(StudentSchedule(tuple(config.student.timesteps)).timesteps)
+    half_steps = flat["half_rate.steps"]
+    require("half_rate.steps", half_steps, None if 0 <= half_steps <= num_steps else f"must be 0 to {num_steps}")

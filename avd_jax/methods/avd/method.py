@@ -1,0 +1,229 @@
+"""AVD as a method of the trainer: which networks there are, what they start from, what a run of it reads and says."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from avd_jax import convert
+from avd_jax.convert.architectures import INTERPOLATOR
+from avd_jax.convert.fingerprint import fingerprint
+from avd_jax.convert.shipping import write_interpolator
+from avd_jax.convert.weights import open_weights
+from avd_jax.data.latents import EncodedSet, read_negative_prompt_embeds
+from avd_jax.diffusion.student import StudentSchedule, check_half_rate
+from avd_jax.errors import UserError
+from avd_jax.generation.pipeline import LatentsShape, latents_shape
+from avd_jax.losses.adaptive_regression import LossHistory
+from avd_jax.methods import transformers
+from avd_jax.methods.avd.objectives import Student
+from avd_jax.methods.avd.observer import AVDObserver
+from avd_jax.methods.avd.programs import programs, unit
+from avd_jax.methods.avd.terms import asks_for_fake_score, fake_score_update, generator_update
+from avd_jax.models.attention import check_heads
+from avd_jax.models.functional import Denoiser, Functional, functional, make_denoiser
+from avd_jax.models.interpolator import Interpolator, InterpolatorConfig
+from avd_jax.models.wan_dit import WAN_MODELS, WanDiTConfig
+from avd_jax.models.wan_vae import WanVAEConfig
+from avd_jax.parallel.hosts import is_first
+from avd_jax.parallel.mesh import make_mesh, replicated
+from avd_jax.training.method import Frozen, Method, Trained
+from avd_jax.training.optimizers import constant
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is known before any weight is read.
+
+    Attributes:
+      model: sizes of generator, fake_score and teacher.
+      latents: shape (F, H, W, C) of a clip.
+      interpolator: sizes of the frame interpolator, or None without half-rate steps.
+    """
+
+    model: WanDiTConfig
+    latents: LatentsShape
+    interpolator: InterpolatorConfig | None
+
+
+def build(config, *, devices=None, workdir: Path | None = None, video: Mapping[str, int] | None = None) -> Method:
+    """Check a config against weights, data and devices, and put the method together; nothing is compiled yet.
+
+    Args:
+      config: of `config.FIELDS`.
+      devices: to run on; None: all that are here.
+      workdir: folder of the run, which keeps a copy of the interpolator; None if nothing is to be written.
+      video: frames, height and width of the videos if config.data.latents is empty, to compile ahead of time.
+
+    Raises:
+      UserError: naming the field that does not fit.
+    """
+    mesh = make_mesh(**config.mesh, batch_size=config.batch_size // config.accumulation_steps, devices=devices)
+    sizes = _sizes(config, video)
+    check_heads(sizes.model.num_heads, mesh.shape["seq"])
+    if config.data.prompts:
+        EncodedSet(config.data.prompts, "prompts")  # a wrong folder is to be named before the weights are read
+    make = partial(make_denoiser, sizes.model, placement=transformers.make_placement(config.attention, mesh))
+    network = make(dtype=config.compute_dtype, param_dtype="float32", remat=config.remat)
+    teacher = make(dtype=config.teacher_dtype, param_dtype=config.teacher_dtype, remat="none")
+    interpolator = _interpolator(sizes.interpolator) if config.half_rate.steps else None
+    if config.half_rate.interpolator and workdir is not None and is_first():
+        # A copy stays with the run, for its student to find.
+        write_interpolator(convert.load_interpolator(config.half_rate.interpolator), workdir)
+    student = Student(
+        network=network,
+        timesteps=StudentSchedule(tuple(config.student.timesteps)).timesteps,
+        shape=sizes.latents,
+        half_rate_steps=config.half_rate.steps,
+        half_rate_positions=config.half_rate.positions,
+        interpolator=interpolator,
+    )
+    start = partial(_start, config.init_from, mesh)
+    settings = config.optimizer
+    networks = {
+        "generator": Trained(
+            network.abstract_params(),
+            start,
+            constant(settings, settings.learning_rate),
+            (lambda step: config.ema_decay) if config.ema_decay else None,
+        )
+    }
+    updates, frozen = (generator_update(config, student, teacher),), {}
+    teacher_parts = _teacher(config, sizes.model, teacher, mesh)
+    if asks_for_fake_score(config.loss):
+        rate = constant(settings, settings.fake_score_learning_rate)
+        networks["fake_score"] = Trained(network.abstract_params(), start, rate)
+        updates, frozen = (fake_score_update(config, student), *updates), dict(teacher_parts)
+    if interpolator is not None:
+        frozen["interpolator"] = _interpolator_part(config, interpolator, mesh)
+    info = transformers.latents_info(config.data.latents) if config.data.latents else None
+    return Method(
+        name="avd",
+        main="generator",
+        mesh=mesh,
+        networks=networks,
+        frozen=frozen,
+        updates=updates,
+        fields=transformers.encoded_fields(config.batch_size, sizes.latents, sizes.model),
+        batches=transformers.encoded_batches(config, mesh, text_len=sizes.model.text_len, prompts=config.data.prompts),
+        extras={"history": partial(LossHistory.init, len(config.student.timesteps))},
+        accumulation_steps=config.accumulation_steps,
+        record=lambda: {
+            "architecture": transformers.architecture(sizes.model),
+            "student": _student_settings(config, info),
+        },
+        inputs=partial(_inputs, config),
+        observer=partial(AVDObserver, config, student, teacher, teacher_parts, sizes.model, info, mesh),
+        unit=partial(unit, network, sizes.model, sizes.latents),
+        programs=programs(config, student, sizes.model, sizes.interpolator, mesh),
+    )
+
+
+def _sizes(config, video: Mapping[str, int] | None) -> Sizes:
+    if config.init_from:
+        model = convert.dit_config(config.init_from)
+    elif config.model in WAN_MODELS:
+        model = WAN_MODELS[config.model]
+    else:
+        raise UserError(f"config.model={config.model!r}: set it to one of {', '.join(WAN_MODELS)}, or set init_from")
+    if config.data.latents or video is None:
+        latents = _checked_latents(config.data.latents, model, config.init_from)
+    else:
+        latents = latents_shape(**video, dit=model, vae=WanVAEConfig())
+    named, interpolator = config.half_rate.interpolator, None
+    if named:
+        interpolator = open_weights(named, INTERPOLATOR).config
+        if interpolator.channels != latents[-1]:
+            raise UserError(
+                f"config.half_rate.interpolator={named}: takes latents of {interpolator.channels} channels, the set "
+                f"has {latents[-1]}; use the one that was trained for this VAE"
+            )
+    elif config.half_rate.steps:
+        interpolator = InterpolatorConfig(latents[-1])
+    check_half_rate(config.half_rate.steps, num_steps=len(config.student.timesteps), frames=latents[0])
+    return Sizes(model, latents, interpolator)
+
+
+def _checked_latents(folder: str, model: WanDiTConfig, weights: str) -> LatentsShape:
+    info = transformers.latents_info(folder)
+    *sizes, channels = info.latents_shape
+    if channels != model.in_dim or info.text_dim != model.text_dim:
+        raise UserError(
+            f"config.data.latents={folder}: has {channels} channels and text_dim {info.text_dim}, the model of "
+            f"init_from={weights} takes {model.in_dim} and {model.text_dim}; encode the videos with its weights"
+        )
+    if any(size % patch for size, patch in zip(sizes, model.patch_size, strict=True)):
+        raise UserError(
+            f"config.data.latents={folder}: the model's patch {model.patch_size} does not divide latents of "
+            f"{tuple(sizes)}; encode with a height and width that are multiples of 16"
+        )
+    return info.latents_shape
+
+
+def _start(init_from: str, mesh, shardings) -> dict:
+    """Return the teacher's weights in float32, which generator and fake_score start from."""
+    return transformers.load_params(init_from, "float32", mesh)
+
+
+def _teacher(config, model: WanDiTConfig, teacher: Denoiser, mesh) -> dict[str, Frozen]:
+    """Return the teacher's parameters and the conditions that its guidance subtracts."""
+    memory, everywhere = config.teacher_memory, replicated(mesh)
+    negative = transformers.as_conditions(
+        jax.ShapeDtypeStruct((model.text_len, model.text_dim), jnp.bfloat16, sharding=everywhere)
+    )
+
+    def load_negative():
+        embeds = read_negative_prompt_embeds(Path(config.data.prompts or config.data.latents), model.text_len)
+        return jax.device_put(transformers.as_conditions(jnp.asarray(embeds)), everywhere)
+
+    return {
+        "teacher": Frozen(
+            transformers.shaped_params(teacher.abstract_params(), mesh, memory),
+            lambda: transformers.load_params(config.init_from, config.teacher_dtype, mesh, memory),
+        ),
+        "negative": Frozen(negative, load_negative),
+    }
+
+
+def _interpolator(sizes: InterpolatorConfig) -> Functional:
+    return functional(nnx.eval_shape(lambda: Interpolator(sizes, nnx.Rngs(0))))[0]
+
+
+def _interpolator_part(config, interpolator: Functional, mesh) -> Frozen:
+    shapes = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(mesh)),
+        interpolator.abstract_params(),
+    )
+
+    def load():
+        return jax.device_put(functional(convert.load_interpolator(config.half_rate.interpolator))[1], replicated(mesh))
+
+    return Frozen(shapes, load)
+
+
+def _student_settings(config, info) -> dict:
+    """Return what the student's checkpoints say about how to sample it."""
+    return {
+        "timesteps": [float(t) for t in config.student.timesteps],
+        "num_steps": len(config.student.timesteps),
+        "shift": float(config.score.shift),
+        "guidance_scale": float(config.guidance_scale),
+        "frames": info.frames,
+        "height": info.height,
+        "width": info.width,
+        "fps": float(info.fps),
+        "half_rate_steps": config.half_rate.steps,
+        "half_rate_positions": config.half_rate.positions,
+    }
+
+
+def _inputs(config) -> dict[str, str]:
+    found = {"init_from": transformers.transformer_fingerprint(config.init_from)}
+    found |= transformers.set_fingerprints(config.data.latents, config.data.prompts)
+    if config.half_rate.interpolator:
+        found["half_rate.interpolator"] = fingerprint(open_weights(config.half_rate.interpolator, INTERPOLATOR))
+    return found

@@ -1,0 +1,42 @@
+"""What a distillation shows while it trains: its meters, histograms of the regression weight, and sample videos."""
+
+from collections.abc import Mapping
+
+from avd_jax.methods.avd.meters import BINS, Meters
+from avd_jax.methods.avd.samples import SampleWriter
+from avd_jax.training.method import Observer, Surroundings
+
+
+class AVDObserver(Observer):
+    """Feeds the meters with every update and with sample videos."""
+
+    samples_at_start = True
+
+    def __init__(self, config, student, teacher, teacher_parts, model, info, mesh, surroundings: Surroundings, frozen):
+        """Choose the prompts to sample; arguments up to `mesh` as in `SampleWriter`."""
+        self._writer = surroundings.writer
+        self.sample_every = config.sample_every
+        self._meters = Meters(
+            config.meters, config.student.timesteps, self._writer.message, batch_size=config.batch_size
+        )
+        self._samples = None
+        if config.sample_every:
+            self._samples = SampleWriter(
+                config, student, teacher, teacher_parts, model, info, mesh, surroundings, frozen, self._meters
+            )
+
+    @property
+    def ratings(self) -> Mapping[str, float]:
+        """The latest value of each meter and of each metric of the samples."""
+        return self._meters.values
+
+    def summarise(self, step: int, metrics: Mapping) -> dict[str, float]:
+        """Return the numbers to log; histograms are logged here."""
+        values = dict(metrics)
+        for name, counts in self._meters.after_update(step, values).items():
+            self._writer.histogram(step, name, counts, BINS)
+        return {name: float(value) for name, value in values.items()}
+
+    def sample(self, step: int, state) -> None:
+        """Write the student's videos, and rate them."""
+        self._samples.write(step, state.networks["generator"].latest)

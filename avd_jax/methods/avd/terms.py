@@ -1,0 +1,181 @@
+"""AVD's two updates: the terms of each loss, and what they are made of.
+
+    L_G = L_KL + 2.0 w L_reg + 0.05 L_temp        (Eq. 9, docs/method.md; the weights are in the config)
+
+A new term is a line in `generator_terms`, a row `loss.<name>` in `config.py`, and its function in `avd_jax/losses/`.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import jax.numpy as jnp
+
+from avd_jax.losses.adaptive_regression import update_history
+from avd_jax.losses.distribution_matching import distribution_matching_loss
+from avd_jax.losses.temporal import temporal_loss
+from avd_jax.methods.avd import objectives
+from avd_jax.methods.avd.meters import LATENT, latent_meters
+from avd_jax.methods.avd.objectives import ScoreTimesteps, Student
+from avd_jax.training.method import Draw, Made, Term, Update, Value, active
+
+
+def generator_terms(weights) -> tuple[Term, ...]:
+    """Return the terms of L_G; `weights` is the config's `loss`, with a weight by each term's name."""
+    return (
+        Term(
+            "distribution_matching",
+            weights.distribution_matching,
+            ("x0", "scores"),
+            lambda x0, scores: distribution_matching_loss(x0=x0, **scores),
+        ),
+        Term("temporal", weights.temporal, ("x0",), lambda x0: temporal_loss(x0, clip=weights.temporal_clip)),
+        Term(
+            "regression",
+            weights.regression,
+            ("regression_losses",),
+            lambda regression_losses: regression_losses["loss"],
+            weighted_by="regression_weight",
+        ),
+    )
+
+
+def asks_for_fake_score(weights) -> bool:
+    """Return whether a term of the generator compares with fake_score; without one there is no such network."""
+    return any("scores" in term.inputs for term in active(generator_terms(weights)))
+
+
+def generator_update(config, student: Student, teacher: Callable) -> Update:
+    """Return the generator's update.
+
+    It reads `prompts` for the student's samples, `latents` with their `captions` for the regression, and the parameters
+    of `fake_score`, of the `teacher` and, with half-rate steps, of the `interpolator`.
+
+    Args:
+      config: of `config.FIELDS`.
+      student: see its class.
+      teacher: its network.
+    """
+    return Update(
+        name="generator",
+        network="generator",
+        terms=generator_terms(config.loss),
+        values=(
+            _samples(student),
+            Value(
+                "scores",
+                ("x0", "fake_score", "teacher", "negative", "prompts", "keys"),
+                _scores(config, student, teacher),
+            ),
+            Value(
+                "regression_losses",
+                ("generator", "latents", "captions", "keys", "stop"),
+                lambda generator, latents, captions, keys, stop: student.regression(
+                    generator, latents, captions, keys, stop
+                ),
+            ),
+            Value("regression_weight", ("regression_losses", "history"), _regression_weight(config.loss)),
+        ),
+        watch=(Value("latent_meters", ("x0", "latents"), _latent_meters),),
+        reports=("regression_losses", "regression_weight"),
+        draws=(_stop(student),),
+        metrics=_generator_metrics,
+        extras=partial(_history_after, alpha=config.loss.adaptive_alpha),
+    )
+
+
+def fake_score_update(config, student: Student) -> Update:
+    """Return fake_score's update: flow matching on the student's samples for `prompts`."""
+    timesteps = score_timesteps(config)
+
+    def loss(fake_score, x0, prompts, keys):
+        return objectives.fake_score_loss(
+            student.network, timesteps, params=fake_score, x0=x0, conditions=prompts, keys=keys
+        )
+
+    return Update(
+        name="fake_score",
+        network="fake_score",
+        terms=(Term("fake_score", 1.0, ("fake_score", "x0", "prompts", "keys"), loss),),
+        values=(_samples(student),),
+        draws=(_stop(student),),
+        times=config.fake_score_updates,
+    )
+
+
+def score_timesteps(config) -> ScoreTimesteps:
+    """Return the random timesteps of the scores that a config names."""
+    return ScoreTimesteps(config.score.shift, config.score.min_timestep, config.score.max_timestep)
+
+
+def _stop(student: Student) -> Draw:
+    return Draw("stop", student.stop_step, outcomes=tuple(range(len(student.timesteps))))
+
+
+def _samples(student: Student) -> Value:
+    interpolator = ("interpolator",) if student.half_rate_steps else ()
+
+    def x0(generator, prompts, keys, stop, interpolator=None):
+        return student.x0(generator, prompts, keys, stop, interpolator)
+
+    return Value("x0", ("generator", "prompts", "keys", "stop", *interpolator), x0)
+
+
+def _scores(config, student: Student, teacher: Callable) -> Callable:
+    compare = partial(objectives.scores, student.network, teacher, score_timesteps(config), config.guidance_scale)
+
+    def scores(x0, fake_score, teacher, negative, prompts, keys):
+        return compare(
+            x0=x0,
+            fake_score=fake_score,
+            teacher_params=teacher,
+            conditions=prompts,
+            negative_conditions=negative,
+            keys=keys,
+        )
+
+    return scores
+
+
+def _regression_weight(loss) -> Callable:
+    settings = {"alpha": loss.adaptive_alpha, "k": loss.adaptive_k, "uses": loss.adaptive_uses}
+
+    def weight(regression_losses, history):
+        found = regression_losses
+        return objectives.regression_weight(
+            loss.regression_weighting, found["loss"], found["index"], history, **settings
+        )
+
+    return weight
+
+
+def _latent_meters(x0, latents) -> dict:
+    """Return what the latent meters compare, of samples and real latents: `made/<meter>` and `real/<meter>`, [B]."""
+    meters = {"made": latent_meters(x0), "real": latent_meters(latents)}
+    return {f"{whose}/{name}": value for whose, found in meters.items() for name, value in found.items()}
+
+
+def _history_after(extras: Mapping, made: Made, *, alpha: float) -> Mapping:
+    """Return the extras with the history after the batch (Eq. 6)."""
+    if "regression_losses" not in made.values:
+        return extras
+    losses = made.values["regression_losses"]
+    history = update_history(extras["history"], losses["loss"], losses["index"], alpha=alpha)
+    return {**extras, "history": history}
+
+
+def _generator_metrics(made: Made, extras: Mapping) -> dict:
+    """Return the numbers of the regression and of the latent meters, 0 and nan if they are switched off."""
+    weight = made.values.get("regression_weight", jnp.zeros(made.examples))
+    losses = made.values.get("regression_losses", {"index": jnp.zeros(made.examples, jnp.int32)})
+    metrics = {
+        "regression/weight": jnp.mean(weight),
+        "regression_weight": weight,
+        "timestep_index": losses["index"],
+        "rollout_stop": made.draws["stop"],
+    }
+    metrics |= {f"regression/ema_{i}": mean for i, mean in enumerate(extras["history"].mean)}
+    found = made.values.get("latent_meters")
+    for name in LATENT:
+        share = jnp.nan if found is None else jnp.mean(found[f"made/{name}"]) / jnp.mean(found[f"real/{name}"])
+        metrics[f"meter/{name}"] = jnp.asarray(share, jnp.float32)
+    return metrics

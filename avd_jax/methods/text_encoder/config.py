@@ -1,0 +1,22 @@
+"""Every field of a training of a tiny text encoder."""
+
+from avd_jax.training.config import RUN_FIELDS
+from avd_jax.training.fields import Field, Fields, at_least, check_values, not_negative, with_defaults
+
+FIELDS: Fields = {
+    **with_defaults(
+        RUN_FIELDS, method="text_encoder", num_steps=2000, batch_size=64, log_every=100, checkpoint_every=1000
+    ),
+    "tokenizer": Field("", "folder of its tokenizer", changeable=True),
+    "model.dim": Field(64, "width of the embeddings", at_least(1)),
+    "model.ffn_dim": Field(128, "hidden width of the feed-forward layers", at_least(1)),
+    "model.num_heads": Field(4, "attention heads", at_least(1)),
+    "model.head_dim": Field(16, "width of a head", at_least(1)),
+    "model.num_layers": Field(2, "blocks", at_least(1)),
+    "optimizer.learning_rate": Field(2e-3, "Adam's rate, which falls to zero along a cosine", not_negative),
+}
+
+
+def validate(config) -> None:
+    """Check the values (UserError names the field)."""
+    check_values(config, FIELDS)

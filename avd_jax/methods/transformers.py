@@ -1,0 +1,164 @@
+"""What the methods that run Wan's transformer share: its fields, its placement, its weights, and data that fit it."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from avd_jax import convert
+from avd_jax.convert.architectures import WAN_DIT
+from avd_jax.convert.fingerprint import fingerprint
+from avd_jax.convert.weights import open_weights
+from avd_jax.data.latents import LatentsInfo, read_metadata, set_fingerprint
+from avd_jax.data.pipeline import training_batches
+from avd_jax.errors import UserError
+from avd_jax.models.functional import Params
+from avd_jax.models.placement import Placement, SplashBlocks
+from avd_jax.models.wan_dit import REMAT_POLICIES, WanDiTConfig
+from avd_jax.parallel.hosts import batch_rows
+from avd_jax.parallel.memory import parameter_sharding
+from avd_jax.parallel.mesh import BATCH_AXES, batch_shards, make_mesh
+from avd_jax.training.fields import Field, Fields, one_of
+from avd_jax.training.method import BatchField
+
+DTYPES = one_of(("float32", "bfloat16"))
+REMAT = one_of(REMAT_POLICIES)
+ATTENTION_FIELDS: Fields = {
+    "attention.kernel": Field(
+        "auto", "'auto' chooses by platform: 'splash' on TPU, 'cudnn' on CUDA, 'xla' elsewhere", changeable=True
+    ),
+    "attention.forward_blocks": Field(
+        (1024, 2048, 512), "splash: queries, keys, and keys at a time (tune_attention.py)", changeable=True
+    ),
+    "attention.backward_blocks": Field((1024, 2048, 512), "splash, backward: likewise", changeable=True),
+    "attention.fused_backward": Field(
+        True, "splash: one backward kernel, which needs more memory, instead of two", changeable=True
+    ),
+}
+
+
+def make_placement(attention, mesh: Mesh) -> Placement:
+    """Return how a transformer runs on a mesh.
+
+    Args:
+      attention: the config's `attention`.
+      mesh: of the devices.
+
+    Raises:
+      UserError: naming the field of `config.attention` that is wrong.
+    """
+    blocks = SplashBlocks(
+        forward=attention.forward_blocks,
+        backward=attention.backward_blocks,
+        fused_backward=attention.fused_backward,
+    )
+    return Placement(attention.kernel, mesh=mesh, batch_axes=BATCH_AXES, sequence_axis="seq", blocks=blocks)
+
+
+def batch_mesh(sizes: Mapping[str, int], batch_size: int, devices=None) -> Mesh:
+    """Return the mesh of `config.mesh`; raises a UserError if it does not divide the batch."""
+    mesh = make_mesh(**sizes, devices=devices)
+    if batch_size % batch_shards(mesh):
+        raise UserError(f"config.batch_size={batch_size} must be a multiple of {batch_shards(mesh)} shards")
+    return mesh
+
+
+def load_params(path: str, dtype: str, mesh: Mesh, memory: str = "device") -> Params:
+    """Read a transformer's parameters into their shards; `memory` is where its layers wait."""
+    sharding = partial(parameter_sharding, mesh=mesh, memory=memory)
+    dit = convert.load_dit(path, dtype=jnp.dtype(dtype), sharding=sharding)
+    return nnx.to_pure_dict(nnx.state(dit))
+
+
+def shaped_params(abstract: Params, mesh: Mesh, memory: str = "device") -> Params:
+    """Return shapes and dtypes of a transformer's parameters with the shardings that `load_params` gives them."""
+
+    def shaped(keys, leaf):
+        path = jax.tree_util.keystr(keys, simple=True, separator=".")
+        sharding = parameter_sharding(path, leaf.shape, mesh, memory=memory)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree_util.tree_map_with_path(shaped, abstract)
+
+
+def transformer_fingerprint(path: str) -> str:
+    """Return what identifies the weights of a transformer."""
+    return fingerprint(open_weights(path, WAN_DIT, "generator"))
+
+
+def architecture(model: WanDiTConfig) -> dict:
+    """Return a transformer's name and sizes, as checkpoints record them."""
+    return {"name": WAN_DIT.name, "config": dataclasses.asdict(model)}
+
+
+def latents_info(folder: str | Path) -> LatentsInfo:
+    """Return what a set of latents says of itself; raises a UserError if it is another kind of set."""
+    info = read_metadata(Path(folder))
+    if not isinstance(info, LatentsInfo):
+        raise UserError(f"config.data.latents={folder}: is a set of prompts, not of latents")
+    return info
+
+
+def set_fingerprints(latents: str, prompts: str = "") -> dict[str, str]:
+    """Return config field -> what identifies the set that it names."""
+    found = {"data.latents": set_fingerprint(Path(latents))}
+    return found | ({"data.prompts": set_fingerprint(Path(prompts))} if prompts else {})
+
+
+def encoded_fields(batch_size: int, latents_shape: tuple[int, ...], model: WanDiTConfig) -> dict[str, BatchField]:
+    """Return the fields of batches from encoded sets: `prompts`, fresh for each update, `latents`, their `captions`."""
+
+    def array(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((batch_size, *shape), jnp.bfloat16)
+
+    conditions = {"prompt_embeds": array(model.text_len, model.text_dim)}
+    return {
+        "prompts": BatchField(conditions, fresh=True),
+        "latents": BatchField(array(*latents_shape)),
+        "captions": BatchField(conditions),
+    }
+
+
+def encoded_batches(
+    config, mesh: Mesh, *, text_len: int, prompts: str = "", held_out: int = 0
+) -> Callable[[Mapping[str, int]], object]:
+    """Return what `Method.batches` is for encoded sets.
+
+    Args:
+      config: has batch_size, seed and data.latents.
+      mesh: decides which rows this host reads.
+      text_len: tokens of a prompt that the model sees.
+      prompts: folder of a set of prompts; empty: the captions of the latents.
+      held_out: clips that no update sees.
+    """
+
+    def batches(fresh: Mapping[str, int]):
+        return training_batches(
+            Path(config.data.latents),
+            Path(prompts) if prompts else None,
+            batch_size=config.batch_size,
+            prompt_batches=fresh.get("prompts", 0),
+            seed=config.seed,
+            text_len=text_len,
+            rows=batch_rows(mesh, config.batch_size).rows,
+            held_out=held_out,
+        )
+
+    return batches
+
+
+def abstract_conditions(size: int, model: WanDiTConfig, dtype: str, sharding) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return the shapes of what a transformer is told of the text, [size text_len text_dim]."""
+    shape = size, model.text_len, model.text_dim
+    return {"prompt_embeds": jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=sharding)}
+
+
+def as_conditions(prompt_embeds: np.ndarray | jax.Array) -> dict:
+    """Return the conditions of Wan's transformer: the text's embeddings [B L D], or [L D] for all."""
+    return {"prompt_embeds": prompt_embeds}

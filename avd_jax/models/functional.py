@@ -1,0 +1,91 @@
+"""A module as a pure function of its parameters: what training, samplers and compilers take in place of a module."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from avd_jax.models.placement import Placement
+from avd_jax.models.wan_dit import WanDiT, WanDiTConfig
+
+Params = dict  # nested dict of arrays, as `nnx.to_pure_dict` gives it
+Conditions = Any  # what a denoiser is told beside xt and the timestep, by name: {"prompt_embeds": [B L D]} for Wan
+
+
+def filled(like: nnx.State, params: Params) -> nnx.State:
+    """Return a state of the structure of `like` that holds `params`."""
+    state = jax.tree.map(lambda leaf: leaf, like)  # a copy: the next line fills it in place
+    nnx.replace_by_pure_dict(state, params)
+    return state
+
+
+@dataclass(frozen=True)
+class Functional:
+    """A module without its parameters: `functional(params, *inputs)`."""
+
+    graphdef: nnx.GraphDef
+    abstract: nnx.State
+
+    def __call__(self, params: Params, *inputs, **options):
+        """Return what the module with these parameters returns."""
+        return self.module(params)(*inputs, **options)
+
+    def module(self, params: Params) -> nnx.Module:
+        """Return the module with these parameters."""
+        return nnx.merge(self.graphdef, filled(self.abstract, params))
+
+    def abstract_params(self) -> Params:
+        """Return the parameters' shapes and dtypes."""
+        return nnx.to_pure_dict(self.abstract)
+
+
+class Denoiser(Functional):
+    """A network that predicts velocities: `network(params, xt, timesteps, conditions)`.
+
+    Everything above the models passes `conditions`, a pytree of arrays whose first axis is the batch, through unseen.
+    """
+
+    def __call__(self, params: Params, xt, timesteps, conditions: Conditions, **options):
+        """Return the velocity, [B F H W C]; `options` as in `WanDiT`."""
+        return self.module(params)(xt, timesteps, **conditions, **options)
+
+
+def functional(module: nnx.Module) -> tuple[Functional, Params]:
+    """Return a module as a function of its parameters, and these."""
+    graphdef, state = nnx.split(module)
+    return Functional(graphdef, _shapes(state)), nnx.to_pure_dict(state)
+
+
+def denoiser(module: nnx.Module) -> tuple[Denoiser, Params]:
+    """Return a transformer as a denoiser and its parameters."""
+    graphdef, state = nnx.split(module)
+    return Denoiser(graphdef, _shapes(state)), nnx.to_pure_dict(state)
+
+
+def make_denoiser(
+    config: WanDiTConfig,
+    *,
+    dtype: str,
+    param_dtype: str,
+    remat: str,
+    placement: Placement = Placement(),  # noqa: B008 - it is frozen
+) -> Denoiser:
+    """Return a WanDiT of some sizes as a denoiser, without allocating its parameters."""
+
+    def build() -> WanDiT:
+        return WanDiT(
+            config,
+            rngs=nnx.Rngs(0),
+            dtype=jnp.dtype(dtype),
+            param_dtype=jnp.dtype(param_dtype),
+            remat=remat,
+            placement=placement,
+        )
+
+    return Denoiser(*nnx.split(nnx.eval_shape(build)))
+
+
+def _shapes(state: nnx.State) -> nnx.State:
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)

@@ -1,0 +1,171 @@
+"""A method put together for its mesh: state, programs and their inputs, for running and for compiling ahead of time."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import product
+
+import jax
+
+from avd_jax.capacity.program import Program
+from avd_jax.errors import UserError, closest
+from avd_jax.parallel.compiler import compiler_options
+from avd_jax.parallel.hosts import BatchRows, batch_rows
+from avd_jax.parallel.mesh import batch_sharding, replicated
+from avd_jax.training.method import Method, Update
+from avd_jax.training.state import TrainState, abstract_state, init_state
+from avd_jax.training.update import Step, fields_of, make_step, passes_of
+
+
+@dataclass(frozen=True)
+class Call:
+    """An update that a cycle makes.
+
+    Attributes:
+      update: which.
+      step: its compiled program.
+      fields: of the batch, that it reads.
+    """
+
+    update: Update
+    step: Step
+    fields: tuple[str, ...]
+
+
+class Assembly:
+    """A method, its state's shapes and its compiled updates.
+
+    Attributes:
+      method: as given.
+      abstract: the state's shapes, dtypes and shardings.
+      calls: the updates of a cycle that have something to train, in order.
+    """
+
+    def __init__(self, method: Method):
+        """Nothing is compiled yet, and no weights are read.
+
+        Raises:
+          UserError: no term of the main network's loss has a weight, or a leaf that no sharding rule matches.
+        """
+        self.method = method
+        trained = {update.network for update in method.updates if update.times and passes_of(update)}
+        if method.main not in trained:
+            raise UserError(
+                "config.loss: every term has weight 0, nothing would be trained; set one of "
+                + ", ".join(term.name for update in method.updates for term in update.terms)
+            )
+        self.abstract = abstract_state(method)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
+
+        def compiled(update: Update) -> Step:
+            """Jit an update: the old state's memory is reused, the new one is sharded alike, metrics are global."""
+            return jax.jit(
+                make_step(method, update),
+                donate_argnums=0,
+                out_shardings=(shardings, replicated(method.mesh)),
+                compiler_options=compiler_options(method.mesh),
+            )
+
+        self.calls = tuple(
+            Call(update, compiled(update), fields_of(method, update))
+            for update in method.updates
+            if update.times and passes_of(update)
+        )
+
+    @cached_property
+    def rows(self) -> BatchRows:
+        """Those of each global batch that this host reads and holds."""
+        return batch_rows(self.method.mesh, self._batch_size)
+
+    @property
+    def _batch_size(self) -> int:
+        return jax.tree.leaves([field.abstract for field in self.method.fields.values()])[0].shape[0]
+
+    def fresh(self) -> dict[str, int]:
+        """Return how many batches a cycle takes of each field that is fresh for every update, 0 if nothing reads it."""
+        return {
+            name: sum(call.update.times for call in self.calls if name in call.fields)
+            for name, field in self.method.fields.items()
+            if field.fresh
+        }
+
+    def init_state(self) -> TrainState:
+        """Make the first state, from the parameters that each network starts from."""
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
+        loaded = {}  # networks that start from the same weights load them once
+        for name, network in self.method.networks.items():
+            if network.start not in loaded:
+                loaded[network.start] = network.start(shardings.networks[name].params)
+        start = {name: loaded[network.start] for name, network in self.method.networks.items()}
+        return jax.jit(lambda params: init_state(self.method, params), out_shardings=shardings)(start)
+
+    def load_frozen(self) -> dict:
+        """Make the arrays that no update changes, by name."""
+        return {name: part.load() for name, part in self.method.frozen.items()}
+
+    def dispatch(self, state: TrainState, frozen: Mapping, batch: Mapping, key: jax.Array):
+        """Dispatch one cycle of updates.
+
+        Args:
+          state: its memory is reused.
+          frozen: from `load_frozen`.
+          batch: one cycle's, from `Method.batches`.
+          key: the cycle's.
+
+        Returns:
+          The state, and the metrics of each call, by the update's name.
+        """
+        metrics: dict[str, list] = {call.update.name: [] for call in self.calls}
+        taken = dict.fromkeys(self.fresh(), 0)
+        number = 0
+        for call in self.calls:
+            for _ in range(call.update.times):
+                inputs = {name: self._put(batch[name], taken.get(name)) for name in call.fields}
+                taken |= {name: count + 1 for name, count in taken.items() if name in call.fields}
+                state, found = call.step(state, frozen, inputs, self.method.key_of(key, number))
+                metrics[call.update.name].append(found)
+                number += 1
+        return state, metrics
+
+    def _put(self, tree, number: int | None):
+        """Return a field on the devices: that of one update if each has its own."""
+        return jax.tree.map(lambda local: self.rows.put(local if number is None else local[:, number]), tree)
+
+    def program(self, name: str) -> Program:
+        """Return a program of a run by name, with the shapes and shardings of its arguments.
+
+        Raises:
+          UserError: there is none of that name; says which is closest.
+        """
+        for call in self.calls:
+            if name == f"{call.update.network}_step":
+                return self._step_program(name, call)
+        if name not in self.method.programs:
+            names = self.program_names()
+            raise UserError(
+                f"--programs {name}: this config has no such program{closest(name, names)}; it has " + ", ".join(names)
+            )
+        return self.method.programs[name]()
+
+    def program_names(self) -> list[str]:
+        """Return the names of all programs: those of the updates, the last of a cycle first, then the others."""
+        return [*(f"{call.update.network}_step" for call in reversed(self.calls)), *self.method.programs]
+
+    def _step_program(self, name: str, call: Call) -> Program:
+        rows, whole = batch_sharding(self.method.mesh), replicated(self.method.mesh)
+
+        def shaped(leaf, sharding) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+        batch = {name: self.method.fields[name].abstract for name in call.fields}
+        batch = jax.tree.map(lambda leaf: shaped(leaf, rows), batch)
+        frozen = {name: part.abstract for name, part in self.method.frozen.items()}
+        key = shaped(jax.eval_shape(lambda: jax.random.key(0)), whole)
+        return Program(name, call.step, (self.abstract, frozen, batch, key), outcomes=_outcomes(call.update))
+
+
+def _outcomes(update: Update) -> tuple[dict[str, int], ...]:
+    """Return the equally likely values of all draws that decide how much there is to compute."""
+    draws = [draw for draw in update.draws if draw.outcomes]
+    values: Iterable = product(*(draw.outcomes for draw in draws))
+    return tuple({draw.name: value for draw, value in zip(draws, chosen, strict=True)} for chosen in values)

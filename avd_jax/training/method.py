@@ -1,0 +1,280 @@
+"""What a method declares: its networks, its updates with their terms, and what a run shows of it.
+
+A method is data and pure functions. Everything by which the functions of an update may ask for has a name in one space:
+
+    the parameters of each network, trained or frozen      `generator`, `teacher`
+    the extras of the state                                `history`
+    the fields of the batch                                `latents`, `captions`
+    what is drawn once for the batch                       `stop`
+    `keys`                                                 one random key an example, [B]
+    the update's own values                                `x0`
+
+A term or value lists the names of its inputs and is called with them as keyword arguments. What an update reads of the
+batch, what it computes, logs and costs follows from its terms: a term of weight 0 is not there.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import optax
+from jax.sharding import Mesh
+
+from avd_jax.capacity.program import Program
+from avd_jax.models.functional import Params
+from avd_jax.training.fields import Fields
+from avd_jax.training.metrics import MetricsWriter, NoMetrics
+
+Tree = Any  # a pytree of arrays, or of their shapes
+
+
+def _alone(trained: Params, frozen: Tree) -> Params:
+    return trained
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A network that updates change.
+
+    Attributes:
+      abstract: shapes and dtypes of what is trained of it.
+      start: shardings -> the parameters to start from, laid out so; networks with the same `start` share one load.
+      optimizer: makes an update of a gradient.
+      ema_decay: step -> share of the old that stays in the running mean of the parameters; None keeps no mean.
+      frozen: name of the entry of `Method.frozen` that the trained part stands on, such as the weights of an adapter.
+      whole: (trained, frozen) -> the parameters that functions see under the network's name.
+    """
+
+    abstract: Params
+    start: Callable[[Tree], Params]
+    optimizer: optax.GradientTransformation
+    ema_decay: Callable[[jax.Array], float | jax.Array] | None = None
+    frozen: str | None = None
+    whole: Callable[[Params, Tree], Params] = _alone
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """What no update changes: a network's parameters, or other arrays.
+
+    Attributes:
+      abstract: shapes, dtypes and shardings.
+      load: makes the arrays, so laid out.
+    """
+
+    abstract: Tree
+    load: Callable[[], Tree]
+
+
+@dataclass(frozen=True)
+class Value:
+    """Something that several terms need, computed once for all of them.
+
+    Attributes:
+      name: under which others ask for it.
+      inputs: names of what it is made of.
+      function: called with the inputs as keyword arguments, returns a pytree.
+    """
+
+    name: str
+    inputs: tuple[str, ...]
+    function: Callable[..., Tree]
+
+
+@dataclass(frozen=True)
+class Term:
+    """One summand of a loss.
+
+    Attributes:
+      name: of its metric, `loss/<name>`, which is the mean of what the function returns.
+      weight: in the sum; 0 switches the term off, and all that it alone needs.
+      inputs: names of what it is made of.
+      function: called with the inputs as keyword arguments, returns a loss an example, [B], or one for all, a scalar.
+      weighted_by: name of a value [B] by which examples count within the term.
+    """
+
+    name: str
+    weight: float
+    inputs: tuple[str, ...]
+    function: Callable[..., jax.Array]
+    weighted_by: str | None = None
+
+
+def active(terms: Sequence[Term]) -> tuple[Term, ...]:
+    """Return the terms that are not switched off."""
+    return tuple(term for term in terms if term.weight)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """A random number that all examples of an update share.
+
+    Attributes:
+      name: under which functions ask for it.
+      function: the update's key -> the number. Stream 1 of the key is the examples'; a draw folds in another number.
+      outcomes: its equally likely values, if it decides how much there is to compute: the cost is their mean.
+    """
+
+    name: str
+    function: Callable[[jax.Array], jax.Array]
+    outcomes: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Made:
+    """What the passes of an update made, for its metrics and extras.
+
+    Attributes:
+      values: name -> what was computed of `Update.reports` and `Update.watch`, and each active term's losses; an array
+        whose first axis is the batch, or a scalar. What belongs to a term that is switched off is not there.
+      draws: name -> number drawn.
+      examples: in the batch.
+    """
+
+    values: Mapping[str, Tree]
+    draws: Mapping[str, jax.Array]
+    examples: int
+
+
+@dataclass(frozen=True)
+class Update:
+    """One update of one network: a gradient step on the sum of its terms.
+
+    Attributes:
+      name: of its metrics, `loss/<name>` and `grad_norm/<name>`.
+      network: whose parameters it changes; its program is `<network>_step`.
+      terms: of the loss, those of weight 0 included, since their metrics are logged as 0.
+      values: what the terms are made of.
+      watch: values that are only looked at, where what they are made of is computed for a term; no gradient flows.
+      reports: names of values that `metrics` and `extras` take.
+      draws: what the whole batch shares.
+      times: how often it is made in a cycle.
+      metrics: (what was made, the extras after the update) -> further numbers to log, on the devices.
+      extras: (extras, what was made) -> the extras after the update.
+    """
+
+    name: str
+    network: str
+    terms: tuple[Term, ...]
+    values: tuple[Value, ...] = ()
+    watch: tuple[Value, ...] = ()
+    reports: tuple[str, ...] = ()
+    draws: tuple[Draw, ...] = ()
+    times: int = 1
+    metrics: Callable[[Made, Mapping[str, Tree]], dict[str, jax.Array]] = lambda made, extras: {}
+    extras: Callable[[Mapping[str, Tree], Made], Mapping[str, Tree]] = lambda extras, made: extras
+
+
+@dataclass(frozen=True)
+class BatchField:
+    """A part of what an update is given.
+
+    Attributes:
+      abstract: shapes and dtypes for one update, the global batch first.
+      fresh: whether each update of a cycle has its own; `Method.batches` then yields it with an axis for them, behind
+        the batch's.
+    """
+
+    abstract: Tree
+    fresh: bool = False
+
+
+class Batches(Iterator, Protocol):
+    """What `Method.batches` returns: an endless iterator over the cycles' batches, with a position."""
+
+    def get_state(self) -> dict:
+        """Return the position, as JSON takes it."""
+
+    def set_state(self, state: Mapping) -> None:
+        """Go to a position."""
+
+
+class Observer:
+    """What a method watches on the host. This one logs means and samples nothing; methods with more override it."""
+
+    sample_every = 0
+    samples_at_start = False
+    ratings: Mapping[str, float] = {}  # latest numbers that are not of every step, by which a checkpoint may be rated
+
+    def summarise(self, step: int, metrics: Mapping[str, Any]) -> dict[str, float]:
+        """Return the numbers to log of a cycle's metrics, which are on the host: means over each update's calls."""
+        return {name: float(value) for name, value in metrics.items()}
+
+    def sample(self, step: int, state) -> None:
+        """Show what the state at `step` makes; called every `sample_every` steps, and after the last."""
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """Where an observer writes: the run's folder, and its log."""
+
+    workdir: Path
+    writer: MetricsWriter | NoMetrics
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method for one config and one mesh. Building it reads sizes and no weights; the callables do the rest.
+
+    Attributes:
+      name: of its folder.
+      main: the network that the run is for.
+      mesh: where it runs.
+      networks: those that are trained, by name.
+      updates: of a cycle, in order; the last one completes a step.
+      fields: parts of the batch, by name.
+      batches: (field -> how many a cycle takes of a fresh one, 0 if none is asked for) -> an iterator over the cycles'
+        batches, this host's rows of them.
+      frozen: what is not trained, by name.
+      extras: what else the state holds, name -> a function that makes its first value.
+      accumulation_steps: parts of a batch that are worked on one after another.
+      key_of: (the cycle's key, the number of an update in it) -> the update's key.
+      record: what a checkpoint says beside arrays: `architecture` of the main network, and more.
+      inputs: config field -> what identifies the weights or the set that its path leads to.
+      observer: called with the surroundings and the frozen arrays once a run starts.
+      unit: (name, function, abstract arguments) of the piece of work in which the cost of a cycle is stated, for one
+        example; None states none.
+      programs: what else a run compiles, by name, for the memory verdict.
+    """
+
+    name: str
+    main: str
+    mesh: Mesh
+    networks: Mapping[str, Trained]
+    updates: tuple[Update, ...]
+    fields: Mapping[str, BatchField]
+    batches: Callable[[Mapping[str, int]], Batches]
+    frozen: Mapping[str, Frozen] = field(default_factory=dict)
+    extras: Mapping[str, Callable[[], Tree]] = field(default_factory=dict)
+    accumulation_steps: int = 1
+    key_of: Callable[[jax.Array, int], jax.Array] = jax.random.fold_in
+    record: Callable[[], dict] = dict
+    inputs: Callable[[], dict[str, str]] = dict
+    observer: Callable[[Surroundings, Mapping[str, Tree]], Observer] = lambda surroundings, frozen: Observer()
+    unit: Callable[[], tuple[str, Callable, tuple]] | None = None
+    programs: Mapping[str, Callable[[], Program]] = field(default_factory=dict)
+
+    @property
+    def main_network(self) -> Trained:
+        """The network that the run is for."""
+        return self.networks[self.main]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A method before it meets a config: what `methods/<name>/__init__.py` exports.
+
+    Attributes:
+      name: of the method.
+      fields: of its config.
+      validate: raises a UserError for a config that cannot be trained with, as far as no file or device is needed.
+      build: (config, devices, workdir, video) -> the method. `devices` None are those that are here; `video`, the size
+        `{"frames", "height", "width"}`, stands in for a set that is not there, when nothing but compiling is wanted.
+    """
+
+    name: str
+    fields: Fields
+    validate: Callable[[Any], None]
+    build: Callable[..., Method]

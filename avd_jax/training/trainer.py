@@ -1,0 +1,170 @@
+"""A training run of any method: it is put together, resumed, driven to its end, saved.
+
+A run that is killed or stopped resumes from its last checkpoint and ends with the same parameters, bit for bit.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import numpy as np
+from clu import parameter_overview
+
+from avd_jax.data.atomic import write_text
+from avd_jax.errors import UserError
+from avd_jax.parallel.hosts import is_first
+from avd_jax.parallel.rules import sharding_table
+from avd_jax.training.assembly import Assembly
+from avd_jax.training.checkpoint import Checkpoints
+from avd_jax.training.cost import cycle_cost, seconds_at_peak
+from avd_jax.training.fields import describe
+from avd_jax.training.loop import Driven, run_steps
+from avd_jax.training.method import Batches, Method, Recipe, Surroundings
+from avd_jax.training.metrics import open_metrics
+from avd_jax.training.state import TrainState
+from avd_jax.training.workdir import StopSignals, check_inputs, jsonable, record_config
+
+# Of the checkpoints: 1 had a state for distillation and another for everything else.
+FORMAT = 2
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended.
+
+    Attributes:
+      status: the exit status: 0 if the run is complete, 128 + the signal's number if a signal stopped it (after a
+        checkpoint; the same command resumes it).
+      state: the last one, which is saved.
+      method: what was trained.
+    """
+
+    status: int
+    state: TrainState
+    method: Method
+
+
+def train(recipe: Recipe, config, workdir: Path, *, profile: bool = False) -> Outcome:
+    """Train, or resume training, in `workdir`.
+
+    Args:
+      recipe: of the method.
+      config: of the recipe's fields.
+      workdir: folder of the run.
+      profile: write a trace of a few steps to `workdir/profile`.
+
+    Raises:
+      UserError: for what the user can put right.
+    """
+    recipe.validate(config)
+    record_config(config, workdir, recipe.fields)
+    if is_first():
+        print(describe(config, recipe.fields), flush=True)
+    with StopSignals() as stop:
+        method = recipe.build(config, workdir=workdir)
+        assembly = Assembly(method)
+        cost = cycle_cost(assembly)
+        if is_first():
+            _print_layout(assembly)
+            print(cost.as_text(), flush=True)
+            overview = parameter_overview.get_parameter_overview(method.main_network.abstract, include_stats=False)
+            write_text(workdir / "parameters.txt", f"{overview}\n")
+        inputs = method.inputs()
+        frozen = assembly.load_frozen()
+        checkpoints = Checkpoints(workdir, **config.checkpoint)
+        state, key, batches = _start(assembly, config, checkpoints, inputs)
+        first_step = int(state.step)
+        writer = open_metrics(workdir, first_step=first_step, num_steps=config.num_steps)
+        try:
+            if first_step >= config.num_steps:
+                writer.message(f"the run is complete: {first_step} of {config.num_steps} steps are in {workdir}")
+                return Outcome(0, state, method)
+            if first_step:
+                writer.message(f"going on from step {first_step}")
+            observer = method.observer(Surroundings(workdir, writer), frozen)
+            if observer.sample_every and observer.samples_at_start and not first_step and not stop.signal:
+                observer.sample(0, state)
+
+            def dispatch(state: TrainState, step: int):
+                return assembly.dispatch(state, frozen, next(batches), jax.random.fold_in(key, step))
+
+            def record() -> dict:
+                position = {"key": np.asarray(jax.random.key_data(key)).tolist(), "data": batches.get_state()}
+                return (
+                    {"format": FORMAT, "method": method.name, "main": method.main}
+                    | position
+                    | {
+                        "inputs": inputs,
+                        **method.record(),
+                    }
+                )
+
+            driven = Driven(
+                config=config,
+                dispatch=dispatch,
+                describe=record,
+                summarise=lambda step, metrics: observer.summarise(step, _together(metrics)),
+                ratings=lambda: observer.ratings,
+                sample=observer.sample,
+                sample_every=observer.sample_every,
+                seconds_at_peak=seconds_at_peak(assembly, cost),
+                profile=workdir / "profile" if profile else None,
+            )
+            status, state = run_steps(driven, state, checkpoints, writer, stop)
+            return Outcome(status, state, method)
+        finally:
+            writer.close()
+
+
+def _start(
+    assembly: Assembly, config, checkpoints: Checkpoints, inputs: Mapping[str, str]
+) -> tuple[TrainState, jax.Array, Batches]:
+    """Return (state, key, batches) of a new run or of the last checkpoint."""
+    method, step = assembly.method, checkpoints.latest_step()
+    batches = method.batches(assembly.fresh())
+    if step is None:
+        return assembly.init_state(), jax.random.key(config.seed), batches
+    meta, where = checkpoints.meta(step), checkpoints.folder / str(step)
+    if meta.get("format") != FORMAT:
+        raise UserError(
+            f"{where}: is of an older version of avd_jax (format {meta.get('format', 1)}, here {FORMAT}) and cannot be "
+            "resumed; end the run with that version, or begin one in another --workdir, from its weights if you like: "
+            f"--config.init_from={checkpoints.folder.parent}"
+        )
+    if meta["method"] != method.name:
+        raise UserError(
+            f"{where}: is a run of the method {meta['method']!r}, the config is of {method.name!r}; use its own "
+            "config, or another --workdir"
+        )
+    here = jsonable(method.record()).get("architecture", {})
+    if meta.get("architecture", {}) != here:
+        difference = _difference(meta["architecture"], here)
+        raise UserError(
+            f"{where}: is of another architecture ({difference}); give its own init_from or another --workdir"
+        )
+    check_inputs(meta.get("inputs"), inputs, where)
+    batches.set_state(meta["data"])
+    key = jax.random.wrap_key_data(np.asarray(meta["key"], np.uint32))
+    return checkpoints.restore(step, assembly.abstract), key, batches
+
+
+def _together(metrics: Mapping[str, list[Mapping]]) -> dict:
+    """Return a cycle's metrics as one mapping: the mean over the calls of an update, the last word on what all have."""
+    together: dict = {}
+    for calls in metrics.values():
+        for name, last in calls[-1].items():
+            counted = name.startswith("skipped/") or len(calls) == 1
+            together[name] = last if counted else np.mean([call[name] for call in calls], axis=0)
+    return together
+
+
+def _print_layout(assembly: Assembly) -> None:
+    print(f"mesh {dict(assembly.method.mesh.shape)}", flush=True)
+    if table := sharding_table(assembly.abstract.networks[assembly.method.main].params):
+        print(f"large leaves of a network, its moments and its EMA:\n{table}", flush=True)
+
+
+def _difference(before: Mapping, now: Mapping) -> str:
+    old, new = before.get("config", {}), now.get("config", {})
+    return ", ".join(f"{name} {old.get(name)} there, {new[name]} here" for name in new if old.get(name) != new[name])
