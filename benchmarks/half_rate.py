@@ -16,10 +16,10 @@ import jax.numpy as jnp
 from absl import app, flags
 from flax import nnx
 
+from avd_jax.capacity.flops import count_flops
 from avd_jax.generation.pipeline import HalfRateSampling, as_network, make_student_sampler, sample_keys
 from avd_jax.models.interpolator import Interpolator, InterpolatorConfig
 from avd_jax.models.wan_dit import WAN_1_3B, WanDiT, WanDiTConfig
-from avd_jax.training.flops import count_flops
 
 PAIRS = flags.DEFINE_integer("pairs", 3, "Measured pairs, after one to warm up.")
 LAYERS = flags.DEFINE_integer("layers", 2, "Layers of the measured transformer.")

@@ -9,9 +9,9 @@ Heads are those on one device: the model's 12 or 40 over `config.mesh.seq`. Set 
 from absl import flags
 
 from avd_jax import command_line
+from avd_jax.capacity.kernel_search import estimate
 from avd_jax.errors import UserError
 from avd_jax.models.placement import SplashBlocks
-from avd_jax.training.kernel_search import estimate
 
 FORWARD = ["512,2048,512", "1024,2048,512", "1024,4096,512", "2048,2048,512"]
 BACKWARD = ["512,2048,512", "1024,2048,512", "1024,4096,512"]

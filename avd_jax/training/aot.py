@@ -1,12 +1,7 @@
-"""The programs of a run compiled ahead of time for devices that are not there: does it fit, and what does it cost.
+"""The programs of a run, to be compiled ahead of time for devices that are not there (`capacity/compiling.py`)."""
 
-The TPU compiler is a library that runs on any CPU; what it reports of memory is what the real run will need.
-"""
-
-import re
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +10,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from avd_jax.capacity.compiling import Report, compile_program
+from avd_jax.capacity.program import Program
 from avd_jax.convert import dit_config
 from avd_jax.data.latents import read_metadata
 from avd_jax.errors import UserError
@@ -26,86 +23,12 @@ from avd_jax.parallel.compiler import convolution_options
 from avd_jax.parallel.memory import parameter_sharding
 from avd_jax.parallel.mesh import BATCH_AXES, filled_up, make_mesh, replicated
 from avd_jax.parallel.rules import dotted
-from avd_jax.parallel.topology import memory_gib
-from avd_jax.training.flops import jaxpr_flops
-from avd_jax.training.hlo import profile
 from avd_jax.training.networks import Network, make_network, make_networks, make_placement
 from avd_jax.training.objectives import Frozen
 from avd_jax.training.state import abstract_state, make_optimizers
 from avd_jax.training.steps import compile_step, make_fake_score_step, make_generator_step
 
-GIB, MIB = 2**30, 2**20
-
 PROGRAMS = ("generator_step", "fake_score_step", "student_sample", "vae_decode", "forward")
-
-
-@dataclass(frozen=True)
-class Program:
-    """A program and the shapes and shardings of its arguments.
-
-    Attributes:
-      function: jitted.
-      dynamic_trips: expected length of the loop whose length is drawn at random (the student's rollout).
-    """
-
-    name: str
-    function: Callable
-    args: tuple
-    dynamic_trips: float = 1
-
-
-@dataclass(frozen=True)
-class Report:
-    """What the compiler says about one program; GiB and cycles are a device's, FLOPs all devices' together.
-
-    Attributes:
-      total_gib: arguments, temporaries, results that reuse no argument, and code.
-      flops: of one run, see `training/flops.py`.
-      cycles: the compiler's estimate without attention kernels and collectives.
-      collective_gib: kind -> GiB.
-      fits: whether it compiled, within the limit.
-      error: the compiler's message where memory did not suffice; then only the total is known.
-    """
-
-    program: str
-    topology: str
-    mesh: dict[str, int]
-    batch_size: int
-    argument_gib: float | None
-    temporary_gib: float | None
-    total_gib: float
-    limit_gib: float
-    fits: bool
-    code_mib: float | None
-    flops: float
-    cycles: int | None
-    collective_gib: dict[str, float] = field(default_factory=dict)
-    trace_seconds: float = 0.0
-    compile_seconds: float = 0.0
-    error: str = ""
-
-    def as_dict(self) -> dict:
-        """Return the report as JSON takes it, rounded."""
-        rounded = {name: round(value, 3) if isinstance(value, float) else value for name, value in asdict(self).items()}
-        return rounded | {"collective_gib": {kind: round(gib, 3) for kind, gib in self.collective_gib.items()}}
-
-    def as_text(self) -> str:
-        """Return the report as a few lines for people."""
-        mesh = " x ".join(f"{axis}={size}" for axis, size in self.mesh.items())
-        verdict = "fits" if self.fits else "DOES NOT FIT"
-        lines = [f"{self.program} on {self.topology}, mesh {mesh}, batch {self.batch_size}: {verdict}"]
-        if self.error:
-            return f"{lines[0]}\n  memory      {self.total_gib:.2f} GiB a device of {self.limit_gib:g}\n  {self.error}"
-        moved = ", ".join(f"{kind} {gib:.2f}" for kind, gib in self.collective_gib.items()) or "none"
-        cycles = f"{self.cycles:,} (without attention kernels and collectives)" if self.cycles else "no estimate"
-        lines += [
-            f"  memory      {self.total_gib:.2f} GiB a device of {self.limit_gib:g}: "
-            f"arguments {self.argument_gib:.2f}, temporaries {self.temporary_gib:.2f}, code {self.code_mib:.0f} MiB",
-            f"  work        {self.flops:.3e} FLOPs on all devices; {cycles} cycles a device",
-            f"  collectives {moved} (GiB a device)",
-            f"  compiled in {self.compile_seconds:.0f} s, after {self.trace_seconds:.0f} s of tracing",
-        ]
-        return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -148,7 +71,7 @@ class Plan:
         key = jax.eval_shape(lambda: jax.random.key(0))
         key = jax.ShapeDtypeStruct((), key.dtype, sharding=replicated(self.mesh))
         trips = (len(self.config.student.timesteps) - 1) / 2
-        return Program(name, compile_step(step, shardings, self.mesh), (state, frozen, batch, key), trips)
+        return Program(name, compile_step(step, shardings, self.mesh), (state, frozen, batch, key), dynamic_trips=trips)
 
     def _student_sample(self) -> Program:
         network = make_networks(self.config, self.model, self.mesh).student
@@ -207,51 +130,8 @@ class Plan:
         return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=sharding)
 
     def compile(self, name: str, *, topology: str) -> tuple[Report, str]:
-        """Compile one of PROGRAMS.
-
-        Returns:
-          (report, text): and the compiled HLO, empty where memory did not suffice.
-
-        Raises:
-          UserError: the program does not fit the mesh.
-        """
-        program = self.program(name)
-        device = self.mesh.devices.flat[0]
-        start = time.monotonic()
-        traced = program.function.trace(*program.args)
-        lowered = traced.lower(lowering_platforms=(device.platform,))
-        trace_seconds = time.monotonic() - start
-        about = {
-            "program": name,
-            "topology": topology,
-            "mesh": dict(self.mesh.shape),
-            "batch_size": self.config.batch_size,
-            "limit_gib": memory_gib(device),
-            "flops": jaxpr_flops(traced.jaxpr, dynamic_trips=program.dynamic_trips),
-            "trace_seconds": trace_seconds,
-        }
-        start = time.monotonic()
-        try:
-            compiled = lowered.compile()
-        except jax.errors.JaxRuntimeError as error:
-            return _does_not_fit(about, error, time.monotonic() - start), ""
-        text, seconds = compiled.as_text(), time.monotonic() - start
-        memory, found = compiled.memory_analysis(), profile(text, dynamic_trips=program.dynamic_trips)
-        code = memory.generated_code_size_in_bytes
-        results = memory.output_size_in_bytes - memory.alias_size_in_bytes
-        total = (memory.argument_size_in_bytes + memory.temp_size_in_bytes + results + code) / GIB
-        report = Report(
-            **about,
-            argument_gib=memory.argument_size_in_bytes / GIB,
-            temporary_gib=memory.temp_size_in_bytes / GIB,
-            total_gib=total,
-            fits=total <= about["limit_gib"],
-            code_mib=code / MIB,
-            cycles=found.cycles or None,
-            collective_gib={kind: size / GIB for kind, size in found.collective_bytes.items()},
-            compile_seconds=seconds,
-        )
-        return report, text
+        """Compile one of PROGRAMS; see `compile_program`."""
+        return compile_program(self.program(name), mesh=self.mesh, batch_size=self.config.batch_size, topology=topology)
 
 
 def make_plan(config, devices: Sequence[jax.Device], *, frames: int, height: int, width: int) -> Plan:
@@ -278,13 +158,3 @@ def make_plan(config, devices: Sequence[jax.Device], *, frames: int, height: int
     mesh = make_mesh(**config.mesh, batch_size=config.batch_size // config.accumulation_steps, devices=devices)
     check_heads(model.num_heads, mesh.shape["seq"])
     return Plan(config, model, shape, mesh)
-
-
-def _does_not_fit(about: dict, error: Exception, seconds: float) -> Report:
-    text = " ".join(str(error).split())
-    used = re.search(r"Used ([\d.]+)([KMGT]) of", text)
-    if not used:
-        raise error
-    total = float(used[1]) * 1024 ** ("KMGT".index(used[2]) - 2)
-    unknown = {"argument_gib": None, "temporary_gib": None, "code_mib": None, "cycles": None}
-    return Report(**about, **unknown, total_gib=total, fits=False, compile_seconds=seconds, error=text[:300])

@@ -1,29 +1,12 @@
 """How fast a run is against what its devices could do: FLOPs of a cycle over the peak of the matrix units."""
 
-import re
-
 import jax
 import jax.numpy as jnp
 
+from avd_jax.capacity.devices import peak_flops
+from avd_jax.capacity.flops import jaxpr_flops
 from avd_jax.training.cost import fake_score_updates
-from avd_jax.training.flops import jaxpr_flops
 from avd_jax.training.run import Run
-
-# bfloat16 FLOPs a second of dense matrix products, as the makers state them; the first pattern that fits counts.
-PEAK_FLOPS = (
-    (r"TPU v6( lite|e)", 918e12),
-    (r"TPU v5( lite|e)", 197e12),
-    (r"TPU v5p?$", 459e12),
-    (r"TPU v4$", 275e12),
-    (r"H100 PCIe", 756e12),
-    (r"H[12]00", 989e12),
-    (r"A100", 312e12),
-)
-
-
-def peak_flops(device_kind: str) -> float | None:
-    """Return the peak FLOPs a second of a kind of device, as `jax.Device.device_kind` names it; None if unknown."""
-    return next((peak for pattern, peak in PEAK_FLOPS if re.search(pattern, device_kind)), None)
 
 
 def seconds_at_peak(run: Run) -> float | None:

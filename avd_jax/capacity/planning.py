@@ -1,24 +1,40 @@
 """Which mesh and batch size suit a TPU slice: the sensible ones are compiled, the cheapest that fits is recommended."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
 
 import jax
 import ml_collections
+from jax.sharding import Mesh
 
+from avd_jax.capacity.compiling import Report
+from avd_jax.capacity.program import Program
 from avd_jax.errors import UserError
-from avd_jax.training.aot import Plan, Report, make_plan
 
 
-def candidates(config, devices: Sequence[jax.Device], video: Mapping[str, int]) -> Iterator[Plan]:
-    """Yield the plans that are worth compiling: the config's batch size and twice it, each with every fitting mesh.
+class Planned(Protocol):
+    """What a run's config comes to on some devices.
+
+    Attributes:
+      mesh: of the devices.
+    """
+
+    mesh: Mesh
+
+    def program(self, name: str) -> Program:
+        """Return one of the run's programs."""
+
+
+def candidates(config, devices: Sequence[jax.Device], build: Callable[..., Planned]) -> Iterator[Planned]:
+    """Yield what is worth compiling: the config's batch size and twice it, each with every fitting mesh.
 
     Parameters are sharded over all devices of a slice, slices share the batch; so what is open is how many devices
     share an example's tokens. More than eight are not tried where fewer serve: their exchanges only grow.
 
     Args:
-      config: of a training run.
+      config: of a training run, an `ml_collections.ConfigDict` with `batch_size` and `mesh`.
       devices: of the slice or slices.
-      video: `frames`, `height`, `width` for `make_plan`.
+      build: config -> what is to be compiled for it on these devices; a UserError where they do not fit each other.
 
     Raises:
       UserError: no mesh fits the batch and the heads.
@@ -33,7 +49,7 @@ def candidates(config, devices: Sequence[jax.Device], video: Mapping[str, int]) 
             changed.batch_size = batch_size
             changed.mesh.update({"data": slices, "fsdp": inside // seq, "seq": seq})
             try:
-                fitting.append(make_plan(changed, devices, **video))
+                fitting.append(build(changed))
             except UserError:
                 continue  # this mesh divides the batch or the heads badly; others may not
         few = [plan for plan in fitting if plan.mesh.shape["seq"] <= 8]
@@ -41,7 +57,7 @@ def candidates(config, devices: Sequence[jax.Device], video: Mapping[str, int]) 
             found += 1
             yield plan
     if not found:
-        make_plan(config, devices, **video)  # says what is wrong with the config's own mesh
+        build(config)  # says what is wrong with the config's own mesh
         raise UserError(f"no mesh of {len(devices)} devices fits batch_size={config.batch_size}; change it")
 
 

@@ -18,12 +18,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from avd_jax.capacity.devices import find_kind
 from avd_jax.models.attention import attention
 from avd_jax.models.placement import Placement, SplashBlocks
 from avd_jax.parallel.topology import tpu_devices
 
-# Clock in GHz, and cores that work on one kernel.
-_SPEED = {"TPU v4": (1.05, 2), "TPU v5 lite": (1.5, 1), "TPU v5": (1.75, 2), "TPU v6 lite": (1.75, 1)}
 _KERNELS = {"fwd": "forward", "dkv": "backward", "dq": "backward"}
 
 
@@ -81,7 +80,7 @@ def _estimate(topology: str, blocks: SplashBlocks, heads: int, tokens: int, head
             compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(array, array, array).compile()
         except jax.errors.JaxRuntimeError as error:
             return Estimate(blocks, {}, error=" ".join(str(error).split())[:160])
-        gigahertz, cores = _SPEED[device.device_kind]
+        kind = find_kind(device.device_kind)
         found = {}
         for path in Path(folder).glob("*schedule-analysis_final_bundles*"):
             kernel = re.search(r"splash_mha_(fwd|dkv|dq)", path.name)
@@ -89,5 +88,5 @@ def _estimate(topology: str, blocks: SplashBlocks, heads: int, tokens: int, head
             if kernel and bundles:
                 queries, keys, _ = getattr(blocks, _KERNELS[kernel[1]])
                 cells = heads * (padded // min(queries, padded)) * (padded // min(keys, padded))
-                found[kernel[1]] = int(bundles[1]) * cells / (gigahertz * 1e6) / cores
+                found[kernel[1]] = int(bundles[1]) * cells / (kind.gigahertz * 1e6) / kind.cores
         return Estimate(blocks, found, compiled.memory_analysis().temp_size_in_bytes / 2**30)

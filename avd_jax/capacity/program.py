@@ -1,0 +1,43 @@
+"""A program as capacity planning sees it: what is compiled, for which arguments, and what it draws at random."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from statistics import mean
+
+from avd_jax.capacity.flops import jaxpr_flops
+
+
+@dataclass(frozen=True)
+class Program:
+    """A program and the shapes and shardings of its arguments.
+
+    Attributes:
+      name: under which it is reported.
+      function: jitted.
+      args: `jax.ShapeDtypeStruct`s with shardings, or arrays.
+      outcomes: the equally likely values of what it draws for the whole batch, by the names that it gives them (see
+        `capacity/flops.py`); ({"stop": 0}, {"stop": 1}) for a rollout that stops at one of two steps.
+      dynamic_trips: expected length of its loops whose length does not follow from the outcome. The compiled text knows
+        no outcomes, so there it is that of every loop of unknown length, one trip where it is not given.
+    """
+
+    name: str
+    function: Callable
+    args: tuple
+    outcomes: tuple[Mapping[str, int], ...] = ({},)
+    dynamic_trips: float | None = None
+
+
+def expected_flops(program: Program, *, traced=None) -> float:
+    """Return the FLOPs of one run over all devices, the mean over its outcomes.
+
+    Args:
+      program: is traced once, without a device.
+      traced: `program.function.trace(*program.args)`, from a caller that has it.
+
+    Raises:
+      UserError: a loop whose length follows from no outcome, where `dynamic_trips` is not given.
+    """
+    jaxpr = (traced or program.function.trace(*program.args)).jaxpr
+    trips = program.dynamic_trips
+    return mean(jaxpr_flops(jaxpr, draws=outcome, dynamic_trips=trips) for outcome in program.outcomes)
