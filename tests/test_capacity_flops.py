@@ -350,6 +350,14 @@ def test_loops_within_loops():
 
     assert by_draw(nested, WEIGHTS, BATCH, KEY) == [0, ONE_BATCH, 3 * ONE_BATCH, 6 * ONE_BATCH]
 
+    def lengths_of_a_scan(weights, x):
+        def step(x, length):
+            return jax.lax.fori_loop(0, length, lambda _, x: x @ weights, x), None
+
+        return jax.lax.scan(step, x, jnp.arange(STEPS))
+
+    assert count_flops(lengths_of_a_scan, WEIGHTS, BATCH) == 6 * ONE_BATCH
+
     def scans(weights, x):
         inner = lambda x, _: (jax.lax.scan(lambda x, _: (x @ weights, None), x, None, length=5)[0], None)  # noqa: E731
         return jax.lax.scan(inner, x, None, length=7)
