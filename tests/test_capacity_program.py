@@ -47,3 +47,12 @@ def test_a_loop_whose_length_follows_from_no_outcome():
 
 def test_a_program_that_draws_nothing():
     assert expected_flops(Program("square", jax.jit(lambda x: x @ x), (SQUARE,))) == ONE
+
+
+def test_an_outcome_that_leaves_a_draw_open_is_noticed():
+    program = Program("rollout", jax.jit(rollout), (SQUARE, KEY), ({"stop": 0}, {"step": 1}), dynamic_trips=1.5)
+    with pytest.raises(ValueError, match="rollout draws stop, which not every outcome gives"):
+        expected_flops(program)
+    # What the program does not draw has no effect: a loss that is switched off may have drawn it.
+    outcomes = ({"stop": 0, "other": 5}, {"stop": 1, "other": 5})
+    assert expected_flops(Program("rollout", jax.jit(rollout), (SQUARE, KEY), outcomes)) == ONE / 2

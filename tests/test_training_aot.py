@@ -1,12 +1,14 @@
 """Reports of programs, compiled here for the CPU's devices; the real figures come from libtpu (docs/pods.md)."""
 
 import json
+from functools import partial
 
 import jax
 import pytest
 from training_cases import DIT, make_config
 
 from avd_jax.capacity import compiling
+from avd_jax.capacity.planning import candidates
 from avd_jax.capacity.program import expected_flops
 from avd_jax.errors import UserError
 from avd_jax.parallel.mesh import make_mesh
@@ -70,3 +72,16 @@ def test_sizes_come_from_the_config_or_are_asked_for():
         make_plan(make_config(), jax.devices(), **VIDEO)
     with pytest.raises(UserError, match=r"12 attention heads .* config.mesh.seq=8"):
         make_plan(make_config(model="1.3B", mesh__seq=8), jax.devices(), **VIDEO)
+
+
+def test_planning_tries_what_divides_batch_and_heads():
+    config = make_config(model="1.3B", batch_size=4)
+
+    def tried(devices):
+        return candidates(config, jax.devices()[:devices], partial(make_plan, devices=jax.devices()[:devices], **VIDEO))
+
+    found = [(p.config.batch_size, p.mesh.shape["fsdp"], p.mesh.shape["seq"]) for p in tried(8)]
+    # 8 devices: seq=8 does not divide 12 heads, fsdp=8 no batch of 4.
+    assert found == [(4, 4, 2), (4, 2, 4), (8, 8, 1), (8, 4, 2), (8, 2, 4)]
+    with pytest.raises(UserError, match=r"a batch of 4 .* cannot be shared out over data=5"):
+        list(tried(5))

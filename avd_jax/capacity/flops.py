@@ -62,6 +62,21 @@ def jaxpr_flops(
     return flops
 
 
+def draws_of(jaxpr: Jaxpr | ClosedJaxpr) -> set[str]:
+    """Return the names of the numbers that a program says it draws."""
+    found, seen, waiting = set(), set(), [jaxpr]
+    while waiting:
+        inner = _open(waiting.pop())
+        if inner in seen:
+            continue
+        seen.add(inner)
+        for equation in inner.eqns:
+            if _is_draw(equation):
+                found.add(equation.params["name"].removeprefix(DRAW))
+            waiting += _jaxprs_in(equation.params)
+    return found
+
+
 class _Count:
     """The count of one program for one set of draws. Every method returns (FLOPs, results as far as they are known)."""
 
@@ -101,7 +116,7 @@ class _Count:
         name, params = equation.primitive.name, equation.params
         if name in _LEAVES:
             return _LEAVES[name](equation), [None] * len(equation.outvars)
-        if name == "name" and params["name"].startswith(DRAW):
+        if _is_draw(equation):
             return 0, [self._drawn(params["name"].removeprefix(DRAW), equation.outvars[0].aval)]
         if name in self._control:
             return self._control[name](equation, inputs)
@@ -218,6 +233,10 @@ def _alike(outer: Sequence, inner: Sequence) -> list[bool]:
 
 def _where(kept: Sequence[bool], values: Sequence[Known]) -> list[Known]:
     return [value if keep else None for keep, value in zip(kept, values, strict=True)]
+
+
+def _is_draw(equation: JaxprEqn) -> bool:
+    return equation.primitive.name == "name" and equation.params["name"].startswith(DRAW)
 
 
 def _decides(jaxpr: Jaxpr | ClosedJaxpr) -> bool:
