@@ -17,6 +17,7 @@ from absl import app, flags
 from avd_jax.training.flops import count_flops
 from flax import nnx
 
+from avd_jax.capacity.flops import count_flops
 from avd_jax.generation.pipeline import HalfRateSampling, as_network, make_student_sampler, sample_keys
 from avd_jax.models.interpolator import Interpolator, InterpolatorConfig
 from avd_jax.models.wan_dit import WAN_1_3B, WanDiT, WanDiTConfig

@@ -8,16 +8,18 @@ Runs on any CPU with `pip install "jax[tpu]"`; needs neither weights nor data. d
 """
 
 import json
+from functools import partial
 from pathlib import Path
 
 from absl import flags
-from avd_jax.training.aot import PROGRAMS, Plan, Report, make_plan
-from avd_jax.training.planning import candidates, recommend
 from ml_collections import config_flags
 
 from avd_jax import command_line
+from avd_jax.capacity.compiling import Report
+from avd_jax.capacity.planning import candidates, recommend
 from avd_jax.errors import UserError, closest
 from avd_jax.parallel.topology import tpu_devices
+from avd_jax.training.aot import PROGRAMS, Plan, make_plan
 from avd_jax.training.config import FIELDS, check_values
 from avd_jax.training.fields import flags_parser
 
@@ -38,9 +40,9 @@ def main() -> int:
     config = CONFIG.value
     check_values(config)
     devices = tpu_devices(TOPOLOGY.value, slices=SLICES.value)
-    video = {"frames": FRAMES.value, "height": HEIGHT.value, "width": WIDTH.value}
+    build = partial(make_plan, devices=devices, frames=FRAMES.value, height=HEIGHT.value, width=WIDTH.value)
     if PLAN.value:
-        plans = candidates(config, devices, video)
+        plans = candidates(config, devices, build)
         reports = [report_on(plan, "generator_step") for plan in plans]
         recommended = recommend(reports)
         print(json.dumps({"recommended": recommended}) if JSON.value else f"recommended: {recommended}", flush=True)
@@ -48,7 +50,7 @@ def main() -> int:
     for name in PROGRAM.value:
         if name not in PROGRAMS:
             raise UserError(f"--programs {name}: there is no such program{closest(name, PROGRAMS)}")
-    plan = make_plan(config, devices, **video)
+    plan = build(config)
     for name in PROGRAM.value:
         report_on(plan, name)
     return 0

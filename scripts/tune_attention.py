@@ -10,6 +10,7 @@ from absl import flags
 from avd_jax.training.kernel_search import estimate
 
 from avd_jax import command_line
+from avd_jax.capacity.kernel_search import estimate
 from avd_jax.errors import UserError
 from avd_jax.models.placement import SplashBlocks
 

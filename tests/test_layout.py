@@ -20,11 +20,13 @@ ALLOWED = {
     "losses": {"shapes", "diffusion"},
     "convert": {"models", "data.tokenizer"},
     "parallel": {"shapes"},
+    "capacity": {"shapes", "models", "parallel"},
     "data": {"models", "parallel"},
     "evaluation": {"shapes", "data.shapes_world"},
     "generation": {"models", "diffusion", "convert", "data", "parallel"},
     "training": {
         *("shapes", "models", "diffusion", "losses", "convert", "parallel", "data", "evaluation", "generation"),
+        "capacity",
     },
     "experiments": {"convert", "parallel", "data", "evaluation", "generation", "training"},
 }

@@ -4,7 +4,7 @@ import pytest
 from jax.experimental import topologies
 
 from avd_jax.errors import UserError
-from avd_jax.parallel.topology import memory_gib, tpu_devices
+from avd_jax.parallel.topology import tpu_devices
 
 
 @pytest.mark.parametrize(
@@ -41,13 +41,3 @@ def test_what_libtpu_says(monkeypatch, raised, message):
         tpu_devices("v5e:3x7")
     assert message in str(error.value)
     assert "\n" not in str(error.value)
-
-
-def test_memory():
-    class Device:
-        device_kind = "TPU v5 lite"
-
-    assert memory_gib(Device) == 16
-    Device.device_kind = "abacus"
-    with pytest.raises(UserError, match="memory of a abacus is not known"):
-        memory_gib(Device)

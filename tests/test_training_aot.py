@@ -1,15 +1,18 @@
 """Reports of programs, compiled here for the CPU's devices; the real figures come from libtpu (docs/pods.md)."""
 
 import json
+from functools import partial
 
 import jax
 import pytest
-from avd_jax.training.aot import Plan, Report, make_plan
 from training_cases import DIT, make_config
 
+from avd_jax.capacity import compiling
+from avd_jax.capacity.planning import candidates
+from avd_jax.capacity.program import expected_flops
 from avd_jax.errors import UserError
 from avd_jax.parallel.mesh import make_mesh
-from avd_jax.training import aot, planning
+from avd_jax.training.aot import Plan, make_plan
 
 SHAPE = 3, 4, 4, 4
 VIDEO = {"frames": 9, "height": 32, "width": 32}
@@ -17,7 +20,7 @@ VIDEO = {"frames": 9, "height": 32, "width": 32}
 
 @pytest.fixture(autouse=True)
 def memory(monkeypatch):
-    monkeypatch.setattr(aot, "memory_gib", lambda device: 16)
+    monkeypatch.setattr(compiling, "memory_gib", lambda device_kind: 16)
 
 
 def plan(**fields):
@@ -41,8 +44,7 @@ def test_a_programs_report():
 
 def test_the_flops_are_all_devices_and_do_not_depend_on_the_mesh():
     def flops(**sizes):
-        found = Plan(make_config(batch_size=4), DIT, SHAPE, make_mesh(**sizes)).program("student_sample")
-        return aot.jaxpr_flops(found.function.trace(*found.args).jaxpr)
+        return expected_flops(Plan(make_config(batch_size=4), DIT, SHAPE, make_mesh(**sizes)).program("student_sample"))
 
     assert flops(data=1, fsdp=1, seq=1, devices=jax.devices()[:1]) == flops(data=1, fsdp=4, seq=2)
 
@@ -59,18 +61,7 @@ def test_sample_videos_are_shared_out_where_there_are_fewer_than_shards():
 
 @pytest.mark.parametrize("name", ["generator_step", "fake_score_step", "vae_decode"])
 def test_every_program_can_be_traced(name):
-    program = plan().program(name)
-    assert aot.jaxpr_flops(program.function.trace(*program.args).jaxpr, dynamic_trips=program.dynamic_trips) > 0
-
-
-def test_memory_that_does_not_suffice_is_a_report():
-    about = {"program": "a", "topology": "b", "mesh": {"seq": 1}, "batch_size": 1, "limit_gib": 16, "flops": 1.0}
-    text = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 17.50G of 15.75G hbm.\nExceeded"
-    report = aot._does_not_fit(about, RuntimeError(text), 3.0)
-    assert (report.total_gib, report.fits) == (17.5, False)
-    assert "DOES NOT FIT" in report.as_text()
-    with pytest.raises(RuntimeError, match="another"):
-        aot._does_not_fit(about, RuntimeError("another"), 3.0)
+    assert expected_flops(plan().program(name)) > 0
 
 
 def test_sizes_come_from_the_config_or_are_asked_for():
@@ -85,25 +76,12 @@ def test_sizes_come_from_the_config_or_are_asked_for():
 
 def test_planning_tries_what_divides_batch_and_heads():
     config = make_config(model="1.3B", batch_size=4)
-    found = [(p.config.batch_size, p.mesh.shape["fsdp"], p.mesh.shape["seq"]) for p in candidates(config)]
+
+    def tried(devices):
+        return candidates(config, jax.devices()[:devices], partial(make_plan, devices=jax.devices()[:devices], **VIDEO))
+
+    found = [(p.config.batch_size, p.mesh.shape["fsdp"], p.mesh.shape["seq"]) for p in tried(8)]
     # 8 devices: seq=8 does not divide 12 heads, fsdp=8 no batch of 4.
     assert found == [(4, 4, 2), (4, 2, 4), (8, 8, 1), (8, 4, 2), (8, 2, 4)]
     with pytest.raises(UserError, match=r"a batch of 4 .* cannot be shared out over data=5"):
-        list(candidates(config, devices=5))
-
-
-def candidates(config, devices=8):
-    return planning.candidates(config, jax.devices()[:devices], VIDEO)
-
-
-def test_the_cheapest_that_fits_is_recommended():
-    def report(batch, cycles, total):
-        numbers = {"argument_gib": 1.0, "temporary_gib": 1.0, "code_mib": 1.0, "flops": 1.0, "limit_gib": 16}
-        mesh = {"data": 1, "fsdp": batch, "seq": 2}
-        return Report("p", "t", mesh, batch, total_gib=total, fits=total < 16, cycles=cycles, **numbers)
-
-    reports = [report(4, 400, 10), report(8, 640, 15), report(16, 160, 20)]
-    assert planning.recommend(reports) == (
-        "--config.batch_size=8 --config.mesh.data=1 --config.mesh.fsdp=8 --config.mesh.seq=2"
-    )
-    assert planning.recommend(reports[2:]).startswith("none: the smallest needs 20.0 GiB of 16")
+        list(tried(5))

@@ -62,6 +62,21 @@ def jaxpr_flops(
     return flops
 
 
+def draws_of(jaxpr: Jaxpr | ClosedJaxpr) -> set[str]:
+    """Return the names of the numbers that a program says it draws."""
+    found, seen, waiting = set(), set(), [jaxpr]
+    while waiting:
+        inner = _open(waiting.pop())
+        if inner in seen:
+            continue
+        seen.add(inner)
+        for equation in inner.eqns:
+            if _is_draw(equation):
+                found.add(equation.params["name"].removeprefix(DRAW))
+            waiting += _jaxprs_in(equation.params)
+    return found
+
+
 class _Count:
     """The count of one program for one set of draws. Every method returns (FLOPs, results as far as they are known)."""
 
@@ -73,7 +88,7 @@ class _Count:
         self._control = {"cond": self._branches, "while": self._while, "scan": self._scan}
 
     def program(self, jaxpr: Jaxpr | ClosedJaxpr, inputs: Sequence[Known]) -> tuple[float, list[Known]]:
-        called = id(jaxpr), *(None if value is None else (value.shape, value.tobytes()) for value in inputs)
+        called = jaxpr, *(None if value is None else (value.shape, value.tobytes()) for value in inputs)
         if called not in self._done:
             self._done[called] = self._equations(jaxpr, inputs)
         return self._done[called]
@@ -101,10 +116,10 @@ class _Count:
         name, params = equation.primitive.name, equation.params
         if name in _LEAVES:
             return _LEAVES[name](equation), [None] * len(equation.outvars)
-        if name == "name" and params["name"].startswith(DRAW):
+        if _is_draw(equation):
             return 0, [self._drawn(params["name"].removeprefix(DRAW), equation.outvars[0].aval)]
         if name in self._control:
-            return self._control[name](params, inputs)
+            return self._control[name](equation, inputs)
         called = list(_jaxprs_in(params))
         if not called:
             return 0, known.evaluate(equation, inputs)
@@ -128,9 +143,9 @@ class _Count:
         flops, found = self.program(called[0], _where(arguments, inputs))
         return flops, _where(results, found)
 
-    def _branches(self, params, inputs):
+    def _branches(self, equation: JaxprEqn, inputs):
         which, *operands = inputs
-        branches = params["branches"]
+        branches = equation.params["branches"]
         if which is not None:
             return self.program(branches[int(np.clip(which, 0, len(branches) - 1))], operands)
         counts, results = zip(*(self.program(branch, operands) for branch in branches), strict=True)
@@ -140,7 +155,8 @@ class _Count:
         ]
         return max(counts), agreed
 
-    def _while(self, params, inputs):
+    def _while(self, equation: JaxprEqn, inputs):
+        params = equation.params
         condition, body = params["cond_jaxpr"], params["body_jaxpr"]
         condition_consts, body_consts, start = _cut(inputs, params["cond_nconsts"], params["body_nconsts"])
         flops, carry = 0, start
@@ -161,20 +177,22 @@ class _Count:
             )
         return flops and flops * self._dynamic_trips, carry
 
-    def _scan(self, params, inputs):
-        body, length = params["jaxpr"], params["length"]
-        consts, start, xs = _cut(inputs, params["num_consts"], params["num_carry"])
-        flops, carry, results = self._unchanging(body, consts, start, [None] * len(xs))
-        changing = any(
-            value is not None and settled is None for value, settled in zip(start, carry, strict=True)
-        ) or any(x is not None for x in xs)
+    def _scan(self, equation: JaxprEqn, inputs):
+        body, length = equation.params["jaxpr"], equation.params["length"]
+        # JAX's versions write down the numbers of these differently; the body sees slices of the xs and makes slices.
+        num_xs = _alike(equation.invars, _open(body).invars).count(False)
+        num_carry = _alike(equation.outvars, _open(body).outvars).count(True)
+        consts, start, xs = _cut(inputs, len(inputs) - num_xs - num_carry, num_carry)
+        changing = any(value is not None for value in (*start, *xs))
         if not (changing and length <= _MOST_TRIPS and _decides(body)):
-            return flops * length, [*carry, *([None] * len(results))]
-        flops, carry, stacks = 0, start, [[None] * length for _ in results]
-        for trip in reversed(range(length)) if params["reverse"] else range(length):
-            work, results = self.program(body, [*consts, *carry, *(None if x is None else x[trip] for x in xs)])
+            flops, carry, made = self._unchanging(body, consts, start, [None] * num_xs)
+            return flops * length, [*carry, *([None] * len(made))]
+        flops, carry, stacks = 0, start, [[None] * length for _ in equation.outvars[num_carry:]]
+        for trip in reversed(range(length)) if equation.params["reverse"] else range(length):
+            slices = (None if x is None else x[trip] for x in xs)
+            work, results = self.program(body, [*consts, *carry, *slices])
             flops += work
-            carry, made, _ = _cut(results, len(carry), len(stacks))
+            carry, made, _ = _cut(results, num_carry, len(stacks))
             for stack, value in zip(stacks, made, strict=True):
                 stack[trip] = value
         return flops, [*carry, *(_stacked(stack) for stack in stacks)]
@@ -215,6 +233,10 @@ def _alike(outer: Sequence, inner: Sequence) -> list[bool]:
 
 def _where(kept: Sequence[bool], values: Sequence[Known]) -> list[Known]:
     return [value if keep else None for keep, value in zip(kept, values, strict=True)]
+
+
+def _is_draw(equation: JaxprEqn) -> bool:
+    return equation.primitive.name == "name" and equation.params["name"].startswith(DRAW)
 
 
 def _decides(jaxpr: Jaxpr | ClosedJaxpr) -> bool:

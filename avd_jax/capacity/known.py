@@ -23,9 +23,13 @@ def can_be_known(aval) -> bool:
 
 def of_constant(value, aval) -> Known:
     """Return a literal of a program, or one of its constants, if arrays like it are followed."""
-    if not can_be_known(aval) or (isinstance(value, jax.Array) and not value.is_fully_addressable):
+    if not can_be_known(aval):
         return None
-    return np.asarray(jax.device_get(value)).astype(aval.dtype)
+    if isinstance(value, jax.Array):
+        if not value.is_fully_addressable:
+            return None
+        value = jax.device_get(value)
+    return np.asarray(value).astype(aval.dtype)
 
 
 def same(one: Known, other: Known) -> bool:

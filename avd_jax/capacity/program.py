@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from statistics import mean
 
-from avd_jax.capacity.flops import jaxpr_flops
+from avd_jax.capacity.flops import draws_of, jaxpr_flops
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,8 @@ class Program:
       function: jitted.
       args: `jax.ShapeDtypeStruct`s with shardings, or arrays.
       outcomes: the equally likely values of what it draws for the whole batch, by the names that it gives them (see
-        `capacity/flops.py`); ({"stop": 0}, {"stop": 1}) for a rollout that stops at one of two steps.
+        `capacity/flops.py`); ({"stop": 0}, {"stop": 1}) for a rollout that stops at one of two steps. With the one
+        empty outcome all that it draws is unknown.
       dynamic_trips: expected length of its loops whose length does not follow from the outcome. The compiled text knows
         no outcomes, so there it is that of every loop of unknown length, one trip where it is not given.
     """
@@ -37,7 +38,11 @@ def expected_flops(program: Program, *, traced=None) -> float:
 
     Raises:
       UserError: a loop whose length follows from no outcome, where `dynamic_trips` is not given.
+      ValueError: an outcome without a number that the program draws.
     """
     jaxpr = (traced or program.function.trace(*program.args)).jaxpr
+    missing = {name for outcome in program.outcomes if outcome for name in draws_of(jaxpr) - set(outcome)}
+    if missing:
+        raise ValueError(f"{program.name} draws {', '.join(sorted(missing))}, which not every outcome gives")
     trips = program.dynamic_trips
     return mean(jaxpr_flops(jaxpr, draws=outcome, dynamic_trips=trips) for outcome in program.outcomes)

@@ -2,29 +2,15 @@
 
 import os
 import re
-from dataclasses import dataclass
 
 import jax
 from jax.experimental import topologies
 
 from avd_jax.errors import UserError, closest
 
-
-@dataclass(frozen=True)
-class _Generation:
-    device_kind: str
-    gib: int
-    examples: tuple[str, ...]
-
-
 _FLAT = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBIC = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8")
-_GENERATIONS = {
-    "v4": _Generation("TPU v4", 32, _CUBIC),
-    "v5e": _Generation("TPU v5 lite", 16, _FLAT),
-    "v5p": _Generation("TPU v5", 95, _CUBIC),
-    "v6e": _Generation("TPU v6 lite", 32, _FLAT),
-}
+_SHAPES = {"v4": _CUBIC, "v5e": _FLAT, "v5p": _CUBIC, "v6e": _FLAT}  # examples of each generation's slices
 
 
 def tpu_devices(topology: str, *, slices: int = 1) -> list[jax.Device]:
@@ -56,22 +42,14 @@ def tpu_devices(topology: str, *, slices: int = 1) -> list[jax.Device]:
         ) from error
 
 
-def memory_gib(device: jax.Device) -> float:
-    """Return the memory of a TPU in GiB, of which the compiler keeps a little for itself."""
-    for generation in _GENERATIONS.values():
-        if generation.device_kind == device.device_kind:
-            return generation.gib
-    raise UserError(f"the memory of a {device.device_kind} is not known; use one of {', '.join(_GENERATIONS)}")
-
-
 def _check_name(topology: str) -> None:
     generation, _, shape = topology.partition(":")
-    if generation not in _GENERATIONS or not re.fullmatch(r"\d+(x\d+)+", shape):
+    if generation not in _SHAPES or not re.fullmatch(r"\d+(x\d+)+", shape):
         raise UserError(f"--topology {topology}: there is no such slice; {_examples(topology)}")
 
 
 def _examples(topology: str) -> str:
     generation = re.split(r"[:\-]", topology)[0]
-    if generation not in _GENERATIONS:
-        return f"name one like v5e:4x4 or v5p:2x2x4, of {', '.join(_GENERATIONS)}{closest(generation, _GENERATIONS)}"
-    return "there are " + ", ".join(f"{generation}:{shape}" for shape in _GENERATIONS[generation].examples) + ", ..."
+    if generation not in _SHAPES:
+        return f"name one like v5e:4x4 or v5p:2x2x4, of {', '.join(_SHAPES)}{closest(generation, _SHAPES)}"
+    return "there are " + ", ".join(f"{generation}:{shape}" for shape in _SHAPES[generation]) + ", ..."

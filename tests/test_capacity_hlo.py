@@ -1,6 +1,6 @@
 """Collectives and cycles read from small HLO texts."""
 
-from avd_jax.training.hlo import profile
+from avd_jax.capacity.hlo import profile
 
 HLO = """HloModule jit_step, is_scheduled=true
 
