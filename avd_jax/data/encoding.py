@@ -244,8 +244,8 @@ def encode_shapes_world(
     """
     size = {"frames": frames, "height": height, "width": width}
     shared = {"text": text, "text_batch_size": text_batch_size, "shard_size": shard_size, "on_progress": on_progress}
-    chosen = world_clips.training_clips(clips, **size, style=style)
     captions = world_clips.training_prompts(prompts, clips=clips)
+    chosen = world_clips.training_clips(clips, **size, style=style)
     latents_dir, prompts_dir = Path(out) / "latents", Path(out) / "prompts"
     summaries = {
         latents_dir: encode_videos(chosen, latents_dir, vae=vae, fps=fps, batch_size=batch_size, **size, **shared)
