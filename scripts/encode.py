@@ -23,16 +23,18 @@ WAN_SIZE = {"frames": 81, "height": 480, "width": 832}
 VIDEOS = flags.DEFINE_string("videos", None, "Folder of video files.")
 CAPTIONS = flags.DEFINE_string("captions", None, "JSON lines with the keys `file` and `caption`.")
 PROMPTS = flags.DEFINE_string("prompts", None, "Text file with one prompt a line, instead of --videos and --captions.")
-SHAPES_WORLD = flags.DEFINE_bool("shapes_world", False, "Draw captioned clips of moving shapes, instead of all these.")
-CLIPS = flags.DEFINE_integer("clips", None, "With --shapes_world: clips to draw.", lower_bound=1)
-PROMPT_COUNT = flags.DEFINE_integer("prompt_count", None, "And captions to encode as prompts; 0: none.", lower_bound=0)
-STYLE = flags.DEFINE_enum("style", None, shapes_world.STYLES, "And how to draw the clips. Default: painted.")
+SHAPES_WORLD = flags.DEFINE_bool("shapes_world", False, "Draw clips of moving shapes; it needs no files.")
+CLIPS = flags.DEFINE_integer("clips", None, "How many clips of --shapes_world to draw.", lower_bound=1)
+PROMPT_COUNT = flags.DEFINE_integer(
+    "prompt_count", None, "How many captions of --shapes_world to encode as prompts. Default: 0.", lower_bound=0
+)
+STYLE = flags.DEFINE_enum("style", None, shapes_world.STYLES, "How --shapes_world is drawn. Default: painted.")
 WEIGHTS = flags.DEFINE_string("weights", None, "Folder with the VAE, umT5 and its tokenizer, in any known layout.")
 OUT = flags.DEFINE_string("out", None, "Folder of the encoded set; with --shapes_world of both sets.")
 FRAMES = flags.DEFINE_integer("frames", None, "Video frames of a clip, 4n+1. Default: 81; with --shapes_world 17.")
 FPS = flags.DEFINE_float("fps", 16.0, "Frames per second of a clip; videos are resampled.", lower_bound=0.1)
 HEIGHT = flags.DEFINE_integer(
-    "height", None, "Pixels, a multiple of 16; videos are scaled, then cut. Default: 480; 64."
+    "height", None, "Pixels, a multiple of 16; videos are scaled and cut. Default: 480; with --shapes_world 64."
 )
 WIDTH = flags.DEFINE_integer("width", None, "Pixels, a multiple of 16. Default: 832; with --shapes_world 64.")
 CLIPS_PER_VIDEO = flags.DEFINE_integer("clips_per_video", 1, "Most clips to cut from one video.", lower_bound=1)
