@@ -5,6 +5,8 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3; do $$p -c \
 .PHONY: tiny test parity format
 
 tiny: .venv/installed
+	.venv/bin/python scripts/encode.py --shapes_world --weights weights/tiny --clips 128 --prompt_count 256 \
+	  --out runs/tiny/data
 	.venv/bin/python scripts/train.py --config configs/tiny.py --workdir runs/tiny
 	.venv/bin/python scripts/evaluate.py --checkpoint runs/tiny --weights weights/tiny --beside_teacher --count 48 \
 	  --batch_size 8 --out runs/tiny

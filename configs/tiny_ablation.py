@@ -21,6 +21,7 @@ def get_config():
     config.temporal_clips = (*config.temporal_clips, 1.4, 1.6, 1.9)
     train = config.train
     train.update(runpy.run_path(str(Path(__file__).with_name("tiny.py")))["get_config"]())
+    train.data.latents = train.data.prompts = ""  # the cells share sets of config.world, encoded at the first start
     train.num_steps = 60
     train.checkpoint_every = 30
     train.checkpoint.keep = 1

@@ -1,5 +1,7 @@
 """The tiny teacher of weights/tiny, trained by flow matching on clips of the built-in world of shapes.
 
+    python scripts/encode.py --shapes_world --weights weights/tiny --clips 6000 --batch_size 8 \
+        --out runs/tiny_pretrain/data
     python scripts/pretrain.py --config configs/tiny_pretrain.py --workdir runs/tiny_pretrain \
         --out runs/tiny_pretrain/weights
 
@@ -17,6 +19,7 @@ def get_config():
     """Return the settings of configs/tiny_images.py for clips."""
     config = runpy.run_path(str(Path(__file__).with_name("tiny_images.py")))["get_config"]()
     config.init_from = "runs/tiny_images2/weights"
+    config.data.latents = "runs/tiny_pretrain/data/latents"
     config.batch_size = 8
     config.num_steps = 5000
     return config

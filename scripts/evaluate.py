@@ -20,9 +20,10 @@ from tqdm import tqdm
 
 from avd_jax import command_line
 from avd_jax.convert.layouts import student_settings
+from avd_jax.data.world_clips import WORLD_SIZE
 from avd_jax.errors import UserError
 from avd_jax.experiments.comparison import REAL, compare
-from avd_jax.experiments.held_out import WORLD_SIZE, drawn_videos, make_videos, with_and_without_half_rate
+from avd_jax.experiments.held_out import drawn_videos, make_videos, with_and_without_half_rate
 from avd_jax.experiments.videos import videos_in
 from avd_jax.generation.settings import Options, resolve
 

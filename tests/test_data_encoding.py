@@ -169,13 +169,29 @@ def test_killed_and_run_again_gives_the_same_set(tmp_path):
 
 def test_shapes_world(tmp_path):
     kwargs = {"vae": VAE, "text": TEXT, "clips": 5, "prompts": 7, "fps": 16.0, **SIZE}
-    latents_dir, prompts_dir = encoding.encode_shapes_world(tmp_path, **kwargs)
+    done = []
+    summaries = encoding.encode_shapes_world(tmp_path, **kwargs, on_progress=done.append)
+    latents_dir, prompts_dir = tmp_path / "latents", tmp_path / "prompts"
+    assert {folder: summary.written for folder, summary in summaries.items()} == {latents_dir: 5, prompts_dir: 7}
+    assert sum(done) == 12
     latents, prompts = EncodedSet(latents_dir, "latents"), EncodedSet(prompts_dir, "prompts")
+    assert [latents[i]["clip_id"] for i in range(2)] == ["shapes_world@000000", "shapes_world@000001"]
     assert [latents[i]["caption"] for i in range(len(latents))] == [shapes_world.caption(i) for i in range(5)]
     assert [prompts[i]["text"] for i in range(len(prompts))] == [shapes_world.caption(i) for i in range(5, 12)]
     before = contents(tmp_path)
     encoding.encode_shapes_world(tmp_path, **kwargs)
     assert contents(tmp_path) == before
+
+
+def test_shapes_world_in_another_style_and_without_prompts(tmp_path):
+    kwargs = {"vae": VAE, "text": TEXT, "clips": 3, "prompts": 0, "fps": 16.0, **SIZE, "style": "outline"}
+    assert list(encoding.encode_shapes_world(tmp_path, **kwargs, batch_size=2, shard_size=2)) == [tmp_path / "latents"]
+    assert not (tmp_path / "prompts").exists()
+    latents = EncodedSet(tmp_path / "latents", "latents")
+    assert [latents[i]["clip_id"] for i in range(3)] == [f"shapes_world_outline@00000{i}" for i in range(3)]
+    drawn, caption = shapes_world.clip(2, **SIZE, style="outline")
+    assert (latents[2]["caption"], latents[2]["source"]) == (caption, "shapes_world_outline")
+    np.testing.assert_allclose(latents[2]["latents"].astype(np.float32), pool(drawn[None])[0], rtol=2**-8)
 
 
 class Toy(nnx.Module):

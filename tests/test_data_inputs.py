@@ -1,6 +1,7 @@
 """Captions and clips from a user's files, and the line that is wrong."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -16,6 +17,22 @@ def captions_file(tmp_path, *lines):
     path = tmp_path / "captions.jsonl"
     path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines), "utf-8")
     return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"frames": 0}, "--frames 0 is not 4n+1; try 1."),
+        ({"frames": 16}, "--frames 16 is not 4n+1; try 17."),
+        ({"height": 100}, "--height 100 is not a multiple of 16; try 96."),
+        ({"width": 8}, "--width 8 is not a multiple of 16; try 16."),
+    ],
+)
+def test_a_size_that_the_networks_cannot_take_is_named(changes, message):
+    size = {"frames": 5, "height": 16, "width": 32}
+    inputs.check_clip_size(**size)
+    with pytest.raises(UserError, match=re.escape(message)):
+        inputs.check_clip_size(**{**size, **changes}, prefix="--")
 
 
 def test_captions_in_order(tmp_path):

@@ -3,12 +3,17 @@
 import functools
 import json
 import math
+import runpy
 import signal
+from pathlib import Path
 
 import jax
 import pytest
 from generation_cases import write_weights
 
+from avd_jax.data import shapes_world
+from avd_jax.data.latents import EncodedSet, read_metadata
+from avd_jax.data.shapes_world import STYLES
 from avd_jax.errors import UserError
 from avd_jax.experiments import ablation
 from avd_jax.experiments.ablation import run_ablation
@@ -20,12 +25,14 @@ from avd_jax.training import run
 from avd_jax.training.fields import flatten
 from avd_jax.training.metrics import MetricsWriter
 
+CONFIGS = Path(__file__).parents[1] / "configs"
+
 
 def make_config(weights, **changes):
     config = default_config()
     train = config.train
     train.init_from = str(weights)
-    world = train.data.shapes_world
+    world = config.world
     world.clips, world.prompts, world.frames, world.height, world.width = 3, 4, 5, 32, 32
     train.num_steps, train.batch_size, train.fake_score_updates, train.sample_every = 2, 1, 1, 0
     train.compute_dtype = train.teacher_dtype = "float32"
@@ -40,6 +47,11 @@ def make_config(weights, **changes):
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     return write_weights(tmp_path_factory.mktemp("weights"))
+
+
+def records(folder):
+    encoded = EncodedSet(folder, read_metadata(folder).kind)
+    return [encoded[i] for i in range(len(encoded))]
 
 
 def names(config, tmp_path, **options):
@@ -88,6 +100,11 @@ def test_a_cell_differs_from_the_full_method_in_what_it_is_about(weights, tmp_pa
         ({"seeds": (1, 1)}, "must be different numbers"),
         ({"sweep_seeds": (7,)}, "must be among config.seeds"),
         ({"collapse": {**default_config().collapse, "prompts": -1}}, r"config\.collapse\.prompts=-1 must be"),
+        ({"world": {**default_config().world, "clips": 0}}, r"config\.world\.clips=0 must be at least 1"),
+        ({"world": {**default_config().world, "prompts": 0}}, r"config\.world\.prompts=0 must be at least 1"),
+        ({"world": {**default_config().world, "frames": 16}}, r"config\.world\.frames 16 is not 4n\+1; try 17"),
+        ({"world": {**default_config().world, "width": 40}}, r"config\.world\.width 40 is not a multiple of 16"),
+        ({"world": {**default_config().world, "fps": 0.0}}, r"config\.world\.fps=0\.0 must be positive"),
     ],
 )
 def test_wrong_fields_are_named(weights, changes, message):
@@ -100,10 +117,25 @@ def test_wrong_fields_of_the_training_are_named_as_the_user_knows_them(weights):
     config.train.num_steps = 0
     with pytest.raises(UserError, match=r"^config\.train\.num_steps=0 must be"):
         validate(config)
+    for kind in ("latents", "prompts"):
+        config = make_config(weights)
+        config.train.data[kind] = "somewhere"
+        with pytest.raises(UserError, match=rf"config\.train\.data\.{kind} must be empty"):
+            validate(config)
+
+
+def test_validation_changes_nothing(weights):
     config = make_config(weights)
-    config.train.data.latents = "somewhere"
-    with pytest.raises(UserError, match=r"config\.train\.data\.latents must be empty"):
-        validate(config)
+    before = flatten(config)
+    validate(config)
+    assert flatten(config) == before
+
+
+def test_the_config_file_has_the_world_that_it_always_had():
+    config = runpy.run_path(str(CONFIGS / "tiny_ablation.py"))["get_config"]()
+    validate(config)
+    size = {"frames": 17, "height": 64, "width": 64, "fps": 16.0}
+    assert config.world.to_dict() == {"clips": 128, "prompts": 256, **size}
 
 
 @pytest.fixture
@@ -178,6 +210,16 @@ def test_some_cells_only_and_the_report_of_what_there_is(weights, tmp_path, stan
         run_ablation(config, tmp_path, only=["dmdd*"], report=write_report)
     assert run_ablation(config, tmp_path, only=["real", "dmd_*"], report=write_report) == 0
     assert [name for kind, name in calls if kind == "train"] == ["dmd_seed0", "dmd_seed1"]
+    ids = {
+        folder: [record["clip_id"] for record in records(tmp_path / "data" / folder / "latents")] for folder in STYLES
+    }
+    assert ids["painted"] == ["shapes_world@000000", "shapes_world@000001", "shapes_world@000002"]
+    assert ids["outline"] == ["shapes_world_outline@000000", "shapes_world_outline@000001"]
+    for folder, count in (("painted/prompts", 4), ("prompts_8", 8)):
+        texts = [record["text"] for record in records(tmp_path / "data" / folder)]
+        assert texts == [shapes_world.caption(i) for i in range(3, 3 + count)]
+    info = read_metadata(tmp_path / "data" / "outline" / "latents")
+    assert (info.frames, info.height, info.width, info.fps) == (5, 32, 32, 16.0)
     (tmp_path / "report.html").unlink()
     assert run_ablation(config, tmp_path, run=False, report=write_report) == 0
     assert "DMD" in (tmp_path / "report.html").read_text()
@@ -194,6 +236,11 @@ def test_other_settings_are_run_again(weights, tmp_path, stand_ins):
     config.evaluation.captions = 1
     run_ablation(config, tmp_path, only=["dmd_seed0"], report=write_report)
     assert len(calls) == 4
+    config.world.fps = 8.0
+    with pytest.raises(UserError, match="has no finished cell of this config yet"):
+        run_ablation(config, tmp_path, run=False, report=write_report)
+    with pytest.raises(UserError, match=r"painted/latents: holds a set encoded from fps 16\.0, not 8\.0"):
+        run_ablation(config, tmp_path, report=write_report)
 
 
 def test_a_real_cell_that_is_stopped_goes_on_from_its_checkpoint(weights, tmp_path, monkeypatch):

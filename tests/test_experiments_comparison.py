@@ -8,11 +8,12 @@ import pytest
 
 from avd_jax.data import shapes_world
 from avd_jax.data.video import read_whole_video, write_video
+from avd_jax.data.world_clips import FIRST_HELD_OUT_CLIP, WORLD_SIZE
 from avd_jax.errors import UserError
 from avd_jax.evaluation.style import style_features, style_position
 from avd_jax.experiments.comparison import compare
 from avd_jax.experiments.curves import training_charts
-from avd_jax.experiments.held_out import FIRST_CLIP, WORLD_SIZE, captions, drawn_videos
+from avd_jax.experiments.held_out import captions, drawn_videos
 from avd_jax.experiments.videos import measure_videos, videos_in
 
 SIZE = {"frames": 17, "height": 64, "width": 64}
@@ -34,9 +35,9 @@ def test_a_video_is_read_as_it_was_written(tmp_path):
 
 def test_held_out_captions_are_those_of_the_drawn_videos(drawn):
     assert [video.caption for video in drawn] == captions(6)
-    assert captions(1) == [shapes_world.caption(FIRST_CLIP)]
+    assert captions(1) == [shapes_world.caption(FIRST_HELD_OUT_CLIP)]
     pixels, _ = read_whole_video(drawn[0].file)
-    assert np.abs(pixels - shapes_world.clip(FIRST_CLIP, **SIZE)[0]).mean() < 0.05
+    assert np.abs(pixels - shapes_world.clip(FIRST_HELD_OUT_CLIP, **SIZE)[0]).mean() < 0.05
 
 
 def test_drawn_videos_have_good_metrics_through_their_files(drawn):

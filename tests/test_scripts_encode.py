@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from avd_jax.data import shapes_world
 from avd_jax.data.latents import EncodedSet, LatentsInfo, read_metadata
 from avd_jax.data.video import write_video
 
@@ -134,9 +135,72 @@ def test_videos_and_prompts(folder):
     assert len(list((folder / "prompts").glob("prompts-train*"))) == 1
 
 
+def run_all(commands):
+    """Run many command lines in one process; return what each raises, what all print, and what they log."""
+    done = python(MESSAGES, SCRIPT, json.dumps([[*map(str, command)] for command in commands]))
+    *printed, messages = done.stdout.splitlines()
+    return json.loads(messages), printed, done.stderr
+
+
+def read_all(folder, kind):
+    encoded = EncodedSet(folder, kind)
+    return [encoded[i] for i in range(len(encoded))]
+
+
+def test_the_world_of_shapes(tmp_path):
+    out, again = tmp_path / "data", tmp_path / "again"
+    world = ["--shapes_world", "--weights=w"]
+    command = [*world, "--clips=3", "--prompt_count=4", "--shard_size=2", f"--out={out}"]
+    small = ["--frames=5", "--height=32", "--width=48", "--fps=8", "--batch_size=2"]
+    outline = [*world, *small, "--clips=2", "--style=outline", f"--out={tmp_path}/outline"]
+    (message, _, _), printed, log = run_all(
+        [command, outline, [*world, "--clips=1", "--prompt_count=0", f"--out={again}"]]
+    )
+    assert message == ""
+    assert printed == [
+        f"{out}/latents: 3 written, 0 skipped",
+        f"{out}/prompts: 4 written, 0 skipped",
+        f"{tmp_path}/outline/latents: 2 written, 0 skipped",
+        f"{again}/latents: 1 written, 0 skipped",
+    ]
+    assert "7/7" in log
+    assert not (tmp_path / "outline" / "prompts").exists()
+    assert not (again / "prompts").exists()
+
+    clips, info = read_all(out / "latents", "latents"), read_metadata(out / "latents")
+    assert (info.frames, info.height, info.width, info.fps) == (17, 64, 64, 16.0)
+    assert [clip["clip_id"] for clip in clips] == [f"shapes_world@00000{i}" for i in range(3)]
+    assert [clip["caption"] for clip in clips] == [shapes_world.caption(i) for i in range(3)]
+    assert clips[0]["caption"].startswith("In this video a small striped purple bar glides quickly downwards")
+    drawn, _ = shapes_world.clip(2, frames=17, height=64, width=64)
+    np.testing.assert_allclose(clips[2]["latents"].astype(np.float32), drawn[::4, ::8, ::8], atol=2**-8)
+    prompts = read_all(out / "prompts", "prompts")
+    assert [prompt["text"] for prompt in prompts] == [shapes_world.caption(i) for i in range(3, 7)]
+    assert len(list((out / "latents").glob("latents-train*"))) == 2
+
+    inked, info = read_all(tmp_path / "outline" / "latents", "latents"), read_metadata(tmp_path / "outline" / "latents")
+    assert (info.latents_shape, info.fps) == ((2, 4, 6, 3), 8.0)
+    assert [clip["clip_id"] for clip in inked] == ["shapes_world_outline@000000", "shapes_world_outline@000001"]
+    assert inked[1]["caption"] == clips[1]["caption"]
+    drawn, _ = shapes_world.clip(1, frames=5, height=32, width=48, style="outline")
+    np.testing.assert_allclose(inked[1]["latents"].astype(np.float32), drawn[::4, ::8, ::8], atol=2**-8)
+
+    # Again, with one of the files lost: only that one is made anew. Another number of clips is refused.
+    lost, *kept = sorted(out.glob("*/*-train*"))
+    times, bytes_lost = [file.stat().st_mtime_ns for file in kept], lost.read_bytes()
+    lost.unlink()
+    messages, printed, _ = run_all([command, [*command, "--clips=2"]])
+    assert messages[0] == ""
+    assert messages[1].startswith(f"{out}/latents: holds a set encoded from 3 inputs, not these 2;")
+    assert printed == [f"{out}/latents: 3 written, 0 skipped", f"{out}/prompts: 4 written, 0 skipped"]
+    assert [file.stat().st_mtime_ns for file in kept] == times
+    assert lost.read_bytes() == bytes_lost
+
+
 def test_messages(folder):
     videos, captions = f"--videos={folder}/videos", f"--captions={folder}/captions.jsonl"
     prompts, weights, out = f"--prompts={folder}/prompts.txt", "--weights=w", f"--out={folder}/out"
+    world = "--shapes_world"
     (folder / "bad.jsonl").write_text('{"file": "a.mp4"}\n')
     cases = {
         (): "--weights is missing",
@@ -155,8 +219,17 @@ def test_messages(folder):
         (f"--videos={folder}/none", captions, weights, out): f"{folder}/none: is not a folder of videos.",
         (videos, f"--captions={folder}/bad.jsonl", weights, out): f"{folder}/bad.jsonl:1: has no 'caption'",
         (prompts, "--weights=none", out): "none: holds no weights.",
+        (world, weights, out): "--clips is missing: how many clips of --shapes_world to draw.",
+        (world, prompts, weights, out, "--clips=4"): "--shapes_world needs no files: leave out --videos, --captions",
+        (world, captions, weights, out, "--clips=4"): "--shapes_world needs no files",
+        (prompts, weights, out, "--clips=4"): "--clips only goes with --shapes_world.",
+        (videos, captions, weights, out, "--prompt_count=0"): "--prompt_count only goes with --shapes_world.",
+        (weights, out, "--style=outline"): "--style only goes with --shapes_world.",
+        (world, weights, out, "--clips=4", "--frames=16"): "--frames 16 is not 4n+1; try 17.",
+        (world, weights, out, "--clips=4", "--width=40"): "--width 40 is not a multiple of 16; try 32.",
+        (world, weights, out, "--clips=400000", "--prompt_count=100001"): "500001 clips and prompts of the world of",
     }
-    found = json.loads(python(MESSAGES, SCRIPT, json.dumps(list(cases))).stdout)
+    found, _, _ = run_all(cases)
     for (arguments, expected), message in zip(cases.items(), found, strict=True):
         assert message.startswith(expected), (arguments, message)
         assert "\n" not in message

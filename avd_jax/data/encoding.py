@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from avd_jax.data import shapes_world
+from avd_jax.data import world_clips
 from avd_jax.data.inputs import Clip
 from avd_jax.data.latents import BFLOAT16, LatentsInfo, PromptsInfo, latents_record, prompts_record
 from avd_jax.data.prompts import WAN_NEGATIVE_PROMPT
@@ -221,28 +221,38 @@ def encode_shapes_world(
     height: int,
     width: int,
     batch_size: int = 1,
+    text_batch_size: int = 8,
+    shard_size: int = 64,
     style: str = "painted",
-) -> tuple[Path, Path]:
-    """Encode the first clips of `shapes_world` in one of its styles, and captions of later ones as prompts.
+    on_progress: Callable[[int], object] = lambda done: None,
+) -> dict[Path, Summary]:
+    """Encode the built-in world: its first training clips into `out/latents`, later captions into `out/prompts`.
+
+    Args:
+      out: the folder of both sets.
+      clips: how many clips, 1 at least.
+      prompts: how many captions of the clips behind these, of which each different one is encoded once; 0: no set.
+      style: one of `shapes_world.STYLES`.
+
+    The other arguments are those of `encode_videos`, and both sets can be gone on with in the same way.
 
     Returns:
-      The folders of the latents set and of the prompts set, both below `out`.
+      The folder of each set -> how it came out.
+
+    Raises:
+      UserError: one of the folders holds another set, or clips and prompts reach into the held-out ones.
     """
     size = {"frames": frames, "height": height, "width": width}
-    source = "shapes_world" if style == "painted" else f"shapes_world_{style}"
-    chosen = [
-        Clip(
-            clip_id=f"{source}@{i:06d}",
-            caption=shapes_world.caption(i),
-            source=source,
-            read=lambda i=i: shapes_world.clip(i, **size, style=style)[0],
-        )
-        for i in range(clips)
-    ]
+    shared = {"text": text, "text_batch_size": text_batch_size, "shard_size": shard_size, "on_progress": on_progress}
+    captions = world_clips.training_prompts(prompts, clips=clips)
+    chosen = world_clips.training_clips(clips, **size, style=style)
     latents_dir, prompts_dir = Path(out) / "latents", Path(out) / "prompts"
-    encode_videos(chosen, latents_dir, vae=vae, text=text, fps=fps, batch_size=batch_size, **size)
-    encode_prompts(map(shapes_world.caption, range(clips, clips + prompts)), prompts_dir, text=text)
-    return latents_dir, prompts_dir
+    summaries = {
+        latents_dir: encode_videos(chosen, latents_dir, vae=vae, fps=fps, batch_size=batch_size, **size, **shared)
+    }
+    if captions:
+        summaries[prompts_dir] = encode_prompts(captions, prompts_dir, **shared)
+    return summaries
 
 
 def _read(clip: Clip) -> np.ndarray | UserError:

@@ -33,6 +33,22 @@ class Clip:
     read: Callable[[], np.ndarray]
 
 
+def check_clip_size(*, frames: int, height: int, width: int, prefix: str = "") -> None:
+    """Raise a UserError where Wan's VAE and transformer cannot take clips of this size.
+
+    Args:
+      frames: must be 4n + 1.
+      height: pixels, a multiple of 16.
+      width: likewise.
+      prefix: what the user writes before these names, for the message.
+    """
+    if frames < 1 or frames % 4 != 1:
+        raise UserError(f"{prefix}frames {frames} is not 4n+1; try {max(0, frames // 4) * 4 + 1}.")
+    for name, pixels in (("height", height), ("width", width)):
+        if pixels < 16 or pixels % 16:
+            raise UserError(f"{prefix}{name} {pixels} is not a multiple of 16; try {max(1, pixels // 16) * 16}.")
+
+
 def read_captions(path: str | os.PathLike) -> dict[str, str]:
     """Return file name -> caption, in the order of a file with one `{"file": ..., "caption": ...}` a line.
 

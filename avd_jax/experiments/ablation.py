@@ -20,10 +20,10 @@ import jax
 from avd_jax import convert
 from avd_jax.convert.layouts import read_json
 from avd_jax.convert.loading import open_interpolator_of
-from avd_jax.data import shapes_world
 from avd_jax.data.atomic import write_text
 from avd_jax.data.encoding import encode_prompts, encode_shapes_world, text_encoder, video_encoder
 from avd_jax.data.video import read_whole_video
+from avd_jax.data.world_clips import training_prompts
 from avd_jax.errors import UserError
 from avd_jax.evaluation.style import style_features
 from avd_jax.experiments.cells import FEW, STYLE, Cell, few_prompts, plan, validate
@@ -124,7 +124,7 @@ def _run_cell(cell: Cell, config, workdir: Path, settings: dict) -> int:
             status = train(cell.train, folder)
         if status:
             return status
-    count, world = config.evaluation.captions, config.train.data.shapes_world
+    count, world = config.evaluation.captions, config.world
     size = {"frames": world.frames, "height": world.height, "width": world.width, "fps": float(world.fps)}
     seconds = math.nan
     if cell.style:
@@ -151,7 +151,7 @@ def _run_cell(cell: Cell, config, workdir: Path, settings: dict) -> int:
 def _settings(cell: Cell, config, fingerprints: dict[str, str]) -> dict:
     """Return all that decides a cell's result."""
     settings = {"weights": fingerprints, "sampling": dict(cell.sampling), "style": cell.style}
-    settings |= {"captions": config.evaluation.captions, "world": flatten(config.train.data.shapes_world)}
+    settings |= {"captions": config.evaluation.captions, "world": flatten(config.world)}
     if cell.method == STYLE:
         settings["style.clips"] = config.style.clips
     if cell.method.startswith(FEW):
@@ -198,14 +198,14 @@ def _shared_programs() -> Iterator[None]:
 
 def _encode(config, data: Path) -> None:
     """Encode the sets that the cells share, where they are not there yet."""
-    world, weights = config.train.data.shapes_world, config.train.init_from
+    world, weights = config.world, config.train.init_from
     vae = video_encoder(convert.load_vae(weights))
     text = text_encoder(convert.load_umt5(weights), convert.load_tokenizer(weights))
-    for style, clips in (("painted", world.clips), ("outline", config.style.clips)):
+    size = {"frames": world.frames, "fps": world.fps, "height": world.height, "width": world.width}
+    for style, clips, prompts in (("painted", world.clips, world.prompts), ("outline", config.style.clips, 0)):
         if clips:
-            counts = {"clips": clips, "prompts": world.prompts}
-            size = {"frames": world.frames, "fps": world.fps, "height": world.height, "width": world.width}
+            counts = {"clips": clips, "prompts": prompts}
             encode_shapes_world(data / style, vae=vae, text=text, **counts, **size, style=style)
     if config.collapse.prompts:
-        captions = map(shapes_world.caption, range(world.clips, world.clips + config.collapse.prompts))
+        captions = training_prompts(config.collapse.prompts, clips=world.clips)
         encode_prompts(captions, few_prompts(config, data), text=text)

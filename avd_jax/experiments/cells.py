@@ -12,6 +12,8 @@ from pathlib import Path
 
 import ml_collections
 
+from avd_jax.data.inputs import check_clip_size
+from avd_jax.data.world_clips import WORLD_SIZE
 from avd_jax.errors import UserError
 from avd_jax.training import config as training_config
 from avd_jax.training.fields import check_names, config_from
@@ -21,6 +23,12 @@ FIELDS: dict[str, tuple[object, str]] = {
     "sweep_seeds": ((0,), "those of them for the cells that vary clip, k, style and what might make DMD collapse"),
     "temporal_clips": ((-math.inf, 1.2, 1.0, 0.4), "clips to try besides train.loss.temporal_clip; -inf: none"),
     "adaptive_ks": ((1.0, 10.0), "k to try besides train.loss.adaptive_k"),
+    "world.clips": (128, "clips of the built-in world for the regression loss of every training"),
+    "world.prompts": (256, "captions of further clips, the prompts of every training"),
+    "world.frames": (WORLD_SIZE["frames"], "video frames of these clips and of all videos that are made, 4n + 1"),
+    "world.height": (WORLD_SIZE["height"], "their pixels, a multiple of 16"),
+    "world.width": (WORLD_SIZE["width"], "their pixels, a multiple of 16"),
+    "world.fps": (WORLD_SIZE["fps"], "their frames a second"),
     "style.clips": (64, "clips of the outline style for the regression loss of the style transfer; 0: no such cells"),
     "style.regression": (2.0, "weight of L_reg in the style transfer"),
     "collapse.num_steps": (240, "a longer training, of DMD and of the full method; 0: no such cells"),
@@ -80,26 +88,27 @@ def default_config() -> ml_collections.ConfigDict:
 
 def validate(config) -> None:
     """Check what can be checked without files (UserError names the field)."""
-    flat = check_names(config, FIELDS)
+    flat, world = check_names(config, FIELDS), config.world
     for name in ("seeds", "sweep_seeds"):
         if not flat[name] or len(set(flat[name])) < len(flat[name]):
             raise UserError(f"config.{name}={flat[name]} must be different numbers, at least one")
     if set(flat["sweep_seeds"]) - set(flat["seeds"]):
         raise UserError(f"config.sweep_seeds={flat['sweep_seeds']} must be among config.seeds={flat['seeds']}")
-    for name in ("evaluation.captions", "evaluation.batch_size", "evaluation.teacher_steps"):
+    counts = ("captions", "batch_size", "teacher_steps")
+    for name in (*(f"evaluation.{count}" for count in counts), "world.clips", "world.prompts"):
         if flat[name] < 1:
             raise UserError(f"config.{name}={flat[name]} must be at least 1")
     for name in ("style.clips", "collapse.num_steps", "collapse.guidance_scale", "collapse.prompts"):
         if flat[name] < 0:
             raise UserError(f"config.{name}={flat[name]} must be at least 0")
-    if flat["train.data.latents"] or not flat["train.data.shapes_world.clips"]:
-        raise UserError(
-            "config.train.data.latents must be empty, and shapes_world.clips above 0: the world is built in"
-        )
-    if not flat["train.data.shapes_world.prompts"]:
-        raise UserError("config.train.data.shapes_world.prompts=0 must be at least 1")
+    check_clip_size(frames=world.frames, height=world.height, width=world.width, prefix="config.world.")
+    if not world.fps > 0:
+        raise UserError(f"config.world.fps={world.fps} must be positive")
+    for name in ("train.data.latents", "train.data.prompts"):
+        if flat[name]:
+            raise UserError(f"config.{name} must be empty: the ablation encodes clips and prompts of config.world")
     try:
-        training_config.validate(config.train)
+        training_config.validate(_with(config.train, painted_sets(Path("data"))))
     except UserError as error:
         raise UserError(str(error).replace("config.", "config.train.", 1)) from None
 
@@ -109,7 +118,7 @@ def plan(config, data: Path, *, interpolator: bool) -> list[Cell]:
 
     Args:
       config: validated.
-      data: folder with the encoded sets, `painted/` and `outline/`.
+      data: folder of the encoded sets: `painted/`, `outline/` and that of `few_prompts`.
       interpolator: whether one lies with the teacher's weights; without it there is no frame interpolation.
     """
     train, steps = config.train, config.evaluation.teacher_steps
@@ -160,6 +169,11 @@ def collapse_method(collapse: str, method: str) -> str:
     return f"{collapse}_{method}"
 
 
+def painted_sets(data: Path) -> dict[str, str]:
+    """Return field -> the set that a training takes, where nothing else is said, given the folder of all sets."""
+    return {f"data.{kind}": str(data / "painted" / kind) for kind in ("latents", "prompts")}
+
+
 def few_prompts(config, data: Path) -> Path:
     """Return the folder of the set of few prompts, given that of all sets."""
     return data / f"prompts_{config.collapse.prompts}"
@@ -189,13 +203,18 @@ def _ks(config) -> list[float]:
 
 
 def _student(config, data: Path, method: str, title: str, seed: int, changes: Mapping[str, object]) -> Cell:
-    train = config.train.copy_and_resolve_references()
-    sets = {"data.latents": str(data / "painted" / "latents"), "data.prompts": str(data / "painted" / "prompts")}
-    for name, value in {"seed": seed, **sets, **changes}.items():
+    train = _with(config.train, {"seed": seed, **painted_sets(data), **changes})
+    half_rate = {"half_rate_steps": train.half_rate.steps}  # an interpolator beside the weights changes nothing
+    return Cell(method, title, seed, train, f"{method}_seed{seed}", {"solver": "student", **half_rate})
+
+
+def _with(config, changes: Mapping[str, object]) -> ml_collections.ConfigDict:
+    """Return a copy of a config in which these fields, dotted name -> value, are changed."""
+    changed = config.copy_and_resolve_references()
+    for name, value in changes.items():
         *parents, leaf = name.split(".")
-        node = train
+        node = changed
         for parent in parents:
             node = node[parent]
         node[leaf] = value
-    half_rate = {"half_rate_steps": train.half_rate.steps}  # an interpolator beside the weights changes nothing
-    return Cell(method, title, seed, train, f"{method}_seed{seed}", {"solver": "student", **half_rate})
+    return changed

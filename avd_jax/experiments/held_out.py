@@ -2,20 +2,17 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from avd_jax.data import shapes_world
 from avd_jax.data.video import write_video
+from avd_jax.data.world_clips import FIRST_HELD_OUT_CLIP
 from avd_jax.experiments.videos import CaptionedVideo
 from avd_jax.generation.run import generate, make_plan
 from avd_jax.generation.settings import Job, Options, Settings, resolve
 from avd_jax.parallel.mesh import make_mesh
-
-# Trainings take clips from 0, 1,000,000 and 2,000,000 on.
-FIRST_CLIP = 500_000
-WORLD_SIZE: Mapping[str, float] = {"frames": 17, "height": 64, "width": 64, "fps": 16.0}
 
 
 @dataclass(frozen=True)
@@ -33,7 +30,7 @@ class Made:
 
 def captions(count: int) -> list[str]:
     """Return the first held-out captions."""
-    return [shapes_world.caption(FIRST_CLIP + i) for i in range(count)]
+    return [shapes_world.caption(FIRST_HELD_OUT_CLIP + i) for i in range(count)]
 
 
 def drawn_videos(
@@ -44,9 +41,9 @@ def drawn_videos(
     for i in range(count):
         file = folder / f"{style}_{i:04d}_{frames}x{height}x{width}.mp4"
         if not file.is_file():
-            clip, _ = shapes_world.clip(FIRST_CLIP + i, frames=frames, height=height, width=width, style=style)
+            clip, _ = shapes_world.clip(FIRST_HELD_OUT_CLIP + i, frames=frames, height=height, width=width, style=style)
             write_video(file, clip, fps=fps)
-        videos.append(CaptionedVideo(file, shapes_world.caption(FIRST_CLIP + i)))
+        videos.append(CaptionedVideo(file, shapes_world.caption(FIRST_HELD_OUT_CLIP + i)))
     return videos
 
 
