@@ -14,11 +14,11 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from absl import app, flags
-from avd_jax.training.flops import count_flops
 from flax import nnx
 
 from avd_jax.capacity.flops import count_flops
-from avd_jax.generation.pipeline import HalfRateSampling, as_network, make_student_sampler, sample_keys
+from avd_jax.generation.pipeline import HalfRateSampling, StudentSampler, sample_keys
+from avd_jax.models.functional import denoiser
 from avd_jax.models.interpolator import Interpolator, InterpolatorConfig
 from avd_jax.models.wan_dit import WAN_1_3B, WanDiT, WanDiTConfig
 
@@ -37,17 +37,17 @@ def dit(config: WanDiTConfig, dtype) -> WanDiT:
     return WanDiT(config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype)
 
 
-def embeds(config: WanDiTConfig, dtype) -> jax.ShapeDtypeStruct:
-    """Return the shape of a prompt's embeddings."""
-    return jax.ShapeDtypeStruct((1, config.text_len, config.text_dim), dtype)
+def conditions(config: WanDiTConfig, dtype) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return the shape of what the transformer is told of a prompt."""
+    return {"prompt_embeds": jax.ShapeDtypeStruct((1, config.text_len, config.text_dim), dtype)}
 
 
 def count(config: WanDiTConfig, shape: tuple[int, int, int, int], interpolator: InterpolatorConfig) -> dict[str, float]:
     """Return the FLOPs of one step at each rate, of the interpolation, and of the whole generation with and without."""
-    network, params = as_network(nnx.eval_shape(partial(dit, config, jnp.bfloat16)))
+    network, params = denoiser(nnx.eval_shape(partial(dit, config, jnp.bfloat16)))
     frames, *rest = shape
     half_shape = ((frames + 1) // 2, *rest)
-    text = embeds(config, jnp.bfloat16)
+    text = conditions(config, jnp.bfloat16)
     timestep = jax.ShapeDtypeStruct((1,), jnp.float32)
 
     def step(latents_shape):
@@ -75,16 +75,14 @@ def seconds(function, *args) -> float:
 def measure() -> tuple[list[float], list[float]]:
     """Return the ratios of time, half to full rate, pair by pair: of one step, and of the whole generation."""
     config = WanDiTConfig(dim=384, ffn_dim=2240, num_heads=3, num_layers=LAYERS.value)
-    network, params = as_network(dit(config, jnp.float32))
+    network, params = denoiser(dit(config, jnp.float32))
     shape = (FRAMES.value, HEIGHT.value, WIDTH.value, config.in_dim)
     text = jnp.zeros((1, config.text_len, config.text_dim))
     step = jax.jit(network)
     full, half = (jnp.zeros((1, frames, *shape[1:])) for frames in (shape[0], (shape[0] + 1) // 2))
     unet = Interpolator(InterpolatorConfig(config.in_dim), nnx.Rngs(0))
     half_rate = HalfRateSampling(HALF_RATE_STEPS, "consecutive", unet)
-    samplers = [
-        make_student_sampler(network, shape, timesteps=TIMESTEPS, half_rate=option) for option in (half_rate, None)
-    ]
+    samplers = [StudentSampler(network, shape, timesteps=TIMESTEPS, half_rate=option) for option in (half_rate, None)]
     keys, timestep = sample_keys([0]), jnp.full(1, 500.0)
     step_ratios, ratios = [], []
     for _ in range(PAIRS.value + 1):

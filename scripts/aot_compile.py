@@ -8,57 +8,62 @@ Runs on any CPU with `pip install "jax[tpu]"`; needs neither weights nor data. d
 """
 
 import json
-from functools import partial
 from pathlib import Path
 
 from absl import flags
 from ml_collections import config_flags
 
-from avd_jax import command_line
-from avd_jax.capacity.compiling import Report
+from avd_jax import command_line, methods
+from avd_jax.capacity.compiling import Report, compile_program
 from avd_jax.capacity.planning import candidates, recommend
-from avd_jax.errors import UserError, closest
 from avd_jax.parallel.topology import tpu_devices
-from avd_jax.training.aot import PROGRAMS, Plan, make_plan
-from avd_jax.training.config import FIELDS, check_values
+from avd_jax.training.assembly import Assembly
 from avd_jax.training.fields import flags_parser
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "config file; set a field with --config.FIELD=VALUE")
 TOPOLOGY = flags.DEFINE_string("topology", "", "the TPU slice, such as v5e:4x4 or v5p:2x2x4")
 SLICES = flags.DEFINE_integer("slices", 1, "so many such slices", lower_bound=1)
-PROGRAM = flags.DEFINE_list("programs", list(PROGRAMS[:4]), f"of {', '.join(PROGRAMS)}")
-FRAMES = flags.DEFINE_integer("frames", 81, "of a video, where config.data.latents is empty")
+PROGRAM = flags.DEFINE_list(
+    "programs",
+    [],
+    "some of the run's programs, or 'forward', one pass of the transformer; by default all that the run needs",
+)
+FRAMES = flags.DEFINE_integer("frames", 81, "of a video, if config.data.latents is empty")
 HEIGHT = flags.DEFINE_integer("height", 480, "likewise, in pixels")
 WIDTH = flags.DEFINE_integer("width", 832, "likewise, in pixels")
-PLAN = flags.DEFINE_bool("plan", False, "try meshes and batch sizes with the generator's step, and recommend one")
+PLAN = flags.DEFINE_bool("plan", False, "try meshes and batch sizes with the main network's step, and recommend one")
 JSON = flags.DEFINE_bool("json", False, "print one JSON object a program on a line of its own, and nothing else")
 DUMP_HLO = flags.DEFINE_string("dump_hlo", "", "folder for the compiled HLO text, <program>.hlo")
 
 
 def main() -> int:
     """Compile and report."""
-    config = CONFIG.value
-    check_values(config)
+    recipe = methods.get(CONFIG.value.get("method", ""))
+    recipe.validate_values(CONFIG.value)
     devices = tpu_devices(TOPOLOGY.value, slices=SLICES.value)
-    build = partial(make_plan, devices=devices, frames=FRAMES.value, height=HEIGHT.value, width=WIDTH.value)
+    video = {"frames": FRAMES.value, "height": HEIGHT.value, "width": WIDTH.value}
+
+    def build(config) -> Assembly:
+        return Assembly(recipe.build(config, devices=devices, video=video))
+
     if PLAN.value:
-        plans = candidates(config, devices, build)
-        reports = [report_on(plan, "generator_step") for plan in plans]
+        assemblies = candidates(CONFIG.value, devices, build)
+        reports = [report_on(assembly, assembly.program_names()[0]) for assembly in assemblies]
         recommended = recommend(reports)
         print(json.dumps({"recommended": recommended}) if JSON.value else f"recommended: {recommended}", flush=True)
         return 0
-    for name in PROGRAM.value:
-        if name not in PROGRAMS:
-            raise UserError(f"--programs {name}: there is no such program{closest(name, PROGRAMS)}")
-    plan = build(config)
-    for name in PROGRAM.value:
-        report_on(plan, name)
+    assembly = build(CONFIG.value)
+    programs = {name: assembly.program(name) for name in PROGRAM.value}  # a misspelt one is named before any compiles
+    for name in programs or [name for name in assembly.program_names() if name != "forward"]:
+        report_on(assembly, name)
     return 0
 
 
-def report_on(plan: Plan, name: str) -> Report:
+def report_on(assembly: Assembly, name: str) -> Report:
     """Compile one program, print what there is to say and keep its text if asked to."""
-    report, hlo = plan.compile(name, topology=TOPOLOGY.value)
+    report, hlo = compile_program(
+        assembly.program(name), mesh=assembly.mesh, batch_size=assembly.rows.batch_size, topology=TOPOLOGY.value
+    )
     print(json.dumps(report.as_dict()) if JSON.value else report.as_text(), flush=True)
     if DUMP_HLO.value and hlo:
         folder = Path(DUMP_HLO.value)
@@ -69,4 +74,4 @@ def report_on(plan: Plan, name: str) -> Report:
 
 if __name__ == "__main__":
     flags.mark_flag_as_required("config")
-    command_line.run(main, required=(TOPOLOGY,), parse_flags=flags_parser(FIELDS))
+    command_line.run(main, required=(TOPOLOGY,), parse_flags=flags_parser(methods.fields_of_file))

@@ -10,19 +10,22 @@ import pathlib
 
 import tokenizers
 from absl import flags
-from avd_jax.training.shipping import write_json, write_text_encoder
-from avd_jax.training.text_training import train_text_encoder
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from avd_jax import command_line
+from avd_jax.convert.shipping import write_json, write_text_encoder
 from avd_jax.data import shapes_world
 from avd_jax.data.tokenizer import TOKENIZER_FILE, Tokenizer
-from avd_jax.models.umt5 import UMT5Config
+from avd_jax.methods.text_encoder import RECIPE
+from avd_jax.methods.text_encoder.method import accuracy, trained_encoder
+from avd_jax.training.fields import config_from
+from avd_jax.training.trainer import train
 
 OUT = flags.DEFINE_string("out", None, "folder that gets tokenizer/ and text_encoder/")
 CAPTIONS = flags.DEFINE_integer("captions", 4000, "captions that the tokenizer is trained on", lower_bound=1)
 NUM_STEPS = flags.DEFINE_integer("num_steps", 2000, "updates of the encoder", lower_bound=1)
 SEED = flags.DEFINE_integer("seed", 0, "of the encoder's weights")
+WORKDIR = flags.DEFINE_string("workdir", "runs/tiny_text_encoder", "folder of the encoder's training, which resumes")
 
 SPECIAL_TOKENS = ("<pad>", "</s>", "<unk>")  # their ids are T5's
 LETTERS = [*"abcdefghijklmnopqrstuvwxyz0123456789.,;:!?'-"]
@@ -44,7 +47,7 @@ def make_tokenizer(captions: list[str]) -> tokenizers.Tokenizer:
     return tokenizer
 
 
-def main() -> None:
+def main() -> int:
     """Write both."""
     out = pathlib.Path(OUT.value)
     serialized = make_tokenizer([shapes_world.caption(i) for i in range(CAPTIONS.value)]).to_str(pretty=True)
@@ -52,11 +55,17 @@ def main() -> None:
     tokenizer.save(out / "tokenizer")
     special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
     write_json(out / "tokenizer" / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **special})
-    sizes = UMT5Config(vocab_size=tokenizer.vocab_size, dim=64, ffn_dim=128, num_heads=4, head_dim=16, num_layers=2)
-    encoder, accuracy = train_text_encoder(tokenizer, sizes, seed=SEED.value, num_steps=NUM_STEPS.value)
-    write_text_encoder(encoder, out)
+    config = config_from(RECIPE.fields)
+    config.tokenizer, config.seed, config.num_steps = str(out), SEED.value, NUM_STEPS.value
+    run = train(RECIPE, config, pathlib.Path(WORKDIR.value))
+    if run.status:
+        return run.status
+    params = run.state.networks["text_encoder"].latest
+    write_text_encoder(trained_encoder(run.method, params), out)
+    right = accuracy(run.method, params, tokenizer)
     print(f"{out / 'tokenizer' / TOKENIZER_FILE}: {tokenizer.vocab_size} tokens")
-    print(f"{out / 'text_encoder'}: its probes answer {accuracy:.1%} of the questions on new captions")
+    print(f"{out / 'text_encoder'}: its probes answer {right:.1%} of the questions on new captions")
+    return 0
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ Heads are those on one device: the model's 12 or 40 over `config.mesh.seq`. Set 
 """
 
 from absl import flags
-from avd_jax.training.kernel_search import estimate
 
 from avd_jax import command_line
 from avd_jax.capacity.kernel_search import estimate

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from avd_jax.training.networks import make_network
 from jax.experimental import pallas as pl
 from jax.sharding import PartitionSpec as P
 from training_cases import DIT
@@ -10,7 +11,6 @@ from training_cases import DIT
 from avd_jax.capacity.flops import count_flops, jaxpr_flops
 from avd_jax.errors import UserError
 from avd_jax.parallel.mesh import make_mesh
-from avd_jax.training.networks import make_network
 
 
 def shape(*sizes):

@@ -6,6 +6,7 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import pytest
+from avd_jax.training.networks import make_network
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 from training_cases import DIT
@@ -13,7 +14,6 @@ from training_cases import DIT
 from avd_jax.capacity.flops import count_flops, jaxpr_flops
 from avd_jax.errors import UserError
 from avd_jax.parallel.mesh import make_mesh
-from avd_jax.training.networks import make_network
 
 STEPS = 4
 ONE_BATCH = 2 * 8 * 4 * 4  # an [8, 4] by a [4, 4]

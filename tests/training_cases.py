@@ -20,9 +20,18 @@ from avd_jax.convert.engine import source_shapes
 from avd_jax.data import latents as sets
 from avd_jax.data.set_writer import SetWriter
 from avd_jax.models.wan_dit import WanDiTConfig
-from avd_jax.parallel.mesh import replicated
-from avd_jax.training import networks, objectives, run
-from avd_jax.training.config import default_config
+from avd_jax.losses.adaptive_regression import LossHistory
+from avd_jax.methods import transformers
+from avd_jax.methods.avd import RECIPE, method
+from avd_jax.methods.avd.config import default_config
+from avd_jax.methods.avd.objectives import Student
+from avd_jax.methods.avd.terms import fake_score_update, generator_update
+from avd_jax.parallel.mesh import make_mesh, replicated
+from avd_jax.training import trainer
+from avd_jax.training.method import Method, Trained
+from avd_jax.training.optimizers import constant
+from avd_jax.training.state import TrainState, init_state
+from avd_jax.training.update import make_step, passes_of
 
 DIT = WanDiTConfig(
     dim=24, ffn_dim=40, num_heads=2, num_layers=2, in_dim=4, out_dim=4, freq_dim=32, text_dim=16, text_len=8
@@ -53,10 +62,11 @@ def linear_params(seed: int = 0, channels: int = 4) -> dict:
     }
 
 
-def linear_network(params, latents, timesteps, prompt_embeds):
+def linear_network(params, latents, timesteps, conditions):
     """Return a velocity that is linear in everything but the timestep's product with the latents."""
     sigmas = (timesteps / 1000)[:, None, None, None, None]
-    text = jnp.mean(prompt_embeds.astype(jnp.float32), axis=(1, 2))[:, None, None, None, None]
+    prompt_embeds = conditions["prompt_embeds"].astype(jnp.float32)
+    text = jnp.mean(prompt_embeds, axis=(1, 2))[:, None, None, None, None]
     return (1 + sigmas) * (latents @ params["mix"]) + sigmas * params["time"] + text * params["text"]
 
 
@@ -74,13 +84,18 @@ class LinearNetwork:
 
 
 def use_linear_network(setattr: Callable) -> None:
-    """Let `build_run` take a linear network in place of the transformer; `setattr` is that of a MonkeyPatch."""
+    """Let AVD take a linear network in place of the transformer; `setattr` is that of a MonkeyPatch."""
 
     def load_params(path, dtype, mesh, memory="device"):
         return jax.tree.map(lambda leaf: jax.device_put(np.asarray(leaf), replicated(mesh)), linear_params())
 
-    setattr(networks, "make_network", LinearNetwork)
-    setattr(run, "_load_params", load_params)
+    setattr(method, "make_denoiser", LinearNetwork)
+    setattr(transformers, "load_params", load_params)
+
+
+def train(config, workdir, **options) -> int:
+    """Distil, and return the exit status."""
+    return trainer.train(RECIPE, config, workdir, **options).status
 
 
 def recording(network: Callable, calls: list, name: str) -> Callable:
@@ -89,20 +104,87 @@ def recording(network: Callable, calls: list, name: str) -> Callable:
     def note(*call):
         calls.append((name, *jax.tree.map(np.array, call)))
 
-    def recorded(params, latents, timesteps, prompt_embeds):
-        velocity = network(params, latents, timesteps, prompt_embeds)
-        jax.debug.callback(note, params, latents, timesteps, prompt_embeds, velocity)
+    def recorded(params, latents, timesteps, conditions):
+        velocity = network(params, latents, timesteps, conditions)
+        jax.debug.callback(note, params, latents, timesteps, conditions["prompt_embeds"], velocity)
         return velocity
 
     return recorded
 
 
-def generator_loss(config, networks, params, fake_score, frozen, history, batch, keys, stop):
-    """Return L_G and what it is made of; 0 for what is switched off."""
-    loss, parts = jnp.zeros(()), objectives.no_parts(len(batch["prompt_embeds"]))
-    for term in objectives.generator_terms(config, networks, fake_score, frozen, history, stop):
-        value, found = term(params, batch, keys)
-        loss, parts = loss + value, parts | found
+def make_student(config, network=linear_network, interpolator=None) -> Student:
+    """Return how a network is run as the student of a config, on samples of LATENTS_SHAPE."""
+    return Student(
+        network=network,
+        timesteps=tuple(config.student.timesteps),
+        shape=LATENTS_SHAPE,
+        half_rate_steps=config.half_rate.steps,
+        half_rate_positions=config.half_rate.positions,
+        interpolator=interpolator,
+    )
+
+
+def make_frozen(teacher, negative, **others) -> dict:
+    """Return what a distillation holds frozen: the teacher's parameters and the negative prompt's embeddings [L D]."""
+    return {"teacher": teacher, "negative": {"prompt_embeds": jnp.asarray(negative)}, **others}
+
+
+def make_method(
+    config, network=linear_network, teacher=linear_network, *, abstract=None, mesh=None, interpolator=None
+) -> Method:
+    """Return AVD on networks of the tests, without weights and sets; `abstract` are the student's parameters' shapes."""
+    student, settings = make_student(config, network, interpolator), config.optimizer
+    abstract = jax.eval_shape(linear_params) if abstract is None else abstract
+
+    def trained(rate: float, ema_decay: float = 0.0) -> Trained:
+        decay = (lambda step: ema_decay) if ema_decay else None
+        return Trained(abstract, lambda shardings: linear_params(), constant(settings, rate), decay)
+
+    networks = {
+        "generator": trained(settings.learning_rate, config.ema_decay),
+        "fake_score": trained(settings.fake_score_learning_rate),
+    }
+    sizes = WanDiTConfig(text_len=8, text_dim=16)
+    return Method(
+        name="avd",
+        main="generator",
+        mesh=make_mesh(devices=jax.devices()[:1]) if mesh is None else mesh,
+        networks=networks,
+        updates=(fake_score_update(config, student), generator_update(config, student, teacher)),
+        fields=transformers.encoded_fields(config.batch_size, LATENTS_SHAPE, sizes),
+        batches=lambda fresh: iter(()),
+        extras={"history": lambda: LossHistory.init(len(config.student.timesteps))},
+        accumulation_steps=config.accumulation_steps,
+    )
+
+
+def start_state(method: Method, params) -> TrainState:
+    """Return the state of a method whose networks all start from `params`."""
+    return init_state(method, dict.fromkeys(method.networks, params))
+
+
+def steps_of(method: Method) -> dict[str, Callable]:
+    """Return the updates of a method as pure functions, by network."""
+    return {update.network: make_step(method, update) for update in method.updates}
+
+
+def generator_loss(config, student, teacher, params, fake_score, frozen, history, batch, keys, stop):
+    """Return L_G and what it is made of by name; 0 for what is switched off."""
+    size = batch["latents"].shape[0]
+    loss, parts = jnp.zeros(()), {
+        "distribution_matching": jnp.zeros(size),
+        "temporal": jnp.zeros(()),
+        "regression": jnp.zeros(size),
+        "regression_weight": jnp.zeros(size),
+        "timestep_index": jnp.zeros(size, jnp.int32),
+    }
+    given = {"generator": params, "fake_score": fake_score, "history": history, "stop": stop, "keys": keys}
+    for one in passes_of(generator_update(config, student, teacher)):
+        value, found = one.loss(given | frozen | batch)
+        losses = found.pop("regression_losses", None)
+        if losses is not None:
+            found["timestep_index"] = losses["index"]
+        loss, parts = loss + value, parts | found.pop("latent_meters", {}) | found
     return loss, parts
 
 
@@ -111,8 +193,8 @@ def make_batch(size: int = 4, *, seed: int = 0, shape=LATENTS_SHAPE, text_len: i
     rng = np.random.default_rng(seed)
     embeds = rng.standard_normal((2, size, text_len, text_dim)).astype(np.float32)
     return {
-        "prompt_embeds": jnp.asarray(embeds[0]),
-        "caption_embeds": jnp.asarray(embeds[1]),
+        "prompts": {"prompt_embeds": jnp.asarray(embeds[0])},
+        "captions": {"prompt_embeds": jnp.asarray(embeds[1])},
         "latents": jnp.asarray(rng.standard_normal((size, *shape)), jnp.float32),
     }
 

@@ -31,13 +31,15 @@ from avd_jax.experiments.held_out import drawn_videos, make_videos
 from avd_jax.experiments.videos import CaptionedVideo, measure_videos
 from avd_jax.generation.settings import Options, resolve
 from avd_jax.generation.weights import open_parts
+from avd_jax.methods.avd import RECIPE
 from avd_jax.training.fields import flatten
-from avd_jax.training.loop import train
-from avd_jax.training.workdir import CHANGEABLE, jsonable
+from avd_jax.training.trainer import train
+from avd_jax.training.workdir import jsonable
 
 RESULT = "result.json"
-# Settings that decide no number: what is kept and shown of a run, and where its inputs lie.
-_PATHS = ("init_from", "data.latents", "data.prompts", "half_rate.interpolator")
+# Settings of a training that decide its numbers: those that a run may not change, and how long it is; no paths.
+_DECISIVE = {name for name, field in RECIPE.fields.items() if not field.changeable} - {"half_rate.interpolator"}
+_DECISIVE |= {"num_steps"}
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,7 @@ def _run_cell(cell: Cell, config, workdir: Path, settings: dict) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     if cell.train is not None:
         with (folder / "log.txt").open("a") as log, contextlib.redirect_stdout(log):
-            status = train(cell.train, folder)
+            status = train(RECIPE, cell.train, folder).status
         if status:
             return status
     count, world = config.evaluation.captions, config.world
@@ -158,7 +160,7 @@ def _settings(cell: Cell, config, fingerprints: dict[str, str]) -> dict:
         settings["collapse.prompts"] = config.collapse.prompts
     if cell.train is not None:
         flat = flatten(cell.train).items()
-        settings["train"] = {name: value for name, value in flat if not name.startswith((*CHANGEABLE, *_PATHS))}
+        settings["train"] = {name: value for name, value in flat if name in _DECISIVE}
     return jsonable(settings)
 
 

@@ -15,29 +15,40 @@ import ml_collections
 from avd_jax.data.inputs import check_clip_size
 from avd_jax.data.world_clips import WORLD_SIZE
 from avd_jax.errors import UserError
-from avd_jax.training import config as training_config
-from avd_jax.training.fields import check_names, config_from
+from avd_jax.methods.avd import config as avd
+from avd_jax.training.fields import Field, Fields, at_least, check_values, config_from, positive
 
-FIELDS: dict[str, tuple[object, str]] = {
-    "seeds": ((0, 1, 2), "seeds of each method of Table 2"),
-    "sweep_seeds": ((0,), "those of them for the cells that vary clip, k, style and what might make DMD collapse"),
-    "temporal_clips": ((-math.inf, 1.2, 1.0, 0.4), "clips to try besides train.loss.temporal_clip; -inf: none"),
-    "adaptive_ks": ((1.0, 10.0), "k to try besides train.loss.adaptive_k"),
-    "world.clips": (128, "clips of the built-in world for the regression loss of every training"),
-    "world.prompts": (256, "captions of further clips, the prompts of every training"),
-    "world.frames": (WORLD_SIZE["frames"], "video frames of these clips and of all videos that are made, 4n + 1"),
-    "world.height": (WORLD_SIZE["height"], "their pixels, a multiple of 16"),
-    "world.width": (WORLD_SIZE["width"], "their pixels, a multiple of 16"),
-    "world.fps": (WORLD_SIZE["fps"], "their frames a second"),
-    "style.clips": (64, "clips of the outline style for the regression loss of the style transfer; 0: no such cells"),
-    "style.regression": (2.0, "weight of L_reg in the style transfer"),
-    "collapse.num_steps": (240, "a longer training, of DMD and of the full method; 0: no such cells"),
-    "collapse.guidance_scale": (6.0, "a higher guidance of the teacher, for both; 0: no such cells"),
-    "collapse.prompts": (8, "so few prompts, for both; 0: no such cells"),
-    "evaluation.captions": (100, "held-out captions on which everything is measured"),
-    "evaluation.batch_size": (10, "videos to sample together"),
-    "evaluation.teacher_steps": (50, "UniPC steps of the teacher; a second row has as many as the student"),
-    **{f"train.{name}": entry for name, entry in training_config.FIELDS.items()},
+
+def _seeds(value) -> str | None:
+    return None if value and len(set(value)) == len(value) else "must be different numbers, at least one"
+
+
+FIELDS: Fields = {
+    "seeds": Field((0, 1, 2), "seeds of each method of Table 2", _seeds),
+    "sweep_seeds": Field(
+        (0,), "those of them for the cells that vary clip, k, style and what might make DMD collapse", _seeds
+    ),
+    "temporal_clips": Field((-math.inf, 1.2, 1.0, 0.4), "clips to try besides train.loss.temporal_clip; -inf: none"),
+    "adaptive_ks": Field((1.0, 10.0), "k to try besides train.loss.adaptive_k"),
+    "world.clips": Field(128, "clips of the built-in world for the regression loss of every training", at_least(1)),
+    "world.prompts": Field(256, "captions of further clips, the prompts of every training", at_least(1)),
+    "world.frames": Field(WORLD_SIZE["frames"], "video frames of these clips and of all videos that are made, 4n + 1"),
+    "world.height": Field(WORLD_SIZE["height"], "their pixels, a multiple of 16"),
+    "world.width": Field(WORLD_SIZE["width"], "their pixels, a multiple of 16"),
+    "world.fps": Field(WORLD_SIZE["fps"], "their frames a second", positive),
+    "style.clips": Field(
+        64, "clips of the outline style for the regression loss of the style transfer; 0: no such cells", at_least(0)
+    ),
+    "style.regression": Field(2.0, "weight of L_reg in the style transfer"),
+    "collapse.num_steps": Field(240, "a longer training, of DMD and of the full method; 0: no such cells", at_least(0)),
+    "collapse.guidance_scale": Field(6.0, "a higher guidance of the teacher, for both; 0: no such cells", at_least(0)),
+    "collapse.prompts": Field(8, "so few prompts, for both; 0: no such cells", at_least(0)),
+    "evaluation.captions": Field(100, "held-out captions on which everything is measured", at_least(1)),
+    "evaluation.batch_size": Field(10, "videos to sample together", at_least(1)),
+    "evaluation.teacher_steps": Field(
+        50, "UniPC steps of the teacher; a second row has as many as the student", at_least(1)
+    ),
+    **{f"train.{name}": entry for name, entry in avd.FIELDS.items()},
 }
 
 TEACHER, TEACHER_FEW, REAL, REAL_OUTLINE, STYLE = "teacher", "teacher_few", "real", "real_outline", "style"
@@ -88,27 +99,15 @@ def default_config() -> ml_collections.ConfigDict:
 
 def validate(config) -> None:
     """Check what can be checked without files (UserError names the field)."""
-    flat, world = check_names(config, FIELDS), config.world
-    for name in ("seeds", "sweep_seeds"):
-        if not flat[name] or len(set(flat[name])) < len(flat[name]):
-            raise UserError(f"config.{name}={flat[name]} must be different numbers, at least one")
+    flat, world = check_values(config, FIELDS), config.world
     if set(flat["sweep_seeds"]) - set(flat["seeds"]):
         raise UserError(f"config.sweep_seeds={flat['sweep_seeds']} must be among config.seeds={flat['seeds']}")
-    counts = ("captions", "batch_size", "teacher_steps")
-    for name in (*(f"evaluation.{count}" for count in counts), "world.clips", "world.prompts"):
-        if flat[name] < 1:
-            raise UserError(f"config.{name}={flat[name]} must be at least 1")
-    for name in ("style.clips", "collapse.num_steps", "collapse.guidance_scale", "collapse.prompts"):
-        if flat[name] < 0:
-            raise UserError(f"config.{name}={flat[name]} must be at least 0")
     check_clip_size(frames=world.frames, height=world.height, width=world.width, prefix="config.world.")
-    if not world.fps > 0:
-        raise UserError(f"config.world.fps={world.fps} must be positive")
     for name in ("train.data.latents", "train.data.prompts"):
         if flat[name]:
             raise UserError(f"config.{name} must be empty: the ablation encodes clips and prompts of config.world")
     try:
-        training_config.validate(_with(config.train, painted_sets(Path("data"))))
+        avd.validate(_with(config.train, painted_sets(Path("data"))))
     except UserError as error:
         raise UserError(str(error).replace("config.", "config.train.", 1)) from None
 

@@ -18,9 +18,11 @@ from avd_jax.convert.weights import open_weights
 from avd_jax.data.latents import LatentsInfo, read_metadata, set_fingerprint
 from avd_jax.data.pipeline import training_batches
 from avd_jax.errors import UserError
+from avd_jax.generation.pipeline import LatentsShape, latents_shape
 from avd_jax.models.functional import Params
 from avd_jax.models.placement import Placement, SplashBlocks
 from avd_jax.models.wan_dit import REMAT_POLICIES, WanDiTConfig
+from avd_jax.models.wan_vae import WanVAEConfig
 from avd_jax.parallel.hosts import batch_rows
 from avd_jax.parallel.memory import parameter_sharding
 from avd_jax.parallel.mesh import BATCH_AXES, batch_shards, make_mesh
@@ -103,6 +105,13 @@ def latents_info(folder: str | Path) -> LatentsInfo:
     if not isinstance(info, LatentsInfo):
         raise UserError(f"config.data.latents={folder}: is a set of prompts, not of latents")
     return info
+
+
+def clip_shape(folder: str, video: Mapping[str, int] | None, model: WanDiTConfig) -> LatentsShape:
+    """Return the shape (F, H, W, C) of a set's clips, or of videos of some size if no set is named."""
+    if folder or video is None:
+        return latents_info(folder).latents_shape
+    return latents_shape(**video, dit=model, vae=WanVAEConfig())
 
 
 def set_fingerprints(latents: str, prompts: str = "") -> dict[str, str]:

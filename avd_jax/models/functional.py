@@ -21,7 +21,7 @@ def filled(like: nnx.State, params: Params) -> nnx.State:
     return state
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Functional:
     """A module without its parameters: `functional(params, *inputs)`."""
 

@@ -6,6 +6,7 @@ from functools import cached_property
 from itertools import product
 
 import jax
+from jax.sharding import Mesh
 
 from avd_jax.capacity.program import Program
 from avd_jax.errors import UserError, closest
@@ -71,6 +72,11 @@ class Assembly:
             for update in method.updates
             if update.times and passes_of(update)
         )
+
+    @property
+    def mesh(self) -> Mesh:
+        """The mesh that it runs on."""
+        return self.method.mesh
 
     @cached_property
     def rows(self) -> BatchRows:

@@ -229,7 +229,7 @@ class Method:
         batches, this host's rows of them.
       frozen: what is not trained, by name.
       extras: what else the state holds, name -> a function that makes its first value.
-      accumulation_steps: parts of a batch that are worked on one after another.
+      accumulation_steps: parts of a batch that are worked on one after another; None: the method has no such setting.
       key_of: (the cycle's key, the number of an update in it) -> the update's key.
       record: what a checkpoint says beside arrays: `architecture` of the main network, and more.
       inputs: config field -> what identifies the weights or the set that its path leads to.
@@ -248,7 +248,7 @@ class Method:
     batches: Callable[[Mapping[str, int]], Batches]
     frozen: Mapping[str, Frozen] = field(default_factory=dict)
     extras: Mapping[str, Callable[[], Tree]] = field(default_factory=dict)
-    accumulation_steps: int = 1
+    accumulation_steps: int | None = None
     key_of: Callable[[jax.Array, int], jax.Array] = jax.random.fold_in
     record: Callable[[], dict] = dict
     inputs: Callable[[], dict[str, str]] = dict
@@ -269,12 +269,14 @@ class Recipe:
     Attributes:
       name: of the method.
       fields: of its config.
-      validate: raises a UserError for a config that cannot be trained with, as far as no file or device is needed.
+      validate_values: raises a UserError for a value that is not what its field may be, or does not go with the others.
+      validate: as `validate_values`, and for weights or data that are not named.
       build: (config, devices, workdir, video) -> the method. `devices` None are those that are here; `video`, the size
         `{"frames", "height", "width"}`, stands in for a set that is not there, when nothing but compiling is wanted.
     """
 
     name: str
     fields: Fields
+    validate_values: Callable[[Any], None]
     validate: Callable[[Any], None]
     build: Callable[..., Method]

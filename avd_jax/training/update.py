@@ -180,12 +180,16 @@ def _parameters(method: Method, state: TrainState, frozen: Mapping) -> dict:
     }
 
 
-def _accumulated(losses: Sequence[Callable], params, batch: Mapping, keys, parts: int):
+def _accumulated(losses: Sequence[Callable], params, batch: Mapping, keys, parts: int | None):
     """Return (loss, values, gradient) of the sum of `losses`, worked on in `parts` parts, one after another.
 
-    Example b belongs to part b mod parts: each device cuts its own examples, and none moves.
+    Example b belongs to part b mod parts: each device cuts its own examples, and none moves. Without parts one loss is
+    differentiated as it is, with nothing to add up.
     """
-    if parts == 1:
+    if parts is None and len(losses) == 1:
+        (loss, values), gradient = jax.value_and_grad(losses[0], has_aux=True)(params, batch, keys)
+        return loss, values, gradient
+    if parts in (None, 1):
         return _gradient_of_sum(losses, params, batch, keys)
     cut = partial(jax.tree.map, lambda x: rearrange(x, "(b part) ... -> part b ...", part=parts))
 

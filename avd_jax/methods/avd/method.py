@@ -17,7 +17,7 @@ from avd_jax.convert.weights import open_weights
 from avd_jax.data.latents import EncodedSet, read_negative_prompt_embeds
 from avd_jax.diffusion.student import StudentSchedule, check_half_rate
 from avd_jax.errors import UserError
-from avd_jax.generation.pipeline import LatentsShape, latents_shape
+from avd_jax.generation.pipeline import LatentsShape
 from avd_jax.losses.adaptive_regression import LossHistory
 from avd_jax.methods import transformers
 from avd_jax.methods.avd.objectives import Student
@@ -28,7 +28,6 @@ from avd_jax.models.attention import check_heads
 from avd_jax.models.functional import Denoiser, Functional, functional, make_denoiser
 from avd_jax.models.interpolator import Interpolator, InterpolatorConfig
 from avd_jax.models.wan_dit import WAN_MODELS, WanDiTConfig
-from avd_jax.models.wan_vae import WanVAEConfig
 from avd_jax.parallel.hosts import is_first
 from avd_jax.parallel.mesh import make_mesh, replicated
 from avd_jax.training.method import Frozen, Method, Trained
@@ -130,10 +129,9 @@ def _sizes(config, video: Mapping[str, int] | None) -> Sizes:
         model = WAN_MODELS[config.model]
     else:
         raise UserError(f"config.model={config.model!r}: set it to one of {', '.join(WAN_MODELS)}, or set init_from")
-    if config.data.latents or video is None:
-        latents = _checked_latents(config.data.latents, model, config.init_from)
-    else:
-        latents = latents_shape(**video, dit=model, vae=WanVAEConfig())
+    latents = transformers.clip_shape(config.data.latents, video, model)
+    if config.data.latents:
+        _check_set(config.data.latents, model, config.init_from)
     named, interpolator = config.half_rate.interpolator, None
     if named:
         interpolator = open_weights(named, INTERPOLATOR).config
@@ -148,7 +146,7 @@ def _sizes(config, video: Mapping[str, int] | None) -> Sizes:
     return Sizes(model, latents, interpolator)
 
 
-def _checked_latents(folder: str, model: WanDiTConfig, weights: str) -> LatentsShape:
+def _check_set(folder: str, model: WanDiTConfig, weights: str) -> None:
     info = transformers.latents_info(folder)
     *sizes, channels = info.latents_shape
     if channels != model.in_dim or info.text_dim != model.text_dim:
@@ -161,7 +159,6 @@ def _checked_latents(folder: str, model: WanDiTConfig, weights: str) -> LatentsS
             f"config.data.latents={folder}: the model's patch {model.patch_size} does not divide latents of "
             f"{tuple(sizes)}; encode with a height and width that are multiples of 16"
         )
-    return info.latents_shape
 
 
 def _start(init_from: str, mesh, shardings) -> dict:

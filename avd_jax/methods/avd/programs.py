@@ -25,7 +25,7 @@ def unit(network: Denoiser, model: WanDiTConfig, shape: LatentsShape) -> tuple[s
     conditions = abstract_conditions(1, model, "bfloat16", None)
     latents = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
     args = network.abstract_params(), latents, jax.ShapeDtypeStruct((1,), jnp.float32), conditions
-    return "forward passes of the DiT", network.__call__, args
+    return "forward passes of the DiT", network, args
 
 
 def programs(

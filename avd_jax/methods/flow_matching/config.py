@@ -39,10 +39,15 @@ FIELDS: Fields = {
 }
 
 
-def validate(config) -> None:
-    """Check what can be checked without files (UserError names the field)."""
+def validate_values(config) -> None:
+    """Check every value (UserError names the field)."""
     flat = check_values(config, FIELDS)
     low, high = flat["timestep.min"], flat["timestep.max"]
     require("timestep.min", low, None if 0 <= low <= high <= 1000 else "and timestep.max must rise in 0..1000")
-    if not flat["data.latents"]:
+
+
+def validate(config) -> None:
+    """Check every value, and that the data are named (UserError names the field)."""
+    validate_values(config)
+    if not config.data.latents:
         raise UserError("config.data.latents is empty: give the folder that scripts/encode.py wrote")

@@ -16,7 +16,7 @@ import optax.contrib
 from flax import nnx
 
 from avd_jax import convert
-from avd_jax.data.latents import LatentsInfo, read_negative_prompt_embeds
+from avd_jax.data.latents import read_negative_prompt_embeds
 from avd_jax.diffusion.flow import add_noise, sample_timesteps, sigma_of_timestep
 from avd_jax.errors import UserError
 from avd_jax.losses.distribution_matching import flow_matching_loss
@@ -33,8 +33,8 @@ from avd_jax.training.optimizers import growing_decay, scheduled
 def build(config, *, devices=None, workdir: Path | None = None, video: Mapping[str, int] | None = None) -> Method:
     """Put the method together; arguments and errors as in `methods/avd/method.py`."""
     mesh = transformers.batch_mesh(config.mesh, config.batch_size, devices)
-    folder, info = config.data.latents, transformers.latents_info(config.data.latents)
-    model = _model_config(config, info, folder)
+    model = _model_config(config)
+    shape = transformers.clip_shape(config.data.latents, video, model)
     check_heads(model.num_heads, mesh.shape["seq"])
     network = make_denoiser(
         model,
@@ -56,9 +56,9 @@ def build(config, *, devices=None, workdir: Path | None = None, video: Mapping[s
                 growing_decay(config.ema_decay),
             )
         },
-        frozen={"negative": _negative(folder, model, replicated(mesh))},
+        frozen={"negative": _negative(config.data.latents, model, replicated(mesh))},
         updates=(_update(config, network),),
-        fields=transformers.encoded_fields(config.batch_size, info.latents_shape, model),
+        fields=transformers.encoded_fields(config.batch_size, shape, model),
         batches=transformers.encoded_batches(config, mesh, text_len=model.text_len),
         key_of=lambda key, number: key,
         record=lambda: {"architecture": transformers.architecture(model)},
@@ -142,15 +142,20 @@ def _negative(folder: str, model: WanDiTConfig, sharding) -> Frozen:
     return Frozen(transformers.as_conditions(shape), load)
 
 
-def _model_config(config, info: LatentsInfo, folder: str) -> WanDiTConfig:
-    channels = info.latents_shape[-1]
+def _model_config(config) -> WanDiTConfig:
+    """Return the sizes of the weights, or those of a new model for the set, or for Wan's own VAE if there is none."""
+    folder = config.data.latents
+    channels, text_dim = WanDiTConfig().in_dim, WanDiTConfig().text_dim
+    if folder:
+        info = transformers.latents_info(folder)
+        channels, text_dim = info.latents_shape[-1], info.text_dim
     if not config.init_from:
         sizes = {**config.model, "patch_size": tuple(config.model.patch_size)}
-        return WanDiTConfig(**sizes, in_dim=channels, out_dim=channels, text_dim=info.text_dim)
+        return WanDiTConfig(**sizes, in_dim=channels, out_dim=channels, text_dim=text_dim)
     model = convert.dit_config(config.init_from)
-    if (model.in_dim, model.text_dim) != (channels, info.text_dim):
+    if folder and (model.in_dim, model.text_dim) != (channels, text_dim):
         raise UserError(
-            f"{folder}: has {channels} channels and text_dim {info.text_dim}, the model of init_from="
+            f"{folder}: has {channels} channels and text_dim {text_dim}, the model of init_from="
             f"{config.init_from} takes {model.in_dim} and {model.text_dim}; encode the videos with its weights"
         )
     return model

@@ -33,11 +33,16 @@ FIELDS: Fields = {
 }
 
 
-def validate(config) -> None:
-    """Check what can be checked without files (UserError names the field)."""
+def validate_values(config) -> None:
+    """Check every value (UserError names the field)."""
     flat = check_values(config, FIELDS)
-    if not flat["data.latents"]:
-        raise UserError("config.data.latents is empty: give the folder that scripts/encode.py wrote")
     if flat["optimizer.weight_decay"]:
         raise UserError("config.optimizer.weight_decay must be 0: it would shrink BatchNorm's statistics")
     InterpolatorConfig(widths=tuple(config.model.widths))
+
+
+def validate(config) -> None:
+    """Check every value, and that the data are named (UserError names the field)."""
+    validate_values(config)
+    if not config.data.latents:
+        raise UserError("config.data.latents is empty: give the folder that scripts/encode.py wrote")

@@ -22,13 +22,14 @@ from avd_jax.convert.fingerprint import fingerprint
 from avd_jax.convert.weights import open_weights
 from avd_jax.data.atomic import write_text
 from avd_jax.data.encoding import video_decoder
-from avd_jax.data.latents import EncodedSet, LatentsInfo
+from avd_jax.data.latents import EncodedSet
 from avd_jax.data.pipeline import held_out_indices
 from avd_jax.data.video import contact_sheet
 from avd_jax.errors import UserError
 from avd_jax.methods import transformers
 from avd_jax.models.functional import Functional, Params, functional
 from avd_jax.models.interpolator import Interpolator, InterpolatorConfig
+from avd_jax.models.wan_dit import WanDiTConfig
 from avd_jax.parallel.hosts import is_first
 from avd_jax.parallel.mesh import replicated
 from avd_jax.shapes import Latents
@@ -40,15 +41,15 @@ from avd_jax.training.state import TrainState
 def build(config, *, devices=None, workdir: Path | None = None, video=None) -> Method:
     """Put the method together; arguments and errors as in `methods/avd/method.py`."""
     mesh = transformers.batch_mesh(config.mesh, config.batch_size, devices)
-    folder, info = config.data.latents, transformers.latents_info(config.data.latents)
-    if info.latents_shape[0] < 3 or info.latents_shape[0] % 2 == 0:
+    folder, shape = config.data.latents, transformers.clip_shape(config.data.latents, video, WanDiTConfig())
+    if shape[0] < 3 or shape[0] % 2 == 0:
         raise UserError(
-            f"{folder}: its clips have {info.latents_shape[0]} latent frames; every second one can be left out of "
+            f"{folder}: its clips have {shape[0]} latent frames; every second one can be left out of "
             "an odd number from 3 on; encode 8n + 1 video frames, 9 at least"
         )
-    start = _start(config, info)
+    start = _start(config, shape[-1])
     network, params = functional(start)
-    latents = jax.ShapeDtypeStruct((config.batch_size, *info.latents_shape), jnp.bfloat16)
+    latents = jax.ShapeDtypeStruct((config.batch_size, *shape), jnp.bfloat16)
     return Method(
         name="interpolator",
         main="interpolator",
@@ -182,8 +183,7 @@ class HeldOut(Observer):
             contact_sheet(pictures, self._workdir / "samples" / f"step_{step:06d}.png", captions)
 
 
-def _start(config, info: LatentsInfo) -> Interpolator:
-    channels = info.latents_shape[-1]
+def _start(config, channels: int) -> Interpolator:
     if not config.init_from:
         return new_interpolator(InterpolatorConfig(channels, tuple(config.model.widths)), config.seed)
     unet = convert.load_interpolator(config.init_from)

@@ -1,5 +1,6 @@
 """Every field of a training of a tiny text encoder."""
 
+from avd_jax.errors import UserError
 from avd_jax.training.config import RUN_FIELDS
 from avd_jax.training.fields import Field, Fields, at_least, check_values, not_negative, with_defaults
 
@@ -17,6 +18,13 @@ FIELDS: Fields = {
 }
 
 
-def validate(config) -> None:
+def validate_values(config) -> None:
     """Check the values (UserError names the field)."""
     check_values(config, FIELDS)
+
+
+def validate(config) -> None:
+    """Check the values, and that the tokenizer is named (UserError names the field)."""
+    validate_values(config)
+    if not config.tokenizer:
+        raise UserError("config.tokenizer is empty: give the folder of weights whose tokenizer/ is to be used")

@@ -19,13 +19,13 @@ from flax import nnx
 from avd_jax import convert
 from avd_jax.data import shapes_world
 from avd_jax.data.tokenizer import Tokenizer
+from avd_jax.data.world_clips import FIRST_TEXT_ENCODER_CAPTION
 from avd_jax.models.functional import Functional, Params, functional
 from avd_jax.models.umt5 import UMT5Config, UMT5Encoder
 from avd_jax.parallel.hosts import batch_rows
 from avd_jax.parallel.mesh import make_mesh
 from avd_jax.training.method import BatchField, Method, Term, Trained, Update
 
-FIRST_CAPTION = 2_000_000  # number of the first scene of the built-in world; clips for other work are below
 LENGTH = 64  # tokens; captions of three objects have about 50
 THING_WORDS = {  # what a token of a clause is asked, and the answers
     "shape": shapes_world.SHAPES,
@@ -54,7 +54,7 @@ class Questions:
         return self
 
     def __next__(self) -> dict[str, np.ndarray]:
-        first = FIRST_CAPTION + (self._number + NEW_BATCHES) * self._batch_size
+        first = FIRST_TEXT_ENCODER_CAPTION + (self._number + NEW_BATCHES) * self._batch_size
         self._number += 1
         arrays = questions(self._tokenizer, range(first, first + self._batch_size))
         return {name: array[self._rows] for name, array in arrays.items()}
@@ -128,7 +128,7 @@ def trained_encoder(method: Method, params: Params) -> UMT5Encoder:
 def accuracy(method: Method, params: Params, tokenizer: Tokenizer, *, captions: int = 1024) -> float:
     """Return the share of questions on captions that are new to it which the encoder's probes answer, 0..1."""
     network = _network(method)
-    new = questions(tokenizer, range(FIRST_CAPTION, FIRST_CAPTION + captions))
+    new = questions(tokenizer, range(FIRST_TEXT_ENCODER_CAPTION, FIRST_TEXT_ENCODER_CAPTION + captions))
     return float(jax.jit(lambda params: answered(network(params, new["ids"], new["mask"]), new["answers"])[1])(params))
 
 

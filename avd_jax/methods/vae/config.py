@@ -1,5 +1,6 @@
 """Every field of a training of a small VAE, and the sizes that they name."""
 
+from avd_jax.data.world_clips import FIRST_VAE_CLIP
 from avd_jax.models.wan_vae import WanVAEConfig
 from avd_jax.training.config import RUN_FIELDS, SCHEDULE_FIELDS
 from avd_jax.training.fields import Field, Fields, at_least, check_values, not_negative, require, with_defaults
@@ -14,7 +15,7 @@ FIELDS: Fields = {
     ),
     "model.num_res_blocks": Field(1, "residual blocks a level of the encoder; the decoder has one more", at_least(1)),
     "data.first_clip": Field(
-        1_000_000, "number of the first clip of the built-in world; later work uses the ones below"
+        FIRST_VAE_CLIP, "number of the first clip of the built-in world; later work uses the ones below"
     ),
     "data.frames": Field(17, "frames of a whole clip, 4n + 1"),
     "data.height": Field(64, "pixels of a whole clip"),
@@ -27,7 +28,7 @@ FIELDS: Fields = {
 }
 
 
-def validate(config) -> None:
+def validate_values(config) -> None:
     """Check the values (UserError names the field)."""
     flat = check_values(config, FIELDS)
     sizes = model_config(config)
@@ -39,6 +40,9 @@ def validate(config) -> None:
         require("data.crop_size", size, f"must be a multiple of {stride}, and no larger than the clip")
     if flat["data.crop_frames"] > flat["data.frames"]:
         require("data.crop_frames", flat["data.crop_frames"], "is more than data.frames")
+
+
+validate = validate_values  # it needs nothing but what the config says
 
 
 def model_config(config) -> WanVAEConfig:

@@ -17,6 +17,7 @@ import numpy as np
 from flax import nnx
 
 from avd_jax.data import shapes_world
+from avd_jax.data.world_clips import VAE_STATISTICS_CLIPS
 from avd_jax.methods.vae.config import model_config
 from avd_jax.models.functional import Functional, Params, filled, functional
 from avd_jax.models.vae_layers import AttentionBlock, Downsample, ResidualBlock
@@ -214,7 +215,7 @@ def _update(config, network: Functional) -> Update:
     )
 
 
-def trained_vae(config, params: Params, *, clips: int = 64, batch_size: int = 4) -> WanVAE:
+def trained_vae(config, params: Params, *, clips: int = VAE_STATISTICS_CLIPS, batch_size: int = 4) -> WanVAE:
     """Return the VAE of `params` with the mean and deviation of its latents, measured on clips that are new to it.
 
     Channels that carry nothing keep a deviation of a tenth of the largest: they must not be blown up to noise.

@@ -5,6 +5,7 @@ from functools import partial
 
 import jax
 import pytest
+from avd_jax.training.aot import Plan, make_plan
 from training_cases import DIT, make_config
 
 from avd_jax.capacity import compiling
@@ -12,7 +13,6 @@ from avd_jax.capacity.planning import candidates
 from avd_jax.capacity.program import expected_flops
 from avd_jax.errors import UserError
 from avd_jax.parallel.mesh import make_mesh
-from avd_jax.training.aot import Plan, make_plan
 
 SHAPE = 3, 4, 4, 4
 VIDEO = {"frames": 9, "height": 32, "width": 32}
