@@ -48,20 +48,23 @@ def sharded_copy(target: Path) -> Path:
     return target
 
 
-def training_run(workdir: Path, steps=(10, 20), *, ema: bool = False) -> Path:
-    """Write checkpoints as training does; the weights of step n are the fixture's times n / 20."""
+def training_run(workdir: Path, steps=(10, 20), *, ema: bool = False, old: bool = False) -> Path:
+    """Write checkpoints as training does, or did; the weights of step n are the fixture's times n / 20."""
     dit = convert.load_dit(NATIVE)
     params = nnx.to_pure_dict(nnx.state(dit, nnx.Param))
     meta = {"architecture": WAN_DIT.record(dit.config), "student": STUDENT}
+    if not old:
+        meta["main"] = "generator"
     with ocp.CheckpointManager((workdir / "checkpoints").absolute()) as manager:
         for step in steps:
             items = {
                 "generator": ocp.args.StandardSave(jax.tree.map(lambda leaf, step=step: leaf * (step / 20), params)),
                 "fake_score": ocp.args.StandardSave(jax.tree.map(lambda leaf: leaf + 1, params)),
+                "progress": ocp.args.StandardSave({"step": np.int32(step)}),
                 "meta": ocp.args.JsonSave(meta | {"step": step}),
             }
             if ema:
-                items["ema"] = ocp.args.StandardSave(jax.tree.map(lambda leaf: leaf + 2, params))
+                items["ema" if old else "generator_ema"] = ocp.args.StandardSave(jax.tree.map(lambda leaf: leaf + 2, params))
             manager.save(step, args=ocp.args.Composite(**items))
             manager.wait_until_finished()
     (workdir / "config.json").write_text(json.dumps({"optimizer": {"learning_rate": 2e-6}}))

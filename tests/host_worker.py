@@ -14,7 +14,6 @@ from absl import logging
 
 from avd_jax.errors import report_user_errors
 from avd_jax.parallel import hosts
-from avd_jax.training import loop
 
 
 def keep_stdout_for_python() -> None:
@@ -30,7 +29,7 @@ def main() -> None:
     given = json.loads(Path(settings).read_text())
     hosts.connect(coordinator=coordinator, num_processes=int(num_processes), process_id=int(process_id))
     training_cases.use_linear_network(setattr)
-    status = loop.train(training_cases.make_config(**given["config"]), Path(given["workdir"]))
+    status = training_cases.train(training_cases.make_config(**given["config"]), Path(given["workdir"]))
     jax.distributed.shutdown()
     sys.exit(status)
 

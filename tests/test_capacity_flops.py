@@ -3,13 +3,13 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from avd_jax.training.networks import make_network
 from jax.experimental import pallas as pl
 from jax.sharding import PartitionSpec as P
 from training_cases import DIT
 
 from avd_jax.capacity.flops import count_flops, jaxpr_flops
 from avd_jax.errors import UserError
+from avd_jax.models.functional import make_denoiser
 from avd_jax.parallel.mesh import make_mesh
 
 
@@ -128,8 +128,8 @@ def test_the_transformer():
     ends = tokens * dim * (4 * DIT.in_dim + 4 * DIT.out_dim)
     forward = 2 * batch * (blocks + text_embedding + time_embedding + ends)
 
-    inputs = shape(batch, 3, 4, 4, 4), shape(batch), shape(batch, text, 16)
-    network = make_network(DIT, dtype="float32", param_dtype="float32", remat="block")
+    inputs = shape(batch, 3, 4, 4, 4), shape(batch), {"prompt_embeds": shape(batch, text, 16)}
+    network = make_denoiser(DIT, dtype="float32", param_dtype="float32", remat="block")
     params = network.abstract_params()
     assert count_flops(network, params, *inputs) == forward
 

@@ -6,13 +6,13 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import pytest
-from avd_jax.training.networks import make_network
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 from training_cases import DIT
 
 from avd_jax.capacity.flops import count_flops, jaxpr_flops
 from avd_jax.errors import UserError
+from avd_jax.models.functional import make_denoiser
 from avd_jax.parallel.mesh import make_mesh
 
 STEPS = 4
@@ -281,20 +281,20 @@ def test_the_trips_are_those_that_run():
 
 
 def test_it_is_quick_for_a_deep_model():
-    network = make_network(replace(DIT, num_layers=30), dtype="float32", param_dtype="float32", remat="block")
-    inputs = shape(2, 3, 4, 4, 4), shape(2), shape(2, DIT.text_len, 16)
+    network = make_denoiser(replace(DIT, num_layers=30), dtype="float32", param_dtype="float32", remat="block")
+    inputs = shape(2, 3, 4, 4, 4), shape(2), {"prompt_embeds": shape(2, DIT.text_len, 16)}
 
-    def update(params, latents, timesteps, text, key):
+    def update(params, latents, timesteps, conditions, key):
         stop = drawn(key)
 
         def loss(params):
             constants = jax.lax.stop_gradient(params)
 
             def step(_, x):
-                return jax.lax.stop_gradient(network(constants, x, timesteps, text))
+                return jax.lax.stop_gradient(network(constants, x, timesteps, conditions))
 
             x = jax.lax.fori_loop(0, stop, step, latents)
-            return jnp.sum(network(params, x, timesteps, text))
+            return jnp.sum(network(params, x, timesteps, conditions))
 
         return jax.value_and_grad(loss)(params)
 

@@ -203,7 +203,20 @@ BAD = {
         run_with(lambda step: os.rename(step, f"{step}.orbax-checkpoint-tmp")),
         ["no complete checkpoint", "20.orbax-checkpoint-tmp"],
     ),
-    "run without the network": (run_with(lambda step: shutil.rmtree(step / "generator")), ["holds no 'generator'"]),
+    "run without the network": (
+        run_with(lambda step: shutil.rmtree(step / "generator")),
+        ["holds no 'generator', but fake_score, progress"],
+    ),
+    "one step, without meta": (
+        lambda tmp_path: run_with(lambda step: shutil.rmtree(step / "meta"))(tmp_path) / "checkpoints" / "20",
+        ["20: this checkpoint is incomplete (no meta/metadata); use another step"],
+    ),
+    "one step of another network, without meta": (
+        lambda tmp_path: run_with(lambda step: [shutil.rmtree(step / name) for name in ("meta", "generator")])(tmp_path)
+        / "checkpoints"
+        / "20",
+        ["20: this checkpoint is incomplete (no meta/metadata); use another step"],
+    ),
     "run of another network": (
         run_with(meta_with(architecture={"name": "unet", "config": {}})),
         ["metadata", "'unet'"],
@@ -246,6 +259,16 @@ def test_a_component_that_is_not_there(load, path, parts):
     with pytest.raises(UserError) as caught:
         load(path)
     assert all(part in str(caught.value) for part in parts), caught.value
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_a_run_without_an_ema_says_what_it_holds(old, tmp_path):
+    run = cases.training_run(tmp_path, steps=(20,), old=old)
+    with pytest.raises(UserError) as caught:
+        convert.load_dit(run, key="ema")
+    assert str(caught.value) == f"{run}/checkpoints/20: holds no 'ema', but fake_score, generator, progress"
+    with pytest.raises(UserError, match=r"holds no 'generatr', but .* \(did you mean 'generator'\?\)"):
+        convert.load_dit(run, key="generatr")
 
 
 def disk_full(*args, **kwargs):

@@ -2,19 +2,21 @@
 
 import json
 import re
+import shutil
 
 import convert_cases as cases
+import jax
 import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from avd_jax.training.shipping import write_interpolator as ship
 from flax import nnx
 
 from avd_jax import convert
 from avd_jax.convert.architectures import INTERPOLATOR
 from avd_jax.convert.interpolator_rules import PREFIX
 from avd_jax.convert.saving import write_interpolator
+from avd_jax.convert.shipping import write_interpolator as ship
 from avd_jax.convert.weights import open_weights
 from avd_jax.errors import UserError
 
@@ -47,10 +49,11 @@ def with_student(tensors, folder):
     return folder / FILE
 
 
-def trained(folder, architecture, items):
+def trained(folder, items, **meta):
+    """Write a checkpoint of step 7."""
     with ocp.CheckpointManager((folder / "checkpoints").absolute()) as manager:
         saved = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
-        manager.save(7, args=ocp.args.Composite(meta=ocp.args.JsonSave({"architecture": architecture}), **saved))
+        manager.save(7, args=ocp.args.Composite(meta=ocp.args.JsonSave(meta), **saved))
         manager.wait_until_finished()
     return folder
 
@@ -91,9 +94,15 @@ def lay_out(layout, file, tensors, tmp_path):
         cases.training_run(tmp_path, steps=(10,))
         convert.save_orbax(weights, tmp_path / "interpolator")
         return tmp_path / "checkpoints" / "10"
-    if layout == "own run":
-        params = nnx.to_pure_dict(nnx.state(convert.load_interpolator(file)))
-        trained(tmp_path, INTERPOLATOR.record(weights.config), {"generator": params})
+    if layout in ("own run", "own run, EMA", "own run of before"):
+        own = nnx.to_pure_dict(nnx.state(convert.load_interpolator(file)))
+        other = jax.tree.map(lambda leaf: leaf + 1, own)
+        record = INTERPOLATOR.record(weights.config)
+        if layout == "own run of before":
+            trained(tmp_path, {"generator": own, "ema": other}, architecture=record)
+        else:
+            main, ema = (own, other) if layout == "own run" else (other, own)
+            trained(tmp_path, {"interpolator": main, "interpolator_ema": ema}, architecture=record, main="interpolator")
     return tmp_path
 
 
@@ -101,12 +110,14 @@ def lay_out(layout, file, tensors, tmp_path):
     "layout",
     [
         *("within a student", "bare keys", "module's keys", "folder", "the folder itself", "shipped", "orbax"),
-        *("native export", "diffusers export", "student's run", "a step of a student's run", "own run"),
+        *("native export", "diffusers export", "student's run", "a step of a student's run"),
+        *("own run", "own run, EMA", "own run of before"),
     ],
 )
 def test_every_layout_gives_the_same_weights(layout, file, tensors, expected, tmp_path):
     path = lay_out(layout, file, tensors, tmp_path)
-    actual = cases.leaves_of(convert.load_interpolator(path))
+    key = "ema" if layout.endswith("EMA") else "generator"
+    actual = cases.leaves_of(convert.load_interpolator(path, key=key))
     assert actual.keys() == expected.keys()
     for name, array in expected.items():
         np.testing.assert_array_equal(actual[name], array, err_msg=name)
@@ -171,6 +182,17 @@ def test_a_config_that_does_not_fit(file, tmp_path, change, message):
     config.write_text(json.dumps(json.loads(config.read_text()) | change))
     with pytest.raises(UserError, match=re.escape(message)):
         convert.load_interpolator(tmp_path)
+
+
+def test_runs_of_another_network_or_without_an_ema(file, tmp_path):
+    run = lay_out("own run", file, None, tmp_path)
+    with pytest.raises(UserError, match="holds the architecture 'interpolator', not a diffusion transformer"):
+        convert.load_dit(run)
+    assert convert.student_settings(run) is None
+    assert convert.training_settings(run) == {"main": "interpolator"}
+    shutil.rmtree(run / "checkpoints" / "7" / "interpolator_ema")
+    with pytest.raises(UserError, match="checkpoints/7: holds no 'ema', but interpolator$"):
+        convert.load_interpolator(run, key="ema")
 
 
 def test_missing_keys_and_other_networks(tensors, tmp_path):

@@ -146,8 +146,9 @@ def test_sizes_come_from_the_shapes_where_no_config_fits(tmp_path):
     assert convert.dit_config(tmp_path / cases.WEIGHTS) == config
 
 
-def test_training_checkpoint_gives_the_asked_network_of_the_latest_complete_step(tmp_path):
-    run = cases.training_run(tmp_path, ema=True)
+@pytest.mark.parametrize("old", [False, True])
+def test_training_checkpoint_gives_the_asked_network_of_the_latest_complete_step(tmp_path, old):
+    run = cases.training_run(tmp_path, ema=True, old=old)
     fixture = cases.leaves_of(convert.load_dit(cases.NATIVE))["head.head.kernel"]
     checkpoints = run / "checkpoints"
     incomplete = checkpoints / "30.orbax-checkpoint-tmp"
@@ -157,11 +158,13 @@ def test_training_checkpoint_gives_the_asked_network_of_the_latest_complete_step
         (checkpoints, "generator", fixture),
         (checkpoints / "10", "generator", fixture / 2),
         (run, "critic", fixture + 1),
+        (run, "fake_score", fixture + 1),
         (run, "ema", fixture + 2),
     ):
         np.testing.assert_array_equal(cases.leaves_of(convert.load_dit(path, key=key))["head.head.kernel"], expected)
         assert convert.student_settings(path) == cases.STUDENT
-    assert convert.training_settings(run) == {"step": 20, "config": {"optimizer": {"learning_rate": 2e-6}}}
+    recorded = {} if old else {"main": "generator"}
+    assert convert.training_settings(run) == recorded | {"step": 20, "config": {"optimizer": {"learning_rate": 2e-6}}}
     assert convert.student_settings(cases.NATIVE) is None
 
 

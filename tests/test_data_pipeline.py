@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import grain
+import jax
 import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
@@ -55,7 +56,7 @@ def batches(folders, count=None, **kwargs):
 
 def numbers(batch):
     """(clip, prompt) of each row."""
-    return [(int(z.flat[0]), int(p.flat[0])) for z, p in zip(batch["latents"], batch["prompt_embeds"], strict=True)]
+    return [(int(z.flat[0]), int(p.flat[0])) for z, p in zip(batch["latents"], batch["prompts"]["prompt_embeds"], strict=True)]
 
 
 def rows(found):
@@ -64,18 +65,19 @@ def rows(found):
 
 def test_what_a_batch_holds(folders):
     (batch,) = batches(folders, 1)
-    assert {key: value.shape for key, value in batch.items()} == {
-        "prompt_embeds": (4, 1, 5, 2),
+    assert jax.tree.map(np.shape, batch) == {
+        "prompts": {"prompt_embeds": (4, 1, 5, 2)},
         "latents": (4, 2, 2, 4, 1),
-        "caption_embeds": (4, 5, 2),
+        "captions": {"prompt_embeds": (4, 5, 2)},
     }
-    assert all(value.dtype == ml_dtypes.bfloat16 for value in batch.values())
+    assert all(value.dtype == ml_dtypes.bfloat16 for value in jax.tree.leaves(batch))
     for (clip, prompt), row in zip(numbers(batch), range(4), strict=True):
         assert (batch["latents"][row] == clip).all()
         length = clip % 3 + 1
-        assert (batch["caption_embeds"][row, :length] == clip).all()
-        assert (batch["caption_embeds"][row, length:] == 0).all()
-        assert (batch["prompt_embeds"][row, 0] == [[prompt] * 2] + [[0] * 2] * 4).all()
+        caption = batch["captions"]["prompt_embeds"][row]
+        assert (caption[:length] == clip).all()
+        assert (caption[length:] == 0).all()
+        assert (batch["prompts"]["prompt_embeds"][row, 0] == [[prompt] * 2] + [[0] * 2] * 4).all()
 
 
 def test_each_epoch_holds_everything_once_in_an_order_of_its_own(folders):
@@ -91,8 +93,8 @@ def test_each_epoch_holds_everything_once_in_an_order_of_its_own(folders):
 
 def test_several_batches_of_prompts_come_with_one_of_latents(folders):
     one, three = batches(folders, 6), batches(folders, 2, prompt_batches=3)
-    assert [batch["prompt_embeds"].shape for batch in three] == [(4, 3, 5, 2)] * 2
-    in_order = [int(batch["prompt_embeds"][row, i, 0, 0]) for batch in three for row in range(4) for i in range(3)]
+    assert [batch["prompts"]["prompt_embeds"].shape for batch in three] == [(4, 3, 5, 2)] * 2
+    in_order = [int(batch["prompts"]["prompt_embeds"][row, i, 0, 0]) for batch in three for row in range(4) for i in range(3)]
     assert in_order == [prompt for _, prompt in rows(one)], "no prompt is passed over"
     assert [int(z.flat[0]) for batch in three for z in batch["latents"]] == [clip for clip, _ in rows(one[:2])]
 
@@ -153,7 +155,7 @@ def test_a_set_of_one_fills_a_batch(tmp_path):
 
 def test_text_len_below_the_stored_length_cuts(folders):
     (batch,) = batches(folders, 1, text_len=1)
-    assert batch["caption_embeds"].shape == (4, 1, 2)
+    assert batch["captions"]["prompt_embeds"].shape == (4, 1, 2)
 
 
 def test_what_a_user_can_do_wrong(folders, tmp_path):

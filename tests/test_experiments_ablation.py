@@ -1,16 +1,18 @@
 """The ablation: which cells there are, that each runs once, goes on where it stopped, and what the report shows."""
 
-import functools
+import gc
 import json
 import math
 import runpy
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import pytest
-from generation_cases import write_weights
+from generation_cases import UMT5_SIZES, VAE, write_weights
 
+from avd_jax.convert.architectures import UMT5, WAN_VAE
 from avd_jax.data import shapes_world
 from avd_jax.data.latents import EncodedSet, read_metadata
 from avd_jax.data.shapes_world import STYLES
@@ -20,8 +22,8 @@ from avd_jax.experiments.ablation import run_ablation
 from avd_jax.experiments.ablation_report import write_report
 from avd_jax.experiments.cells import default_config, plan, validate
 from avd_jax.experiments.held_out import Made, drawn_videos
+from avd_jax.methods.avd import method
 from avd_jax.parallel.mesh import make_mesh
-from avd_jax.training import run
 from avd_jax.training.fields import flatten
 from avd_jax.training.metrics import MetricsWriter
 
@@ -143,12 +145,12 @@ def stand_ins(monkeypatch):
     """Trainings and samplings that only note that they were asked for."""
     calls = []
 
-    def train(config, workdir):
+    def train(recipe, config, workdir):
         calls.append(("train", workdir.name))
         (workdir / "checkpoints").mkdir(parents=True, exist_ok=True)
         entry = {"step": 1, "loss/regression": 0.5, "meter/saturation": 1.1}
         (workdir / "metrics.jsonl").write_text(json.dumps(entry))
-        return 143 if workdir.name in stopped else 0
+        return SimpleNamespace(status=143 if workdir.name in stopped else 0)
 
     def make_videos(options, count, folder, *, batch_size):
         calls.append(("make", folder.parent.name))
@@ -243,6 +245,25 @@ def test_other_settings_are_run_again(weights, tmp_path, stand_ins):
         run_ablation(config, tmp_path, report=write_report)
 
 
+def bytes_on_devices():
+    gc.collect()
+    return sum(array.nbytes for array in jax.live_arrays())
+
+
+def test_encoders_are_released_before_the_first_training(weights, tmp_path):
+    config = make_config(weights)
+    encoders = 4 * sum(
+        math.prod(leaf.shape)
+        for architecture, sizes in ((WAN_VAE, VAE), (UMT5, UMT5_SIZES))
+        for leaf in architecture.leaves(sizes).values()
+    )
+    before = bytes_on_devices()
+    ablation._encode(config, tmp_path)
+    for folder in ("painted/latents", "painted/prompts", "outline/latents", "prompts_8"):
+        assert (tmp_path / folder / "dataset_info.json").exists()
+    assert bytes_on_devices() - before < 0.05 * encoders
+
+
 def test_a_real_cell_that_is_stopped_goes_on_from_its_checkpoint(weights, tmp_path, monkeypatch):
     config = make_config(weights)
     original = MetricsWriter.write
@@ -253,7 +274,8 @@ def test_a_real_cell_that_is_stopped_goes_on_from_its_checkpoint(weights, tmp_pa
             signal.raise_signal(signal.SIGTERM)
 
     config.train.num_steps = 4
-    monkeypatch.setattr(run, "make_mesh", functools.partial(make_mesh, devices=jax.devices()[:1]))
+    one = {"devices": jax.devices()[:1]}
+    monkeypatch.setattr(method, "make_mesh", lambda **options: make_mesh(**options | one))
     monkeypatch.setattr(MetricsWriter, "write", write)
     asked = {"only": ["real", "teacher_few", "tr_ada_seed0"], "report": write_report}
     assert run_ablation(config, tmp_path, **asked) == 143

@@ -11,7 +11,7 @@ from flax import nnx
 from generation_cases import STUDENT, write_dit, write_interpolator, write_weights
 
 from avd_jax.errors import UserError
-from avd_jax.generation.pipeline import HalfRateSampling, make_student_sampler, sample_keys
+from avd_jax.generation.pipeline import HalfRateSampling, StudentSampler, sample_keys
 from avd_jax.generation.run import generate, make_plan
 from avd_jax.generation.settings import Job, Options, from_record_file, resolve
 from avd_jax.models.interpolator import Interpolator, InterpolatorConfig
@@ -38,15 +38,15 @@ def resolved(folder, checkpoint="fast", notes=None, **options):
 def test_each_rate_sees_its_own_frames_and_positions(positions, stride):
     seen = []
 
-    def network(params, latents, timesteps, prompt_embeds, **options):
+    def network(params, latents, timesteps, conditions, **options):
         seen.append((latents.shape[1], options.get("frame_stride")))
         return latents * params
 
     unet = Interpolator(InterpolatorConfig(4, (8, 8, 8)), nnx.Rngs(0))
     half_rate = HalfRateSampling(2, positions, unet)
-    sample = make_student_sampler(network, SHAPE, timesteps=[1000, 900, 757, 522], half_rate=half_rate)
+    sample = StudentSampler(network, SHAPE, timesteps=[1000, 900, 757, 522], half_rate=half_rate)
     for seed in (0, 1):
-        latents = sample(0.5, sample_keys([seed]), np.zeros((1, 2, 2), np.float32))
+        latents = sample(0.5, sample_keys([seed]), {"prompt_embeds": np.zeros((1, 2, 2), np.float32)})
     assert latents.shape == (1, *SHAPE)
     assert seen == [(3, stride), (5, None)]  # each traced once
 

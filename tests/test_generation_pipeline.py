@@ -11,13 +11,8 @@ from generation_cases import DIT, VAE, InMemory
 from avd_jax.convert.architectures import WAN_DIT
 from avd_jax.convert.weights import load_module
 from avd_jax.errors import UserError
-from avd_jax.generation.pipeline import (
-    as_network,
-    latents_shape,
-    make_student_sampler,
-    make_teacher_sampler,
-    sample_keys,
-)
+from avd_jax.generation.pipeline import StudentSampler, latents_shape, make_teacher_sampler, sample_keys
+from avd_jax.models.functional import denoiser
 from avd_jax.models.wan_dit import WAN_1_3B
 from avd_jax.models.wan_vae import WanVAEConfig
 from avd_jax.parallel.mesh import batch_sharding, make_mesh, replicated
@@ -55,18 +50,23 @@ def test_noise_is_per_example_to_the_bit():
     assert len(np.unique(np.asarray(together)[:, 0, 0, 0, 0])) == 3
 
 
-def towards(params, latents, timesteps, prompt_embeds):
+def towards(params, latents, timesteps, conditions):
     """The velocity of a network that is sure of its x0: every latent is scale times the prompt's mean."""
-    x0 = params["scale"] * jnp.mean(prompt_embeds, axis=(1, 2))
+    x0 = params["scale"] * jnp.mean(conditions["prompt_embeds"], axis=(1, 2))
     return (latents - x0[:, None, None, None, None]) / (timesteps / 1000)[:, None, None, None, None]
 
 
-EMBEDS = np.stack([np.full((3, 2), 0.5), np.full((3, 2), -1.0)]).astype(np.float32)
+def told(value):
+    """The conditions of an example whose prompt's embeddings are all of one value."""
+    return {"prompt_embeds": np.full((3, 2), value, np.float32)}
+
+
+BATCH = {"prompt_embeds": np.stack([told(value)["prompt_embeds"] for value in (0.5, -1.0)])}
 
 
 def test_student_on_a_network_that_knows_the_answer():
-    sample = make_student_sampler(towards, SHAPE, timesteps=[1000, 700, 300])
-    latents = sample({"scale": 2.0}, sample_keys([0, 1]), EMBEDS)
+    sample = StudentSampler(towards, SHAPE, timesteps=[1000, 700, 300])
+    latents = sample({"scale": 2.0}, sample_keys([0, 1]), BATCH)
     assert latents.shape == (2, *SHAPE)
     np.testing.assert_allclose(latents[0], 1.0, atol=1e-5)
     np.testing.assert_allclose(latents[1], -2.0, atol=1e-5)
@@ -76,7 +76,7 @@ def test_student_on_a_network_that_knows_the_answer():
 def test_guidance_goes_from_negative_to_prompt(scale):
     sample = make_teacher_sampler(towards, SHAPE, num_steps=4, shift=5.0, guidance_scale=scale)
     # The sure network at sigma says (x - x0) / sigma; the solver's own sigma is up to 1e-3 off the whole timestep.
-    latents = sample({"scale": 2.0}, sample_keys([0, 1]), EMBEDS, np.full((3, 2), 0.25, np.float32))
+    latents = sample({"scale": 2.0}, sample_keys([0, 1]), BATCH, told(0.25))
     np.testing.assert_allclose(latents[0], 0.5 + scale * (1.0 - 0.5), atol=0.05)
     np.testing.assert_allclose(latents[1], 0.5 + scale * (-2.0 - 0.5), atol=0.05)
 
@@ -84,19 +84,19 @@ def test_guidance_goes_from_negative_to_prompt(scale):
 def test_one_trace_of_the_network():
     calls = []
 
-    def counted(params, latents, timesteps, prompt_embeds):
+    def counted(params, latents, timesteps, conditions):
         calls.append(latents.shape)
-        return towards(params, latents, timesteps, prompt_embeds)
+        return towards(params, latents, timesteps, conditions)
 
     sample = make_teacher_sampler(counted, SHAPE, num_steps=9, shift=5.0, guidance_scale=5.0)
     for _ in range(2):
-        sample({"scale": 1.0}, sample_keys([0, 1]), EMBEDS, EMBEDS[0])
+        sample({"scale": 1.0}, sample_keys([0, 1]), BATCH, told(0.5))
     assert calls == [(2, *SHAPE)]
 
 
 def test_bad_schedules_are_refused_before_the_first_call():
     with pytest.raises(UserError, match="decreasing"):
-        make_student_sampler(towards, SHAPE, timesteps=[500, 1000])
+        StudentSampler(towards, SHAPE, timesteps=[500, 1000])
     with pytest.raises(UserError, match="at least 1"):
         make_teacher_sampler(towards, SHAPE, num_steps=0, shift=5.0, guidance_scale=5.0)
     with pytest.raises(UserError, match="above 0"):
@@ -104,11 +104,11 @@ def test_bad_schedules_are_refused_before_the_first_call():
 
 
 def tiny_network():
-    return as_network(load_module(InMemory(WAN_DIT, DIT), jnp.float32))
+    return denoiser(load_module(InMemory(WAN_DIT, DIT), jnp.float32))
 
 
-def prompt_embeds(count):
-    return np.random.default_rng(1).standard_normal((count, 6, DIT.text_dim), np.float32)
+def conditions(*size):
+    return {"prompt_embeds": np.random.default_rng(1).standard_normal((*size, 6, DIT.text_dim), np.float32)}
 
 
 SEEDS = [5, 6, 7, 8]
@@ -120,8 +120,8 @@ def tiny_latents(devices, rows):
     """Return what a tiny student makes of some of four prompts, over so many devices."""
     mesh = make_mesh(devices=jax.devices()[:devices])
     network, params = tiny_network()
-    student = make_student_sampler(network, SHAPE, timesteps=[1000, 400])
-    batch = sample_keys(SEEDS[rows]), prompt_embeds(4)[rows]
+    student = StudentSampler(network, SHAPE, timesteps=[1000, 400])
+    batch = sample_keys(SEEDS[rows]), {"prompt_embeds": conditions(4)["prompt_embeds"][rows]}
     return student(jax.device_put(params, replicated(mesh)), *jax.device_put(batch, batch_sharding(mesh)))
 
 
@@ -136,8 +136,8 @@ def test_a_video_depends_neither_on_its_batch_nor_on_the_devices():
 def test_guidance_moves_no_shard():
     mesh = make_mesh(devices=jax.devices()[:2])
     teacher = make_teacher_sampler(towards, SHAPE, num_steps=2, shift=5.0, guidance_scale=5.0)
-    keys, embeds = jax.device_put((sample_keys(SEEDS), prompt_embeds(4)), batch_sharding(mesh))
-    arguments = {"scale": 1.0}, keys, embeds, jax.device_put(prompt_embeds(1)[0], replicated(mesh))
+    keys, texts = jax.device_put((sample_keys(SEEDS), conditions(4)), batch_sharding(mesh))
+    arguments = {"scale": 1.0}, keys, texts, jax.device_put(conditions(), replicated(mesh))
     program = teacher.lower(*arguments).compile().as_text()
     assert not re.search(r"all-(gather|to-all|reduce)|collective-permute", program)
     latents = teacher(*arguments)

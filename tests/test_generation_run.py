@@ -193,9 +193,9 @@ def test_a_full_disk_leaves_no_part_of_a_video(settings, tmp_path, monkeypatch):
 
 def test_values_that_are_not_finite_are_no_video(settings, tmp_path, monkeypatch):
     def sampler(network, shape, *, timesteps, half_rate):
-        return lambda params, keys, prompt_embeds: jax.device_put(np.full((2, *shape), np.nan), keys.sharding)
+        return lambda params, keys, conditions: jax.device_put(np.full((2, *shape), np.nan), keys.sharding)
 
-    monkeypatch.setattr(run, "make_student_sampler", sampler)
+    monkeypatch.setattr(run, "StudentSampler", sampler)
     with pytest.raises(UserError, match=r"'a red ball / rolls', seed 0: not finite"):
         generate(settings, JOBS, tmp_path)
     assert not names(tmp_path)

@@ -7,9 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from avd_jax.training.networks import Networks
-from avd_jax.training.run import build_run
-from avd_jax.training.shipping import write_interpolator
 from flax import nnx
 from training_cases import (
     LATENTS_SHAPE,
@@ -18,23 +15,28 @@ from training_cases import (
     linear_params,
     make_batch,
     make_config,
+    make_frozen,
+    make_student,
     recording,
+    train,
     write_sets,
     write_weights,
 )
 
 from avd_jax import convert
+from avd_jax.convert.shipping import write_interpolator
 from avd_jax.errors import UserError
 from avd_jax.losses.adaptive_regression import LossHistory
+from avd_jax.methods.avd import RECIPE
+from avd_jax.methods.avd.config import validate
 from avd_jax.models.interpolator import Interpolator, InterpolatorConfig
-from avd_jax.training import objectives
-from avd_jax.training.config import validate
-from avd_jax.training.loop import train
+from avd_jax.training.update import example_keys
 
 GENERATOR, FAKE_SCORE, TEACHER = linear_params(0), linear_params(1), linear_params(2)
 TIMES = (1000.0, 900.0, 757.0, 522.0)
 BATCH = make_batch(3)
-FROZEN = objectives.Frozen(TEACHER, jnp.zeros((8, 16)), {"factor": jnp.float32(0.5)})
+PROMPTS, CAPTIONS = BATCH["prompts"]["prompt_embeds"], BATCH["captions"]["prompt_embeds"]
+FROZEN = make_frozen(TEACHER, np.zeros((8, 16), np.float32), interpolator={"factor": jnp.float32(0.5)})
 HALF = {"half_rate__steps": 2, "half_rate__interpolator": "given", "half_rate__positions": "consecutive"}
 HALF |= {"loss__temporal": 0.0}
 
@@ -55,14 +57,14 @@ def x0_of(call):
 def evaluate():
     """Return a function from the stop to (parts, gradient, the student's rollout, its regression, the teacher)."""
     calls, config = [], make_config(**HALF)
-    student, teacher = (recording(linear_network, calls, name) for name in ("student", "teacher"))
-    networks = Networks(student, teacher, double)
-    history, keys = LossHistory.init(4), objectives.example_keys(jax.random.key(0), jnp.arange(3))
+    network, teacher = (recording(linear_network, calls, name) for name in ("student", "teacher"))
+    student = make_student(config, network, double)
+    history, keys = LossHistory.init(4), example_keys(jax.random.key(0), jnp.arange(3))
 
     @jax.jit
     def compute(params, stop):
         def loss(params):
-            return generator_loss(config, networks, params, FAKE_SCORE, FROZEN, history, BATCH, keys, stop)
+            return generator_loss(config, student, teacher, params, FAKE_SCORE, FROZEN, history, BATCH, keys, stop)
 
         return jax.value_and_grad(loss, has_aux=True)(params)
 
@@ -71,8 +73,8 @@ def evaluate():
         (_, parts), gradient = compute(GENERATOR, jnp.asarray(stop))
         jax.effects_barrier()
         mine = [call for call in calls if call[0] == "student" and np.array_equal(call[1]["mix"], GENERATOR["mix"])]
-        rollout = [call for call in mine if np.array_equal(call[4], BATCH["prompt_embeds"])]
-        regression = [call for call in mine if np.array_equal(call[4], BATCH["caption_embeds"])]
+        rollout = [call for call in mine if np.array_equal(call[4], PROMPTS)]
+        regression = [call for call in mine if np.array_equal(call[4], CAPTIONS)]
         rollout.sort(key=lambda call: -call[3][0])
         return parts, gradient, rollout, regression, [call for call in calls if call[0] == "teacher"]
 
@@ -91,29 +93,20 @@ def test_the_rollout_is_at_half_rate_first_and_is_judged_at_the_full_one(evaluat
 
 
 def test_the_interpolation_carries_the_gradient_of_all_frames():
-    config, keys = make_config(**HALF), objectives.example_keys(jax.random.key(0), jnp.arange(3))
+    config, keys = make_config(**HALF), example_keys(jax.random.key(0), jnp.arange(3))
     weights = np.random.default_rng(0).standard_normal((3, *LATENTS_SHAPE))
 
     def value(params, factor, stop=1):
-        interpolator = {"factor": factor}
-        x0 = objectives.student_x0(
-            config,
-            Networks(linear_network, linear_network, double),
-            params,
-            BATCH["prompt_embeds"],
-            keys,
-            stop,
-            LATENTS_SHAPE,
-            interpolator,
-        )
+        student = make_student(config, interpolator=double)
+        x0 = student.x0(params, BATCH["prompts"], keys, stop, {"factor": factor})
         return jnp.sum(weights * x0)
 
-    def slope(factor):
+    def gradient(factor):
         return np.asarray(jax.grad(value)(GENERATOR, factor)["mix"])
 
     # x0 is linear in the factor, the input of the last step does not depend on it: so is the gradient.
-    np.testing.assert_allclose(slope(2.0) - slope(1.0), slope(1.0) - slope(0.0), rtol=1e-3, atol=1e-4)
-    assert np.abs(slope(1.0) - slope(0.0)).max() > 0.1
+    np.testing.assert_allclose(gradient(2.0) - gradient(1.0), gradient(1.0) - gradient(0.0), rtol=1e-3, atol=1e-4)
+    assert np.abs(gradient(1.0) - gradient(0.0)).max() > 0.1
 
 
 @pytest.mark.parametrize("stop", range(4))
@@ -163,7 +156,7 @@ def test_a_run_keeps_its_interpolator_and_says_how_it_is_sampled(tmp_path):
             node, _, leaf = name.partition("__")
             config[node][leaf] = value
         with pytest.raises(UserError, match=re.escape(message)):
-            build_run(config, tmp_path / "other")
+            RECIPE.build(config, workdir=tmp_path / "other")
 
 
 def test_bad_settings():

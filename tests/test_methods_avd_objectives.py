@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from avd_jax.training.networks import Networks
 from training_cases import (
     LATENTS_SHAPE,
     generator_loss,
@@ -14,18 +13,23 @@ from training_cases import (
     linear_params,
     make_batch,
     make_config,
+    make_frozen,
+    make_student,
     recording,
 )
 
 from avd_jax.losses.adaptive_regression import LossHistory
-from avd_jax.training import objectives
+from avd_jax.methods.avd import objectives
+from avd_jax.methods.avd.terms import fake_score_update
+from avd_jax.training.update import example_keys, passes_of
 
 GENERATOR, FAKE_SCORE, TEACHER = linear_params(0), linear_params(1), linear_params(2)
 NEGATIVE = np.random.default_rng(7).standard_normal((8, 16)).astype(np.float32)
-FROZEN = objectives.Frozen(TEACHER, jnp.asarray(NEGATIVE))
+FROZEN = make_frozen(TEACHER, NEGATIVE)
 HISTORY = LossHistory(mean=jnp.asarray([1.0, 5.0, 0.0, 3.0]), seen=jnp.asarray([True, True, False, True]))
 TIMES = (1000.0, 900.0, 757.0, 522.0)
 BATCH = make_batch(3)
+PROMPTS, CAPTIONS = BATCH["prompts"]["prompt_embeds"], BATCH["captions"]["prompt_embeds"]
 ALL = {"loss__temporal_clip": -np.inf}
 
 
@@ -34,7 +38,7 @@ def same(a, b):
 
 
 def keys(seed=0, size=3):
-    return objectives.example_keys(jax.random.key(seed), jnp.arange(size))
+    return example_keys(jax.random.key(seed), jnp.arange(size))
 
 
 COMPILED = {}
@@ -53,12 +57,13 @@ def evaluate(config, *, stop=2, batch=BATCH, seed=0):
 
 def compiled(config):
     calls = []
-    networks = Networks(recording(linear_network, calls, "student"), recording(linear_network, calls, "teacher"))
+    student = make_student(config, recording(linear_network, calls, "student"))
+    teacher = recording(linear_network, calls, "teacher")
 
     @jax.jit
     def compute(params, stop, keys, batch):
         def loss(params):
-            return generator_loss(config, networks, params, FAKE_SCORE, FROZEN, HISTORY, batch, keys, stop)
+            return generator_loss(config, student, teacher, params, FAKE_SCORE, FROZEN, HISTORY, batch, keys, stop)
 
         return jax.value_and_grad(loss, has_aux=True)(params)
 
@@ -70,8 +75,8 @@ def sort_calls(calls):
     student = [call for call in calls if call[0] == "student" and same(call[1], GENERATOR)]
     fake = [call for call in calls if call[0] == "student" and same(call[1], FAKE_SCORE)]
     teacher = [call for call in calls if call[0] == "teacher"]
-    rollout = [call for call in student if same(call[4], BATCH["prompt_embeds"])]
-    regression = [call for call in student if same(call[4], BATCH["caption_embeds"])]
+    rollout = [call for call in student if same(call[4], PROMPTS)]
+    regression = [call for call in student if same(call[4], CAPTIONS)]
     assert len(rollout) + len(regression) + len(fake) + len(teacher) == len(calls)
     return sorted(rollout, key=lambda call: -call[3][0]), fake, teacher, regression
 
@@ -110,8 +115,8 @@ def test_the_rollout_renoises_each_prediction_to_the_next_timestep(stop):
 def expected_parts(config, calls):
     rollout, (fake,), teacher, (regression,) = sort_calls(calls)
     x0 = x0_of(rollout[-1])
-    cond, uncond = teacher if same(teacher[0][4], BATCH["prompt_embeds"]) else teacher[::-1]
-    assert same(cond[4], BATCH["prompt_embeds"])
+    cond, uncond = teacher if same(teacher[0][4], PROMPTS) else teacher[::-1]
+    assert same(cond[4], PROMPTS)
     assert all(np.array_equal(row, NEGATIVE) for row in uncond[4])
     assert same(cond[1:2] + cond[2:4], uncond[1:2] + uncond[2:4])
     assert same(cond[2:5], fake[2:5])
@@ -249,11 +254,11 @@ def test_the_authors_weight_uses_the_mean_after_the_update():
 
 def test_the_constants_of_the_generators_loss():
     config, stop = make_config(**ALL), jnp.asarray(1)
-    networks = Networks(linear_network, linear_network)
+    student = make_student(config)
 
     def loss(fake_score, teacher, mean):
-        frozen, history = objectives.Frozen(teacher, FROZEN.negative_prompt_embeds), LossHistory(mean, HISTORY.seen)
-        args = config, networks, GENERATOR, fake_score, frozen, history, BATCH, keys(), stop
+        frozen, history = make_frozen(teacher, NEGATIVE), LossHistory(mean, HISTORY.seen)
+        args = config, student, linear_network, GENERATOR, fake_score, frozen, history, BATCH, keys(), stop
         return generator_loss(*args)[0]
 
     gradients = jax.grad(loss, argnums=(0, 1, 2))(FAKE_SCORE, TEACHER, HISTORY.mean)
@@ -263,16 +268,14 @@ def test_the_constants_of_the_generators_loss():
 @pytest.mark.parametrize("stop", [0, 2])
 def test_fake_scores_loss(stop):
     config, calls = make_config(), []
-    networks = Networks(recording(linear_network, calls, "student"), None)
+    student = make_student(config, recording(linear_network, calls, "student"))
+    (one,) = passes_of(fake_score_update(config, student))
 
     @jax.jit
     def compute(params, generator):
         def loss(params, generator):
-            return jnp.mean(
-                objectives.fake_score_loss(
-                    config, networks, params, generator, BATCH, keys(), jnp.asarray(stop), LATENTS_SHAPE
-                )
-            )
+            given = {"fake_score": params, "generator": generator, "keys": keys(), "stop": jnp.asarray(stop)}
+            return one.loss(given | BATCH)[0]
 
         return jax.value_and_grad(loss, argnums=(0, 1))(params, generator)
 
@@ -301,12 +304,12 @@ def test_an_example_does_not_depend_on_its_batch():
 def test_random_choices_cover_what_they_may_be_and_are_independent():
     config = make_config()
     many = jax.vmap(jax.random.key)(jnp.arange(400))
-    stops = np.asarray(jax.vmap(lambda key: objectives.stop_step(config, key))(many))
+    stops = np.asarray(jax.vmap(lambda key: make_student(config).stop_step(key))(many))
     assert set(stops) == {0, 1, 2, 3}
     assert np.bincount(stops).min() > 60
     # The stop of a batch is no function of what any of its examples draws from.
-    examples = jax.vmap(lambda key: objectives.example_keys(key, jnp.arange(8)))(many[:20])
-    parents = jax.vmap(lambda key: jax.random.fold_in(key, objectives._STOP))(many[:20])
+    examples = jax.vmap(lambda key: example_keys(key, jnp.arange(8)))(many[:20])
+    parents = jax.vmap(lambda key: jax.random.fold_in(key, objectives.STOP))(many[:20])
     taken = {tuple(row) for row in np.asarray(jax.random.key_data(examples)).reshape(-1, 2).tolist()}
     assert not taken & {tuple(row) for row in np.asarray(jax.random.key_data(parents)).tolist()}
 

@@ -1,4 +1,4 @@
-"""What only prepares or shows a run is not kept on the devices: umT5, the VAE's encoder, the VAE between samples."""
+"""What only shows a run is not kept on the devices: the VAE between samples."""
 
 import gc
 import math
@@ -6,11 +6,10 @@ import math
 import jax
 import numpy as np
 import pytest
-from generation_cases import UMT5_SIZES, VAE, write_weights
-from training_cases import make_config
+from generation_cases import VAE, write_weights
 
-from avd_jax.convert.architectures import UMT5, WAN_VAE
-from avd_jax.training import run, samples
+from avd_jax.convert.architectures import WAN_VAE
+from avd_jax.methods.avd import samples
 
 
 @pytest.fixture(scope="module")
@@ -26,17 +25,6 @@ def size_of(architecture, config):
 def bytes_on_devices():
     gc.collect()
     return sum(array.nbytes for array in jax.live_arrays())
-
-
-def test_encoders_are_released_before_the_first_step(weights, tmp_path):
-    config = make_config(init_from=str(weights))
-    config.data.shapes_world.update(clips=1, prompts=1, frames=5, height=32, width=32)
-    encoders = sum(size_of(*parts) for parts in ((WAN_VAE, VAE), (UMT5, UMT5_SIZES)))
-    before = bytes_on_devices()
-    latents, prompts = run._data_folders(config, tmp_path)
-    assert (latents / "dataset_info.json").exists()
-    assert (prompts / "dataset_info.json").exists()
-    assert bytes_on_devices() - before < 0.05 * encoders
 
 
 def test_the_vae_is_on_the_devices_only_while_it_decodes(weights):

@@ -1,5 +1,6 @@
 """The two updates: optimizer, accumulation, devices, loss history, skipped updates, EMA, dtypes."""
 
+import dataclasses
 import functools
 import warnings
 
@@ -9,25 +10,28 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from avd_jax.training.networks import Networks, make_network
-from avd_jax.training.steps import compile_step, make_fake_score_step, make_generator_step
 from training_cases import (
     DIT,
-    LATENTS_SHAPE,
     generator_loss,
     linear_network,
     linear_params,
     make_batch,
     make_config,
+    make_frozen,
+    make_method,
+    make_student,
     recording,
+    start_state,
+    steps_of,
 )
 
+from avd_jax.models.functional import make_denoiser
 from avd_jax.parallel.mesh import batch_sharding, make_mesh, replicated
 from avd_jax.parallel.rules import dotted
-from avd_jax.training import objectives
-from avd_jax.training.state import abstract_state, init_state, make_optimizers
+from avd_jax.training.assembly import Assembly
+from avd_jax.training.update import example_keys
 
-FROZEN = objectives.Frozen(linear_params(2), jnp.ones((8, 16)))
+FROZEN = make_frozen(linear_params(2), np.ones((8, 16), np.float32))
 COMPILED = {}
 
 
@@ -35,14 +39,13 @@ class Runner:
     """Both updates of the linear network under one config, and the calls that they made."""
 
     def __init__(self, config, network=linear_network):
-        self.config, self.calls, self.optimizers = config, [], make_optimizers(config)
-        networks = Networks(recording(network, self.calls, "student"), linear_network)
-        self.generator = jax.jit(make_generator_step(config, networks, self.optimizers))
-        fake_score = make_fake_score_step(config, networks, self.optimizers, latents_shape=LATENTS_SHAPE)
-        self.fake_score = jax.jit(fake_score)
+        self.config, self.calls = config, []
+        self.method = make_method(config, recording(network, self.calls, "student"))
+        steps = {name: jax.jit(step) for name, step in steps_of(self.method).items()}
+        self.generator, self.fake_score = steps["generator"], steps["fake_score"]
 
     def init(self, params=None):
-        return init_state(self.config, self.optimizers, linear_params(0) if params is None else params)
+        return start_state(self.method, linear_params(0) if params is None else params)
 
 
 def runner(**fields):
@@ -51,6 +54,14 @@ def runner(**fields):
     if name not in COMPILED:
         COMPILED[name] = Runner(make_config(**fields))
     return COMPILED[name]
+
+
+def params_of(state, network):
+    return state.networks[network].params
+
+
+def without_counts(networks):
+    return {name: dataclasses.replace(network, skipped=None, skipped_in_row=None) for name, network in networks.items()}
 
 
 def assert_close(found, expected, rtol=1e-5, atol=1e-6):
@@ -64,28 +75,28 @@ def assert_same(found, expected):
 def test_an_update_is_clipped_adamw():
     run = runner(optimizer__learning_rate=1e-2, optimizer__max_grad_norm=1e-3, ema_decay=0.75)
     before, batch, key = run.init(), make_batch(), jax.random.key(1)
-    networks = Networks(linear_network, linear_network)
-    keys, stop = objectives.example_keys(key, jnp.arange(4)), objectives.stop_step(run.config, key)
+    student = make_student(run.config)
+    keys, stop = example_keys(key, jnp.arange(4)), student.stop_step(key)
 
     def loss(params):
-        args = run.config, networks, params, before.fake_score, FROZEN, before.history, batch, keys, stop
-        return generator_loss(*args)[0]
+        constants = params_of(before, "fake_score"), FROZEN, before.extras["history"], batch, keys, stop
+        return generator_loss(run.config, student, linear_network, params, *constants)[0]
 
-    gradient = jax.tree.map(np.asarray, jax.grad(loss)(before.generator))
+    gradient = jax.tree.map(np.asarray, jax.grad(loss)(params_of(before, "generator")))
     norm = np.sqrt(sum(np.sum(np.square(leaf, dtype=np.float64)) for leaf in jax.tree.leaves(gradient)))
     after, metrics = run.generator(before, FROZEN, batch, key)
     assert float(metrics["grad_norm/generator"]) == pytest.approx(norm, rel=1e-4)
     assert norm > 1e-3
-    for name, parameter in before.generator.items():
+    for name, parameter in params_of(before, "generator").items():
         clipped = gradient[name] * 1e-3 / norm
         moved = clipped / (np.abs(clipped) + 1e-8)  # Adam's first step, both moments corrected
         expected = parameter - 1e-2 * (moved + 0.01 * parameter)
-        np.testing.assert_allclose(after.generator[name], expected, rtol=1e-3, atol=1e-5)
-        mean = 0.75 * parameter + 0.25 * after.generator[name]
-        np.testing.assert_allclose(after.ema[name], mean, rtol=1e-5)
+        np.testing.assert_allclose(params_of(after, "generator")[name], expected, rtol=1e-3, atol=1e-5)
+        mean = 0.75 * parameter + 0.25 * params_of(after, "generator")[name]
+        np.testing.assert_allclose(after.networks["generator"].ema[name], mean, rtol=1e-5)
     assert int(after.step) == 1
-    assert_same(after.fake_score, before.fake_score)
-    assert_same(after.fake_score_optimizer, before.fake_score_optimizer)
+    assert_same(params_of(after, "fake_score"), params_of(before, "fake_score"))
+    assert_same(after.networks["fake_score"].optimizer, before.networks["fake_score"].optimizer)
 
 
 def test_fake_scores_update_changes_nothing_else():
@@ -93,19 +104,26 @@ def test_fake_scores_update_changes_nothing_else():
     before = run.init()
     after, metrics = run.fake_score(before, FROZEN, make_batch(), jax.random.key(0))
     assert set(metrics) == {"loss/fake_score", "grad_norm/fake_score", "skipped/total", "skipped/in_row"}
-    for name in ("step", "generator", "generator_optimizer", "history", "skipped", "skipped_in_row"):
-        assert_same(getattr(after, name), getattr(before, name))
+    assert_same(
+        (after.step, after.networks["generator"], after.extras),
+        (before.step, before.networks["generator"], before.extras),
+    )
+    assert int(after.networks["fake_score"].skipped) == 0
     assert all(
-        (a != b).any() for a, b in zip(*map(jax.tree.leaves, (after.fake_score, before.fake_score)), strict=True)
+        (a != b).any()
+        for a, b in zip(
+            *map(jax.tree.leaves, (params_of(after, "fake_score"), params_of(before, "fake_score"))),
+            strict=True,
+        )
     )
 
 
 def test_learning_rates_are_each_networks_own():
     run = runner(optimizer__learning_rate=1e-2, optimizer__fake_score_learning_rate=0.0)
     state, _ = run.fake_score(run.init(), FROZEN, make_batch(), jax.random.key(0))
-    assert_same(state.fake_score, run.init().fake_score)
+    assert_same(params_of(state, "fake_score"), params_of(run.init(), "fake_score"))
     state, _ = run.generator(state, FROZEN, make_batch(), jax.random.key(0))
-    assert max(np.abs(state.generator["mix"] - run.init().generator["mix"]).ravel()) > 5e-3
+    assert max(np.abs(params_of(state, "generator")["mix"] - params_of(run.init(), "generator")["mix"]).ravel()) > 5e-3
 
 
 def test_metrics():
@@ -131,7 +149,7 @@ def test_accumulation_changes_nothing(parts):
         (a, metrics_a), (b, metrics_b) = (getattr(run, update)(run.init(), FROZEN, batch, key) for run in (whole, cut))
         assert_close(metrics_b, metrics_a, rtol=1e-4)
         assert_close(b, a, rtol=1e-3, atol=1e-5)
-        moments = [optax.tree_utils.tree_get(getattr(s, f"{update}_optimizer"), "mu") for s in (b, a)]
+        moments = [optax.tree_utils.tree_get(s.networks[update].optimizer, "mu") for s in (b, a)]
         assert_close(*moments, rtol=1e-4, atol=1e-7)
 
 
@@ -153,7 +171,7 @@ def test_loss_history_over_updates_is_the_plain_loop(uses):
         run.calls.clear()
         state, metrics = run.generator(state, FROZEN, batch, key)
         jax.effects_barrier()
-        (regression,) = [call for call in run.calls if np.array_equal(call[4], batch["caption_embeds"])]
+        (regression,) = [call for call in run.calls if np.array_equal(call[4], batch["captions"]["prompt_embeds"])]
         _, _, xt, timesteps, _, velocity = regression
         sigmas = np.float64(timesteps)[:, None, None, None, None] / 1000
         y = np.asarray(batch["latents"], np.float64)
@@ -168,21 +186,21 @@ def test_loss_history_over_updates_is_the_plain_loop(uses):
         assert float(metrics["regression/weight"]) == pytest.approx(np.mean(weights), rel=1e-4)
         assert float(metrics["loss/regression"]) == pytest.approx(losses.mean(), rel=1e-4)
         for i, timestep in enumerate((1000, 900, 757, 522)):
-            assert bool(state.history.seen[i]) == (timestep in means)
+            assert bool(state.extras["history"].seen[i]) == (timestep in means)
             assert float(metrics[f"regression/ema_{i}"]) == pytest.approx(means.get(timestep, 0), rel=1e-4)
 
 
 def test_without_regression_the_history_stays():
     run = runner(loss__regression=0.0)
     state, _ = run.generator(run.init(), FROZEN, make_batch(), jax.random.key(0))
-    assert_same(state.history, run.init().history)
+    assert_same(state.extras["history"], run.init().extras["history"])
 
 
 def broken(batch, name):
-    return batch | {name: batch[name].at[1, 0].set(jnp.nan)}
+    return batch | {name: jax.tree.map(lambda array: array.at[1, 0].set(jnp.nan), batch[name])}
 
 
-@pytest.mark.parametrize("name", ["latents", "prompt_embeds", "caption_embeds"])
+@pytest.mark.parametrize("name", ["latents", "prompts", "captions"])
 def test_an_update_that_is_not_finite_is_skipped_and_counted(name):
     run = runner(ema_decay=0.5)
     good = make_batch()
@@ -193,20 +211,20 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted(name):
         assert not np.isfinite(metrics["loss/generator"])
         assert (int(metrics["skipped/total"]), int(metrics["skipped/in_row"])) == (update, update)
         assert int(state.step) == 1 + update, "a skipped update is an update made, or the run would never end"
-        for part in ("generator", "generator_optimizer", "history", "ema", "fake_score"):
-            assert_same(getattr(state, part), getattr(before, part))
+        assert_same(without_counts(state.networks), without_counts(before.networks))
+        assert_same(state.extras, before.extras)
     state, metrics = run.generator(state, FROZEN, good, jax.random.key(9))
     assert (int(metrics["skipped/total"]), int(metrics["skipped/in_row"])) == (2, 0)
-    assert max(np.abs(state.generator["mix"] - before.generator["mix"]).ravel()) > 0
+    assert max(np.abs(params_of(state, "generator")["mix"] - params_of(before, "generator")["mix"]).ravel()) > 0
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
 
 
 def test_a_fake_score_update_that_is_not_finite_is_skipped():
     run = runner()
-    state, metrics = run.fake_score(run.init(), FROZEN, broken(make_batch(), "prompt_embeds"), jax.random.key(0))
+    state, metrics = run.fake_score(run.init(), FROZEN, broken(make_batch(), "prompts"), jax.random.key(0))
     assert (int(metrics["skipped/total"]), int(metrics["skipped/in_row"])) == (1, 1)
-    assert_same(state.fake_score, run.init().fake_score)
-    assert_same(state.fake_score_optimizer, run.init().fake_score_optimizer)
+    assert_same(params_of(state, "fake_score"), params_of(run.init(), "fake_score"))
+    assert_same(state.networks["fake_score"].optimizer, run.init().networks["fake_score"].optimizer)
 
 
 def test_good_updates_of_one_network_do_not_hide_that_the_other_makes_none():
@@ -220,22 +238,22 @@ def test_good_updates_of_one_network_do_not_hide_that_the_other_makes_none():
     state, metrics = run.generator(state, FROZEN, good, jax.random.key(3))
     assert int(metrics["skipped/in_row"]) == 0
     for cycle in range(1, 4):
-        state, _ = run.fake_score(state, FROZEN, broken(good, "prompt_embeds"), jax.random.key(3))
+        state, _ = run.fake_score(state, FROZEN, broken(good, "prompts"), jax.random.key(3))
         state, metrics = run.generator(state, FROZEN, good, jax.random.key(4))
         assert int(metrics["skipped/in_row"]) == cycle
 
 
 def test_an_infinite_gradient_of_a_finite_loss_is_skipped():
-    def network(params, latents, timesteps, prompt_embeds):
+    def network(params, latents, timesteps, conditions):
         # sqrt has an infinite slope at 0.
-        return linear_network(params, latents, timesteps, prompt_embeds) + jnp.sqrt(0 * params["time"])
+        return linear_network(params, latents, timesteps, conditions) + jnp.sqrt(0 * params["time"])
 
     run = Runner(make_config(), network)
     state, metrics = run.generator(run.init(), FROZEN, make_batch(), jax.random.key(0))
     assert np.isfinite(metrics["loss/generator"])
     assert not np.isfinite(metrics["grad_norm/generator"])
     assert int(metrics["skipped/in_row"]) == 1
-    assert_same(state.generator, run.init().generator)
+    assert_same(params_of(state, "generator"), params_of(run.init(), "generator"))
 
 
 def test_each_update_draws_anew():
@@ -260,24 +278,22 @@ def on_mesh(sizes, compute_dtype="float32", remat="none", number_of_updates=2):
     )
     devices = jax.devices()[: int(np.prod(sizes))]
     mesh = make_mesh(**dict(zip(("data", "fsdp", "seq"), sizes, strict=True)), devices=devices)
-    student = make_network(DIT, dtype=compute_dtype, param_dtype="float32", remat=remat)
-    teacher = make_network(DIT, dtype="float32", param_dtype="float32", remat="none")
-    networks, optimizers = Networks(student, teacher), make_optimizers(config)
-    abstract = abstract_state(config, optimizers, student.abstract_params(), mesh)
+    student = make_denoiser(DIT, dtype=compute_dtype, param_dtype="float32", remat=remat)
+    teacher = make_denoiser(DIT, dtype="float32", param_dtype="float32", remat="none")
+    method = make_method(config, student, teacher, abstract=student.abstract_params(), mesh=mesh)
+    assembly = Assembly(method)
+    abstract = assembly.abstract
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     rng = np.random.default_rng(0)
     params = jax.tree.map(
         lambda leaf: rng.standard_normal(leaf.shape, np.float32) * max(leaf.shape[-2:]) ** -0.5,
         student.abstract_params(),
     )
-    params = jax.device_put(params, shardings.generator)
-    state = jax.jit(functools.partial(init_state, config, optimizers), out_shardings=shardings)(params)
-    frozen = objectives.Frozen(params, jax.device_put(jnp.ones((8, 16)), replicated(mesh)))
+    params = jax.device_put(params, params_of(shardings, "generator"))
+    state = jax.jit(functools.partial(start_state, method), out_shardings=shardings)(params)
+    frozen = make_frozen(params, jax.device_put(jnp.ones((8, 16)), replicated(mesh)))
     batch = jax.device_put(make_batch(8), batch_sharding(mesh))
-    updates = (
-        compile_step(make_generator_step(config, networks, optimizers), shardings, mesh),
-        compile_step(make_fake_score_step(config, networks, optimizers, latents_shape=LATENTS_SHAPE), shardings, mesh),
-    )
+    updates = tuple(call.step for call in reversed(assembly.calls))
     logged, history = {}, []
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*donated.*")  # memory that could not be reused
@@ -299,10 +315,14 @@ def test_devices_change_nothing(sizes):
     alone, alone_logged, *_ = on_mesh((1, 1, 1))
     assert_close(logged, alone_logged, rtol=1e-4)
     # Adam divides by the gradient's size: where a gradient is all rounding, so is the direction of its update.
-    moments = [optax.tree_utils.tree_get(s.generator_optimizer, "mu") for s in (state, alone)]
+    moments = [optax.tree_utils.tree_get(s.networks["generator"].optimizer, "mu") for s in (state, alone)]
     assert_close(*moments, rtol=1e-3, atol=1e-5)
-    assert_close(state.history, alone.history)
-    differences = jax.tree.map(lambda a, b: np.abs(np.asarray(a) - b).max(), state.generator, alone.generator)
+    assert_close(state.extras["history"], alone.extras["history"])
+    differences = jax.tree.map(
+        lambda a, b: np.abs(np.asarray(a) - b).max(),
+        params_of(state, "generator"),
+        params_of(alone, "generator"),
+    )
     assert np.median(jax.tree.leaves(differences)) < 1e-5
 
 
@@ -321,7 +341,7 @@ def test_the_state_keeps_its_shardings_and_no_large_leaf_is_whole(sizes):
 
 def test_the_old_state_is_given_up():
     *_, history = on_mesh((2, 2, 2))
-    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(history[-1].generator))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(history[-1].networks["generator"].params))
 
 
 def test_half_precision_keeps_float32_masters():
@@ -332,5 +352,7 @@ def test_half_precision_keeps_float32_masters():
     for name in ("loss/distribution_matching", "loss/regression", "loss/temporal"):
         assert logged[f"0/{name}"] == pytest.approx(full[f"0/{name}"], rel=0.1)
     assert logged != full
-    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), state.generator, full_state.generator)
+    moved = jax.tree.map(
+        lambda a, b: np.abs(a - b).max(), params_of(state, "generator"), params_of(full_state, "generator")
+    )
     assert max(jax.tree.leaves(moved)) < 5e-3

@@ -1,20 +1,25 @@
 """Flow matching: the loss has a known answer, dropped prompts become the negative one, weights are read everywhere."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from avd_jax.training.fitting import make_optimizer
-from avd_jax.training.pretraining import FIELDS, matrices_of_blocks, pretrain, pretraining_loss, trained_dit
-from avd_jax.training.shipping import write_dit
 from flax import nnx
 
 from avd_jax import convert
+from avd_jax.convert.shipping import write_dit
 from avd_jax.data import encoding, shapes_world
 from avd_jax.data.inputs import Clip
 from avd_jax.errors import UserError
+from avd_jax.methods.flow_matching import FIELDS, RECIPE
+from avd_jax.methods.flow_matching.method import losses, matrices_of_blocks, trained_dit
 from avd_jax.models.wan_dit import WanDiT, WanDiTConfig
 from avd_jax.training.fields import config_from
+from avd_jax.training.optimizers import scheduled
+from avd_jax.training.trainer import train
+from avd_jax.training.update import example_keys
 
 LATENTS, TEXT_DIM, TEXT_LEN = (2, 4, 4, 4), 6, 5
 
@@ -54,31 +59,41 @@ def tiny_config(latents_dir, **changes):
 
 def batch_of(size):
     latents = jax.random.normal(jax.random.key(0), (size, *LATENTS))
-    return {"latents": latents, "caption_embeds": jnp.ones((size, TEXT_LEN, TEXT_DIM))}
+    return {"latents": latents, "captions": {"prompt_embeds": jnp.ones((size, TEXT_LEN, TEXT_DIM))}}
+
+
+def loss_of(network, negative, batch, *, minimum=0.0, prompt_dropout=0.1):
+    """Return the loss of each example, with the other settings as they are by default."""
+    config = config_from(FIELDS)
+    assert (config.timestep.min, config.timestep.max, config.prompt_dropout) == (0.0, 1000.0, 0.1)
+    settings = {"shift": config.timestep.shift, "maximum": config.timestep.max}
+    loss = losses(network, minimum=minimum, prompt_dropout=prompt_dropout, **settings)
+    keys = example_keys(jax.random.key(1), jnp.arange(len(batch["latents"])))
+    return loss(generator={}, negative={"prompt_embeds": negative}, keys=keys, **batch)
 
 
 def test_a_network_that_knows_the_noise_has_no_loss():
-    config, batch = config_from(FIELDS), batch_of(8)
-    config.timestep.min = 1.0  # at 0 the noise cannot be told
+    batch = batch_of(8)
 
-    def oracle(params, xt, timesteps, embeds):
+    def oracle(params, xt, timesteps, conditions):
         sigmas = timesteps[:, None, None, None, None] / 1000
         return (xt - batch["latents"]) / sigmas
 
-    loss, _ = pretraining_loss(config, oracle, jnp.zeros((TEXT_LEN, TEXT_DIM)), {}, batch, jax.random.key(1))
-    assert float(loss) < 1e-5
+    # At 0 the noise cannot be told.
+    loss = loss_of(oracle, jnp.zeros((TEXT_LEN, TEXT_DIM)), batch, minimum=1.0)
+    assert loss.shape == (8,)
+    assert float(jnp.mean(loss)) < 1e-5
 
 
 def test_timesteps_are_shifted_and_prompts_dropped_as_often_as_asked():
-    config, batch, seen = config_from(FIELDS), batch_of(4000), {}
-    config.prompt_dropout = 0.25
+    batch, seen = batch_of(4000), {}
 
-    def network(params, xt, timesteps, embeds):
-        seen.update(timesteps=timesteps, embeds=embeds)
+    def network(params, xt, timesteps, conditions):
+        seen.update(timesteps=timesteps, embeds=conditions["prompt_embeds"])
         return jnp.zeros_like(xt)
 
     negative = jnp.arange(TEXT_LEN * TEXT_DIM, dtype=jnp.float32).reshape(TEXT_LEN, TEXT_DIM)
-    pretraining_loss(config, network, negative, {}, batch, jax.random.key(1))
+    loss_of(network, negative, batch, prompt_dropout=0.25)
     # The median of uniform times, shifted by 3: 3/2 / (1 + 2/2) = 0.75.
     assert float(jnp.median(seen["timesteps"])) == pytest.approx(750, abs=15)
     dropped = (seen["embeds"] == negative).all((1, 2))
@@ -88,23 +103,24 @@ def test_timesteps_are_shifted_and_prompts_dropped_as_often_as_asked():
 
 
 def test_examples_do_not_depend_on_the_batch_around_them():
-    config, seen = config_from(FIELDS), []
+    seen = []
 
-    def network(params, xt, timesteps, embeds):
-        seen.append((xt, timesteps))
+    def network(params, xt, timesteps, conditions):
+        seen.append((xt, timesteps, conditions["prompt_embeds"]))
         return jnp.zeros_like(xt)
 
     for size in (2, 4):
-        batch = {name: array[:size] for name, array in batch_of(4).items()}
-        pretraining_loss(config, network, jnp.zeros((TEXT_LEN, TEXT_DIM)), {}, batch, jax.random.key(1))
+        batch = jax.tree.map(lambda array, size=size: array[:size], batch_of(4))
+        loss_of(network, jnp.zeros((TEXT_LEN, TEXT_DIM)), batch)
     jax.tree.map(lambda few, many: np.testing.assert_array_equal(few, many[:2]), *seen)
 
 
 def test_weights_of_a_run_are_read_everywhere_and_fine_tuned(tmp_path, latents_dir):
-    status, whole, model = pretrain(tiny_config(latents_dir, num_steps=1), tmp_path / "whole")
-    assert status == 0
+    whole = train(RECIPE, tiny_config(latents_dir, num_steps=1), tmp_path / "whole")
+    assert whole.status == 0
+    dit = trained_dit(whole.method, whole.state.networks["generator"].ema)
+    model = dit.config
     assert (model.in_dim, model.text_dim, model.text_len) == (4, TEXT_DIM, TEXT_LEN)
-    dit = trained_dit(model, whole.ema)
     write_dit(dit, tmp_path / "shipped")
     inputs = (jnp.ones((1, *LATENTS)), jnp.array([500.0]), jnp.ones((1, TEXT_LEN, TEXT_DIM)))
     expected = np.asarray(dit(*inputs))
@@ -114,8 +130,9 @@ def test_weights_of_a_run_are_read_everywhere_and_fine_tuned(tmp_path, latents_d
 
     tuned = tiny_config(latents_dir, init_from=str(tmp_path / "shipped"), num_steps=1)
     tuned.optimizer.learning_rate = 1e-8
-    _, state, _ = pretrain(tuned, tmp_path / "tuned")
-    np.testing.assert_allclose(trained_dit(model, state.params)(*inputs), expected, atol=1e-4)
+    further = train(RECIPE, tuned, tmp_path / "tuned")
+    params = further.state.networks["generator"].params
+    np.testing.assert_allclose(trained_dit(further.method, params)(*inputs), expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -123,10 +140,10 @@ def test_it_learns(tmp_path, latents_dir, optimizer):
     config = tiny_config(latents_dir, num_steps=60)
     config.optimizer.name = optimizer
     config.optimizer.learning_rate = 1e-2
-    pretrain(config, tmp_path)
-    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    losses = [float(line.split('"loss/total": ')[1].split(",")[0]) for line in lines]
-    assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:5])
+    train(RECIPE, config, tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    totals = [line["loss/total"] for line in lines]
+    assert np.mean(totals[-10:]) < 0.8 * np.mean(totals[:5])
 
 
 def test_muon_makes_the_blocks_updates_orthogonal():
@@ -134,7 +151,7 @@ def test_muon_makes_the_blocks_updates_orthogonal():
     config.optimizer.warmup_steps = 0
     sizes = WanDiTConfig(dim=16, ffn_dim=32, num_heads=2, num_layers=2, in_dim=4, out_dim=4, text_dim=TEXT_DIM)
     params = nnx.to_pure_dict(nnx.state(WanDiT(sizes, rngs=nnx.Rngs(0))))
-    optimizer = make_optimizer(config, matrices_of_blocks)
+    optimizer = scheduled(config.optimizer, config.num_steps, matrices_of_blocks)
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(1), len(leaves))
     gradient = tree.unflatten([jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)])
@@ -165,4 +182,4 @@ def test_wrong_values_are_named(tmp_path, latents_dir):
         config = tiny_config(latents_dir)
         config.update_from_flattened_dict({field: value})
         with pytest.raises(UserError, match=message):
-            pretrain(config, tmp_path)
+            train(RECIPE, config, tmp_path)

@@ -6,26 +6,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from avd_jax.training.interpolation import (
-    FIELDS,
-    baseline_errors,
-    interpolation_loss,
-    new_interpolator,
-    split_frames,
-    train_interpolator,
-    trained_interpolator,
-)
-from avd_jax.training.shipping import write_interpolator
 from flax import nnx
 from training_cases import write_sets
 
 from avd_jax import convert
+from avd_jax.convert.shipping import write_interpolator
 from avd_jax.convert.state import flat_state
 from avd_jax.data.latents import EncodedSet
 from avd_jax.data.pipeline import held_out_indices, training_batches
 from avd_jax.errors import UserError
+from avd_jax.methods.interpolator import FIELDS, RECIPE
+from avd_jax.methods.interpolator.method import (
+    baseline_errors,
+    interpolation_loss,
+    new_interpolator,
+    split_frames,
+    trained_interpolator,
+)
 from avd_jax.models.interpolator import Interpolator, InterpolatorConfig
 from avd_jax.training.fields import config_from
+from avd_jax.training.trainer import train
 
 SHAPE = 5, 4, 4, 4
 
@@ -85,23 +85,24 @@ def test_held_out_clips_are_spread_and_never_seen(latents_dir):
 
 def test_it_trains_resumes_bit_for_bit_and_tells_the_held_out_error(latents_dir, tmp_path):
     config = config_for(latents_dir)
-    status, whole, sizes = train_interpolator(config, tmp_path / "run")
-    assert (status, sizes) == (0, InterpolatorConfig(4, (8, 8, 8)))
+    run = train(RECIPE, config, tmp_path / "run")
+    whole = run.state.networks["interpolator"]
+    unet = trained_interpolator(run.method, whole.ema)
+    assert (run.status, unet.config) == (0, InterpolatorConfig(4, (8, 8, 8)))
     table = (tmp_path / "run" / "held_out.md").read_text().splitlines()
     assert [row.split("|")[1].strip() for row in table] == ["step", "---", "2", "4"]
 
     clips = EncodedSet(latents_dir, "latents")
     held = jnp.stack([jnp.asarray(clips[i]["latents"], jnp.float32) for i in held_out_indices(11, 3)])
     expected = [baseline_errors(held)[name] for name in ("copy left", "average")]
-    expected.append(interpolation_loss(trained_interpolator(sizes, whole.ema), held))
+    expected.append(interpolation_loss(unet, held))
     np.testing.assert_allclose([float(cell) for cell in table[-1].split("|")[2:5]], expected, atol=1e-3)
 
     (tmp_path / "run" / "checkpoints" / "4").rename(tmp_path / "gone")  # as if it had been killed after step 2
-    _, resumed, _ = train_interpolator(config, tmp_path / "run")
-    jax.tree.map(np.testing.assert_array_equal, resumed, whole)
+    resumed = train(RECIPE, config, tmp_path / "run").state
+    jax.tree.map(np.testing.assert_array_equal, resumed, run.state)
     assert (tmp_path / "run" / "held_out.md").read_text().splitlines() == table
 
-    unet = trained_interpolator(sizes, whole.ema)
     write_interpolator(unet, tmp_path / "student")
     for path, key in ((tmp_path / "run", "ema"), (tmp_path / "student", "generator")):
         for name, leaf in flat_state(nnx.state(convert.load_interpolator(path, key=key))).items():
@@ -110,10 +111,8 @@ def test_it_trains_resumes_bit_for_bit_and_tells_the_held_out_error(latents_dir,
         if name.endswith((".mean", ".var")):
             np.testing.assert_array_equal(leaf, float(name.endswith(".var")))
 
-    _, further, _ = train_interpolator(
-        config_for(latents_dir, init_from=str(tmp_path / "student"), num_steps=1), tmp_path / "further"
-    )
-    assert int(further.step) == 1
+    tuned = config_for(latents_dir, init_from=str(tmp_path / "student"), num_steps=1)
+    assert int(train(RECIPE, tuned, tmp_path / "further").state.step) == 1
 
 
 def test_more_updates_lower_the_error_on_a_world_that_can_be_learnt(tmp_path):
@@ -147,17 +146,17 @@ def test_more_updates_lower_the_error_on_a_world_that_can_be_learnt(tmp_path):
 )
 def test_bad_settings(latents_dir, tmp_path, change, message):
     with pytest.raises(UserError, match=re.escape(message)):
-        train_interpolator(config_for(latents_dir, **change), tmp_path)
+        train(RECIPE, config_for(latents_dir, **change), tmp_path)
 
 
 @pytest.mark.parametrize("frames", [1, 2, 4])
 def test_clips_of_which_no_frame_can_be_left_out(tmp_path, frames):
     latents_dir, _ = write_sets(tmp_path, shape=(frames, 4, 4, 4))
     with pytest.raises(UserError, match=f"its clips have {frames} latent frames; every second one can be left out of"):
-        train_interpolator(config_for(latents_dir), tmp_path / "run")
+        train(RECIPE, config_for(latents_dir), tmp_path / "run")
 
 
 def test_an_interpolator_of_another_vae(latents_dir, tmp_path):
     write_interpolator(Interpolator(InterpolatorConfig(16, (8, 8, 8)), nnx.Rngs(0)), tmp_path)
     with pytest.raises(UserError, match="takes latents of 16 channels, the set has 4"):
-        train_interpolator(config_for(latents_dir, init_from=str(tmp_path)), tmp_path / "run")
+        train(RECIPE, config_for(latents_dir, init_from=str(tmp_path)), tmp_path / "run")

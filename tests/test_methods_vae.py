@@ -7,26 +7,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from avd_jax.training.shipping import write_vae
-from avd_jax.training.vae_training import (
-    FIELDS,
-    FIRST_LOG_VARIANCE,
-    crops,
-    decode,
-    model_config,
-    new_vae,
-    posterior,
-    train_vae,
-    trained_vae,
-    vae_loss,
-)
 from flax import nnx
 
 from avd_jax import convert
+from avd_jax.convert.shipping import write_vae
 from avd_jax.data import shapes_world
 from avd_jax.errors import UserError
+from avd_jax.methods.vae import FIELDS, RECIPE
+from avd_jax.methods.vae.config import model_config
+from avd_jax.methods.vae.method import FIRST_LOG_VARIANCE, crops, decode, new_vae, posterior, trained_vae
 from avd_jax.models.wan_vae import WanVAE, WanVAEConfig
 from avd_jax.training.fields import config_from
+from avd_jax.training.trainer import train
+from avd_jax.training.update import passes_of
 
 SIZES = WanVAEConfig(base_dim=4, dim_mult=(1, 1, 1, 1), num_res_blocks=1)
 
@@ -56,19 +49,38 @@ def test_the_trained_network_is_the_one_that_is_used(vae):
     np.testing.assert_allclose(decode(vae, mean), vae.decode(vae.encode(video)), atol=1e-4)
 
 
+def loss_of(vae, video, *, gradient, kl):
+    """Return the loss of a video as a run computes it, and what it is made of."""
+    config = tiny_config()
+    config.loss.gradient, config.loss.kl = gradient, kl
+    (one,) = passes_of(RECIPE.build(config).updates[0])  # one reconstruction, for all terms
+    params = nnx.to_pure_dict(nnx.state(vae))
+    return one.loss({"vae": params, "video": video, "noise_key": jax.random.key(0)})
+
+
 def test_loss_of_a_perfect_and_of_a_shifted_copy(vae, monkeypatch):
     video = jnp.asarray(shapes_world.clip(1, frames=5, height=16, width=16)[0][None])
-    monkeypatch.setattr("avd_jax.training.vae_training.decode", lambda *_: video + 0.1)
-    loss, parts = vae_loss(vae, video, jax.random.key(0), gradient=0.5, kl=0.0)
+    monkeypatch.setattr("avd_jax.methods.vae.method.decode", lambda *_: video + 0.1)
+    loss, parts = loss_of(vae, video, gradient=0.5, kl=0.0)
     assert float(loss) == pytest.approx(0.1, abs=1e-5)  # a constant error has no gradient
-    assert float(parts["loss/gradient"]) < 1e-5
-    assert float(parts["psnr"]) == pytest.approx(10 * np.log10(4 / 0.01), abs=1e-2)
+    assert float(parts["gradient"]) < 1e-5
+    assert float(parts["reconstruction"]["psnr"]) == pytest.approx(10 * np.log10(4 / 0.01), abs=1e-2)
+
+
+def test_the_gradient_is_that_of_neighbouring_pixels_and_has_its_weight(vae, monkeypatch):
+    video = jnp.zeros((1, 5, 16, 16, 3))
+    error = jnp.zeros_like(video).at[:, :, ::2].set(0.1)  # every second row
+    monkeypatch.setattr("avd_jax.methods.vae.method.decode", lambda *_: video + error)
+    loss, parts = loss_of(vae, video, gradient=0.5, kl=0.0)
+    assert float(parts["l1"]) == pytest.approx(0.05, abs=1e-5)
+    assert float(parts["gradient"]) == pytest.approx(0.1, abs=1e-5)
+    assert float(loss) == pytest.approx(0.05 + 0.5 * 0.1, abs=1e-5)
 
 
 def test_divergence_is_zero_for_a_normal_posterior(vae, monkeypatch):
     video = jnp.zeros((1, 5, 16, 16, 3))
-    monkeypatch.setattr("avd_jax.training.vae_training.posterior", lambda *_: (jnp.zeros((1, 2, 2, 2, 16)),) * 2)
-    assert float(vae_loss(vae, video, jax.random.key(0), gradient=0, kl=1)[1]["loss/kl"]) == 0
+    monkeypatch.setattr("avd_jax.methods.vae.method.posterior", lambda *_: (jnp.zeros((1, 2, 2, 2, 16)),) * 2)
+    assert float(loss_of(vae, video, gradient=0, kl=1)[1]["kl"]) == 0
 
 
 def test_crops_are_cut_from_the_world_and_fixed_by_their_number():
@@ -95,14 +107,26 @@ def test_a_new_vae_carries_colours_and_motion():
     assert error.max() < 0.4
 
 
-def test_a_run_ends_with_finite_weights_and_refuses_another_config(tmp_path):
-    status, state = train_vae(tiny_config(num_steps=2), tmp_path)
-    assert status == 0
-    assert int(state.step) == 2
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert all(np.isfinite(line["loss/total"]) for line in lines)
+def metrics(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_ends_with_finite_weights_goes_on_bit_for_bit_and_refuses_another_config(tmp_path):
+    config = tiny_config(num_steps=2, checkpoint_every=1)
+    run = train(RECIPE, config, tmp_path)
+    assert run.status == 0
+    assert int(run.state.step) == 2
+    lines = metrics(tmp_path)
+    for line in lines:
+        assert np.isfinite(line["loss/total"])
+        parts = line["loss/l1"] + 0.5 * line["loss/gradient"] + 1e-4 * line["loss/kl"]
+        assert line["loss/total"] == pytest.approx(parts, rel=1e-5)
+        assert np.isfinite(line["psnr"])
+    (tmp_path / "checkpoints" / "2").rename(tmp_path / "gone")  # as if it had been killed after step 1
+    jax.tree.map(np.testing.assert_array_equal, train(RECIPE, config, tmp_path).state, run.state)
+    assert [line["loss/total"] for line in metrics(tmp_path)] == [line["loss/total"] for line in lines]
     with pytest.raises(UserError, match="other settings"):
-        train_vae(tiny_config(num_steps=2, seed=1), tmp_path)
+        train(RECIPE, tiny_config(num_steps=2, seed=1), tmp_path)
 
 
 def test_written_weights_are_read_back_with_their_statistics(tmp_path, vae):
@@ -136,4 +160,4 @@ def test_wrong_values_are_named(tmp_path, field, value, message):
     config = tiny_config()
     config.update_from_flattened_dict({field: value})
     with pytest.raises(UserError, match=message):
-        train_vae(config, tmp_path)
+        train(RECIPE, config, tmp_path)

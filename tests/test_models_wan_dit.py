@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from avd_jax.training.networks import make_network
 from flax import nnx
 
 from avd_jax.errors import UserError
 from avd_jax.models import wan_dit
+from avd_jax.models.functional import make_denoiser
 from avd_jax.models.wan_dit import REMAT_POLICIES, WAN_1_3B, WAN_14B, WanDiT, WanDiTConfig, timestep_features
 
 TINY = WanDiTConfig(
@@ -33,7 +33,7 @@ def params():
 @functools.cache
 def model(*, remat="none", dtype=jnp.float32):
     """Return (params, latents, timesteps, prompt_embeds) -> velocity, compiled."""
-    network = make_network(TINY, dtype=jnp.dtype(dtype).name, param_dtype="float32", remat=remat)
+    network = make_denoiser(TINY, dtype=jnp.dtype(dtype).name, param_dtype="float32", remat=remat)
     return jax.jit(lambda params, *inputs: network(params, *inputs))
 
 
@@ -70,7 +70,7 @@ def test_padding_is_the_models_own():
 def test_the_padding_is_attended_to():
     """As Wan does, which masks no text token."""
     latents, timesteps, embeds = inputs(text=5)
-    longer = make_network(dataclasses.replace(TINY, text_len=30), dtype="float32", param_dtype="float32", remat="none")
+    longer = make_denoiser(dataclasses.replace(TINY, text_len=30), dtype="float32", param_dtype="float32", remat="none")
     velocity = jax.jit(lambda *args: longer(*args))(params(), latents, timesteps, embeds)
     assert relative_error(velocity, run(latents, timesteps, embeds)) > 1e-4
 
@@ -145,7 +145,7 @@ def test_one_block_is_traced_however_many_there_are(monkeypatch):
 
     monkeypatch.setattr(wan_dit.Block, "__call__", counted)
     config = dataclasses.replace(TINY, num_layers=7)
-    deep = make_network(config, dtype="float32", param_dtype="float32", remat="none")
+    deep = make_denoiser(config, dtype="float32", param_dtype="float32", remat="none")
     calls.clear()
     jax.eval_shape(lambda params: deep(params, *inputs()), deep.abstract_params())
     assert len(calls) == 1
@@ -180,7 +180,7 @@ def test_timestep_features():
 
 
 def test_bad_input():
-    network = make_network(TINY, dtype="float32", param_dtype="float32", remat="none")
+    network = make_denoiser(TINY, dtype="float32", param_dtype="float32", remat="none")
 
     def trace(*inputs):
         jax.eval_shape(lambda params: network(params, *inputs), network.abstract_params())

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from avd_jax.training.networks import make_network
 from flax import nnx
 from training_cases import DIT, LATENTS_SHAPE, make_batch, write_weights
 
 from avd_jax import convert
+from avd_jax.models.functional import make_denoiser
 from avd_jax.parallel.memory import parameter_sharding
 from avd_jax.parallel.mesh import make_mesh
 
@@ -34,12 +34,12 @@ def test_layers_wait_where_they_are_told_to(weights, memory):
 
 
 def test_what_waits_on_the_host_computes_the_same_and_takes_no_device_memory(weights):
-    network = make_network(DIT, dtype="float32", param_dtype="float32", remat="none")
+    network = make_denoiser(DIT, dtype="float32", param_dtype="float32", remat="none")
     batch, times = make_batch(2, shape=LATENTS_SHAPE), jnp.array([900.0, 100.0])
     results, on_device = {}, {}
     for memory in ("device", "host"):
         params = nnx.to_pure_dict(nnx.state(load(weights, memory)))
-        inputs = params, batch["latents"], times, batch["prompt_embeds"]
+        inputs = params, batch["latents"], times, batch["captions"]
         results[memory] = np.asarray(jax.jit(lambda *inputs: network(*inputs))(*inputs))
         on_device[memory] = sum(
             leaf.nbytes for leaf in jax.tree.leaves(params) if leaf.sharding.memory_kind == "device"

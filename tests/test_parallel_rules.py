@@ -6,19 +6,18 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
-from avd_jax.training.networks import make_network
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from training_cases import make_config
+from training_cases import make_config, make_method, start_state
 
 from avd_jax.convert import flat_state
 from avd_jax.errors import UserError
+from avd_jax.models.functional import make_denoiser
 from avd_jax.models.interpolator import Interpolator, InterpolatorConfig
 from avd_jax.models.wan_dit import WAN_1_3B, WAN_14B
 from avd_jax.parallel.mesh import AXES, PARAMETER_AXES
 from avd_jax.parallel.rules import LARGE_LEAF, RULES, dotted, sharding_table, shardings, spec_for, tree_shardings
-from avd_jax.training.state import init_state, make_optimizers
 
 W = PARAMETER_AXES
 
@@ -30,10 +29,9 @@ def mesh(*, fsdp, data=1, seq=1):
 @functools.cache
 def state(config):
     """The shapes of the whole training state of a model."""
-    network = make_network(config, dtype="bfloat16", param_dtype="float32", remat="none")
-    settings = make_config(ema_decay=0.99)
-    optimizers = make_optimizers(settings)
-    return jax.eval_shape(lambda params: init_state(settings, optimizers, params), network.abstract_params())
+    abstract = make_denoiser(config, dtype="bfloat16", param_dtype="float32", remat="none").abstract_params()
+    method = make_method(make_config(ema_decay=0.99), abstract=abstract)
+    return jax.eval_shape(lambda params: start_state(method, params), abstract)
 
 
 @pytest.mark.parametrize(("config", "fsdp", "seq"), [(WAN_1_3B, 8, 1), (WAN_1_3B, 16, 4), (WAN_14B, 16, 8)])
@@ -47,8 +45,9 @@ def test_everything_large_is_cut_into_as_many_parts_as_there_are_devices(config,
         per_device, whole = per_device + size, whole + leaf.size
         if leaf.size >= 2 * LARGE_LEAF:
             assert size * shards == leaf.size, f"{dotted(keys)} {leaf.shape} is held whole"
-            seen.add(dotted(keys).split(".")[0])
-    assert seen == {"generator", "fake_score", "ema", "generator_optimizer", "fake_score_optimizer"}
+            seen.add(dotted(keys[:3]))
+    parts = {"generator": ("params", "optimizer", "ema"), "fake_score": ("params", "optimizer")}
+    assert seen == {f"networks.{network}.{part}" for network, names in parts.items() for part in names}
     assert per_device < 1.1 * whole / shards
 
 
@@ -58,8 +57,8 @@ def test_moments_and_ema_follow_their_parameters():
         for keys, sharding in jax.tree_util.tree_leaves_with_path(tree_shardings(state(WAN_1_3B), mesh(fsdp=4)))
     }
     for path, spec in specs.items():
-        if path.startswith("generator."):
-            name = path.removeprefix("generator.")
+        if path.startswith("networks.generator.params."):
+            name = path.removeprefix("networks.generator.params.")
             copies = [spec for other, spec in specs.items() if other.endswith(f".{name}")]
             assert len(copies) == 7, "two networks with two moments each, and the EMA"
             assert copies == [spec] * 7, path
@@ -68,11 +67,12 @@ def test_moments_and_ema_follow_their_parameters():
 def test_the_layer_axis_stays_whole():
     assert spec_for("blocks.self_attn.q.kernel", (30, 1536, 12, 128), mesh(fsdp=4)) == P(None, W, None, None)
     assert spec_for("blocks.ffn_2.kernel", (30, 8960, 1536), mesh(fsdp=4)) == P(None, None, W)
-    assert spec_for("generator_optimizer.1.0.mu.head.head.kernel", (1536, 64), mesh(fsdp=4)) == P(W, None)
+    assert spec_for("networks.generator.optimizer.1.0.mu.head.head.kernel", (1536, 64), mesh(fsdp=4)) == P(W, None)
 
 
 def test_every_rule_is_used():
-    paths = [f".{dotted(keys)}" for keys, _ in jax.tree_util.tree_leaves_with_path(state(WAN_1_3B).generator)]
+    params = state(WAN_1_3B).networks["generator"].params
+    paths = [f".{dotted(keys)}" for keys, _ in jax.tree_util.tree_leaves_with_path(params)]
     interpolator = nnx.eval_shape(lambda: Interpolator(InterpolatorConfig(), nnx.Rngs(0)))
     paths += [f".{path}" for path in flat_state(nnx.state(interpolator))]
     for pattern, _ in RULES:

@@ -8,16 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from training_cases import linear_params, make_config, small_disk
+from training_cases import linear_params, make_config, make_method, small_disk, start_state
 
 from avd_jax.errors import UserError
 from avd_jax.training.checkpoint import Checkpoints
-from avd_jax.training.state import init_state, make_optimizers
 
 
 def random_state(config, seed=0, size=4):
     """A state in which every leaf has values of its own."""
-    state = init_state(config, make_optimizers(config), linear_params(0, size))
+    params = linear_params(0, size)
+    state = start_state(make_method(config, abstract=params), params)
     rng = np.random.default_rng(seed)
 
     def fill(leaf):

@@ -9,50 +9,48 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from avd_jax.training.networks import Networks, make_network
-from avd_jax.training.objectives import Frozen
-from avd_jax.training.steps import compile_step, make_fake_score_step, make_generator_step
-from training_cases import DIT, make_config
+from training_cases import DIT, LATENTS_SHAPE, make_config, make_frozen, make_method, start_state
 
+from avd_jax.models.functional import make_denoiser
 from avd_jax.parallel.hosts import batch_rows
 from avd_jax.parallel.mesh import make_mesh, replicated
 from avd_jax.parallel.rules import LARGE_LEAF
+from avd_jax.training.assembly import Assembly
 from avd_jax.training.checkpoint import Checkpoints
-from avd_jax.training.state import abstract_state, init_state, make_optimizers
+from avd_jax.training.state import abstract_state
 
 # Small, but for leaves of a million elements: the text's projection, and the feed-forward layers' stacks.
 LARGE = dataclasses.replace(DIT, dim=256, ffn_dim=2048, text_dim=4096)
-SHAPE = 2, 4, 4, 4
 
 
-def abstract_on(mesh, sizes, config):
-    params = make_network(sizes, dtype="float32", param_dtype="float32", remat="none").abstract_params()
-    return abstract_state(config, make_optimizers(config), params, mesh)
-
-
-def state_on(mesh, sizes, config):
-    """A state whose parameters are all different, made where it belongs."""
-    abstract = abstract_on(mesh, sizes, config)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-
-    @partial(jax.jit, out_shardings=shardings)
-    def make():
-        leaves, tree = jax.tree.flatten(abstract.generator)
-        values = [jnp.cos(i + jnp.arange(leaf.size, dtype=jnp.float32)) for i, leaf in enumerate(leaves)]
-        params = [value.reshape(leaf.shape) for value, leaf in zip(values, leaves, strict=True)]
-        return init_state(config, make_optimizers(config), jax.tree.unflatten(tree, params))
-
-    return make()
-
-
-def touching_all(params, latents, timesteps, prompt_embeds):
+def touching_all(params, latents, timesteps, conditions):
     """Stands in for the transformer: small to compile, with a gradient for every parameter."""
     return latents * sum(jnp.mean(leaf) for leaf in jax.tree.leaves(params))
 
 
+def method_on(mesh, sizes, config):
+    params = make_denoiser(sizes, dtype="float32", param_dtype="float32", remat="none").abstract_params()
+    return make_method(config, touching_all, touching_all, abstract=params, mesh=mesh)
+
+
+def state_of(method):
+    """A state whose parameters are all different, made where it belongs."""
+    abstract = abstract_state(method)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+
+    @partial(jax.jit, out_shardings=shardings)
+    def make():
+        leaves, tree = jax.tree.flatten(abstract.networks["generator"].params)
+        values = [jnp.cos(i + jnp.arange(leaf.size, dtype=jnp.float32)) for i, leaf in enumerate(leaves)]
+        params = [value.reshape(leaf.shape) for value, leaf in zip(values, leaves, strict=True)]
+        return start_state(method, jax.tree.unflatten(tree, params))
+
+    return make()
+
+
 def large_leaves(state):
     return [
-        (jax.tree_util.keystr(path), leaf)
+        (path, leaf)
         for path, leaf in jax.tree_util.tree_leaves_with_path(state)
         if leaf.size >= LARGE_LEAF
     ]
@@ -62,36 +60,32 @@ def large_leaves(state):
 def updated():
     """A large state on eight devices after both updates, and the bytes that each program holds on a device."""
     mesh, config = make_mesh(data=1, fsdp=-1), make_config(ema_decay=0.9, batch_size=8)
-    optimizers, networks = make_optimizers(config), Networks(touching_all, touching_all)
-    state, bytes_held = state_on(mesh, LARGE, config), []
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    assembly = Assembly(method_on(mesh, LARGE, config))
+    state, bytes_held = state_of(assembly.method), []
     small = jax.device_put({"a": np.ones(3, np.float32)}, replicated(mesh))
-    frozen = Frozen(teacher=small, negative_prompt_embeds=jnp.zeros((8, 16)))
+    frozen = make_frozen(small, np.zeros((8, 16), np.float32))
     put = batch_rows(mesh, 8).put
     batch = {
-        "prompt_embeds": put(np.ones((8, 8, 16), np.float32)),
-        "caption_embeds": put(np.ones((8, 8, 16), np.float32)),
-        "latents": put(np.ones((8, *SHAPE), np.float32)),
+        "prompts": {"prompt_embeds": put(np.ones((8, 8, 16), np.float32))},
+        "captions": {"prompt_embeds": put(np.ones((8, 8, 16), np.float32))},
+        "latents": put(np.ones((8, *LATENTS_SHAPE), np.float32)),
     }
-    prompts = {"prompt_embeds": batch["prompt_embeds"]}
-    for make, inputs in (
-        (partial(make_fake_score_step, latents_shape=SHAPE), prompts),
-        (make_generator_step, batch),
-    ):
-        step = compile_step(make(config, networks, optimizers), shardings, mesh)
-        program = step.lower(state, frozen, inputs, jax.random.key(1)).compile()
+    assert [call.update.network for call in assembly.calls] == ["fake_score", "generator"]
+    for call in assembly.calls:
+        inputs = {name: batch[name] for name in call.fields}
+        program = call.step.lower(state, frozen, inputs, jax.random.key(1)).compile()
         bytes_held.append(program.memory_analysis().argument_size_in_bytes)
-        state, _ = step(state, frozen, inputs, jax.random.key(1))
+        state, _ = call.step(state, frozen, inputs, jax.random.key(1))
     return state, bytes_held
 
 
 def test_no_device_holds_a_large_leaf_whole(updated):
     state, _ = updated
     found = large_leaves(state)
-    assert len({name.split(".")[1].split("[")[0] for name, _ in found}) == 5, "networks, EMA and both optimizers"
+    assert len({path[:3] for path, _ in found}) == 5, "networks, EMA and both optimizers"
     assert int(state.step) == 1
-    for name, leaf in found:
-        shards = leaf.addressable_shards
+    for path, leaf in found:
+        name, shards = jax.tree_util.keystr(path), leaf.addressable_shards
         assert len({str(shard.index) for shard in shards}) == 8, name
         assert all(shard.data.size * 8 == leaf.size for shard in shards), name
 
@@ -104,11 +98,8 @@ def test_a_program_holds_an_eighth_of_the_state(updated):
 
 def test_moments_are_cut_like_their_parameters(updated):
     state, _ = updated
-    for params, optimizer in (
-        (state.generator, state.generator_optimizer),
-        (state.fake_score, state.fake_score_optimizer),
-    ):
-        adam = optimizer[1][0]
+    for network in (state.networks["generator"], state.networks["fake_score"]):
+        params, adam = network.params, network.optimizer[1][0]
         for moments in (adam.mu, adam.nu):
             assert jax.tree.map(lambda leaf: leaf.sharding, moments) == jax.tree.map(lambda leaf: leaf.sharding, params)
     assert any(float(jnp.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(adam.mu)), "an update was made"
@@ -120,11 +111,13 @@ def test_moments_are_cut_like_their_parameters(updated):
 def test_a_state_saved_on_eight_devices_is_restored_on_others(saved, devices, sizes):
     state, workdir, config = saved
     mesh = make_mesh(**sizes, devices=jax.devices()[:devices])
-    abstract = abstract_on(mesh, DIT, config)
+    abstract = abstract_state(method_on(mesh, DIT, config))
     restored = Checkpoints(workdir, keep=2).restore(1, abstract)
     chex.assert_trees_all_equal(jax.device_get(restored), jax.device_get(state), strict=True)
-    kernel = restored.generator["blocks"]["ffn_0"]["kernel"]
-    assert kernel.sharding == abstract.generator["blocks"]["ffn_0"]["kernel"].sharding
+    kernel, wanted = (
+        state.networks["generator"].params["blocks"]["ffn_0"]["kernel"] for state in (restored, abstract)
+    )
+    assert kernel.sharding == wanted.sharding
     parts = math.prod(kernel.shape) // math.prod(kernel.addressable_shards[0].data.shape)
     assert parts == sizes["fsdp"]
 
@@ -133,7 +126,7 @@ def test_a_state_saved_on_eight_devices_is_restored_on_others(saved, devices, si
 def saved(tmp_path_factory):
     """A small state on eight devices, and the workdir that it is saved in."""
     config, workdir = make_config(ema_decay=0.9), tmp_path_factory.mktemp("run")
-    state = state_on(make_mesh(data=1, fsdp=8), DIT, config)
+    state = state_of(method_on(make_mesh(data=1, fsdp=8), DIT, config))
     checkpoints = Checkpoints(workdir, keep=2)
     checkpoints.save(1, state, {}, {})
     checkpoints.wait()

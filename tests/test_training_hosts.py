@@ -1,6 +1,5 @@
 """A run on two processes of four devices each: the same losses as on one, and what SIGTERM and SIGKILL do to it."""
 
-import functools
 import json
 import os
 import shutil
@@ -14,13 +13,13 @@ from pathlib import Path
 import jax
 import pytest
 from generation_cases import VAE, InMemory
-from training_cases import make_config, use_linear_network, write_sets, write_weights
+from training_cases import make_config, train, use_linear_network, write_sets, write_weights
 
 from avd_jax import convert
 from avd_jax.convert.architectures import WAN_VAE
 from avd_jax.data.pipeline import training_batches
+from avd_jax.methods.avd import method
 from avd_jax.parallel.mesh import make_mesh
-from avd_jax.training import loop, run
 
 ROOT = Path(__file__).parents[1]
 NUM_STEPS = 20
@@ -50,8 +49,9 @@ def here(settings, workdir, devices, **fields):
     """Train in this process, on some of its devices."""
     with pytest.MonkeyPatch.context() as patch:
         use_linear_network(patch.setattr)
-        patch.setattr(run, "make_mesh", functools.partial(make_mesh, devices=jax.devices()[:devices]))
-        return loop.train(make_config(**settings | fields), workdir)
+        some = {"devices": jax.devices()[:devices]}
+        patch.setattr(method, "make_mesh", lambda **options: make_mesh(**options | some))
+        return train(make_config(**settings | fields), workdir)
 
 
 def start(settings, workdir, processes=2, **fields):

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from avd_jax.training.host_loop import Work, run_steps
 
+from avd_jax.training.loop import Driven, run_steps
 from avd_jax.training.metrics import MetricsWriter
 from avd_jax.training.workdir import StopSignals
 
@@ -48,7 +48,7 @@ def run(workdir, *, first_step=0, dispatched=None, **options):
         after, metrics = count(state.step)
         return SimpleNamespace(step=after), metrics
 
-    work = Work(
+    driven = Driven(
         config=config,
         dispatch=dispatch,
         describe=lambda: {"data": {}},
@@ -57,7 +57,7 @@ def run(workdir, *, first_step=0, dispatched=None, **options):
     )
     checkpoints = NoCheckpoints()
     writer = MetricsWriter(workdir, first_step=first_step, num_steps=6)
-    status, state = run_steps(work, SimpleNamespace(step=np.int32(first_step)), checkpoints, writer, StopSignals())
+    status, state = run_steps(driven, SimpleNamespace(step=np.int32(first_step)), checkpoints, writer, StopSignals())
     writer.close()
     assert int(state.step) == 6
     return status, checkpoints, [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]

@@ -1,4 +1,4 @@
-"""The loop of one network and one loss: a known optimum, exact resumption, skipped updates."""
+"""The trainer with the smallest method: a known optimum, exact resumption, skipped updates, folders of other runs."""
 
 import json
 import os
@@ -9,54 +9,101 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from avd_jax.training.pretraining import FIELDS
 
 from avd_jax.errors import UserError
 from avd_jax.parallel.mesh import make_mesh
-from avd_jax.training import fitting
-from avd_jax.training.fields import config_from
+from avd_jax.training.config import RUN_FIELDS, SCHEDULE_FIELDS
+from avd_jax.training.fields import Field, check_values, config_from, with_defaults
+from avd_jax.training.method import BatchField, Method, Recipe, Term, Trained, Update
+from avd_jax.training.optimizers import growing_decay, scheduled
+from avd_jax.training.trainer import train
 
 TARGET = jnp.array([1.0, -2.0, 3.0])
+FIELDS = {
+    **with_defaults(RUN_FIELDS, method="line"),
+    **SCHEDULE_FIELDS,
+    "data.latents": Field("unused", "a path", changeable=True),
+}
 
 
 def config_for(**changes):
     config = config_from(FIELDS)
     config.num_steps, config.log_every, config.checkpoint_every = 6, 1, 2
     config.optimizer.learning_rate, config.optimizer.warmup_steps, config.ema_decay = 0.1, 1, 0.5
-    config.data.latents = "unused"
     config.update(changes)
     return config
 
 
-def loss(params, batch, key):
-    noise = 0.01 * jax.random.normal(key, TARGET.shape)
-    return jnp.sum(jnp.square(params["x"] - TARGET + noise)) * batch["scale"], {"loss/part": batch["scale"]}
+class Counted:
+    """Endless batches made from their number."""
+
+    def __init__(self, make):
+        self._make, self._number = make, 0
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        batch = self._make(self._number)
+        self._number += 1
+        return batch
+
+    def get_state(self):
+        return {"batch": self._number}
+
+    def set_state(self, state):
+        self._number = state["batch"]
 
 
-def run(config, workdir, scale=lambda number: 1.0, at_batch=lambda number: None, inputs=None):
-    def build():
+def loss(line, scale, keys):
+    noise = 0.01 * jax.vmap(lambda key: jax.random.normal(key, TARGET.shape))(keys)
+    return jnp.sum(jnp.square(line["x"] - TARGET + noise), axis=-1) * scale
+
+
+def run(config, workdir, scale=lambda number: 1.0, at_batch=lambda number: None, inputs=None, name="line"):
+    """Train three numbers; `scale` is that of the loss of a batch."""
+
+    def build(config, *, devices=None, workdir=None, video=None):
         def make(number):
             at_batch(number)
-            return {"scale": jnp.float32(scale(number))}
+            return {"scale": np.full(config.batch_size, scale(number), np.float32)}
 
-        return fitting.build_fit(
-            config,
-            make_mesh(),
-            loss=loss,
-            abstract_params={"x": jax.ShapeDtypeStruct((3,), jnp.float32)},
-            init_params=lambda shardings: {"x": jnp.zeros(3)},
-            architecture={"name": "line", "config": {}},
-            batches=fitting.CountedBatches(make),
-            inputs=inputs or {},
+        start = {"x": jnp.zeros(3)}
+        line = Trained(
+            abstract=jax.eval_shape(lambda: start),
+            start=lambda shardings: start,
+            optimizer=scheduled(config.optimizer, config.num_steps),
+            ema_decay=growing_decay(config.ema_decay),
+        )
+        return Method(
+            name=name,
+            main="line",
+            mesh=make_mesh(),
+            networks={"line": line},
+            updates=(Update("total", "line", (Term("distance", 1.0, ("line", "scale", "keys"), loss),)),),
+            fields={"scale": BatchField(jax.ShapeDtypeStruct((config.batch_size,), jnp.float32))},
+            batches=lambda fresh: Counted(make),
+            record=lambda: {"architecture": {"name": "line", "config": {}}},
+            inputs=lambda: inputs or {},
         )
 
-    return fitting.fit(build, config, workdir, movable=("data.latents",))
+    def validate(config):
+        check_values(config, FIELDS)
+
+    outcome = train(Recipe(name, FIELDS, validate, validate, build), config, workdir)
+    return outcome.status, outcome.state
+
+
+def metrics(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_it_finds_the_optimum(tmp_path):
     _, state = run(config_for(num_steps=150, checkpoint_every=0), tmp_path)
-    np.testing.assert_allclose(state.params["x"], TARGET, atol=0.05)
-    np.testing.assert_allclose(state.ema["x"], TARGET, atol=0.05)
+    line = state.networks["line"]
+    np.testing.assert_allclose(line.params["x"], TARGET, atol=0.05)
+    np.testing.assert_allclose(line.ema["x"], TARGET, atol=0.05)
+    assert line.latest is line.ema
 
 
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
@@ -65,8 +112,18 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
     (tmp_path / "parts" / "checkpoints" / "6").rename(tmp_path / "gone")  # as if it had been killed after step 4
     _, resumed = run(config_for(), tmp_path / "parts", scale=lambda number: 1 + number)
     jax.tree.map(np.testing.assert_array_equal, resumed, whole)
-    steps = [json.loads(line)["step"] for line in (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()]
-    assert steps == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in metrics(tmp_path / "parts")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_every_line_of_the_log_has_loss_and_norm_and_what_was_skipped(tmp_path):
+    run(config_for(num_steps=2), tmp_path, scale=lambda number: [1.0, np.nan][number])
+    first, second = metrics(tmp_path)
+    assert first["loss/total"] == pytest.approx(float(jnp.sum(TARGET**2)), rel=0.02)
+    assert first["grad_norm/total"] == pytest.approx(2 * float(jnp.linalg.norm(TARGET)), rel=0.02)
+    assert (first["skipped/total"], first["skipped/in_row"]) == (0, 0)
+    assert (second["loss/total"], second["grad_norm/total"]) == (None, None)
+    assert (second["skipped/total"], second["skipped/in_row"]) == (1, 1)
+    assert "loss/distance" not in first, "a loss of one term is its total"
 
 
 def test_a_path_may_change_but_not_what_it_leads_to(tmp_path):
@@ -98,10 +155,11 @@ def test_a_signal_saves_and_the_same_command_goes_on(tmp_path):
 def test_a_non_finite_update_changes_nothing_and_too_many_stop_the_run(tmp_path):
     _, state = run(config_for(num_steps=2), tmp_path / "one", scale=lambda number: np.nan if number else 1.0)
     _, before = run(config_for(num_steps=1, checkpoint_every=0), tmp_path / "before")
+    line = state.networks["line"]
     assert int(state.step) == 2
-    assert int(state.skipped_in_row) == 1
-    np.testing.assert_array_equal(state.ema["x"] * 0, 0)
-    assert np.isfinite(before.params["x"]).all()
+    assert int(line.skipped_in_row) == int(line.skipped) == 1
+    np.testing.assert_array_equal(line.ema["x"] * 0, 0)
+    assert np.isfinite(before.networks["line"].params["x"]).all()
     with pytest.raises(UserError, match="max_nonfinite"):
         run(config_for(num_steps=9, max_nonfinite=2), tmp_path / "all", scale=lambda number: np.nan)
 
@@ -119,8 +177,34 @@ def test_a_non_finite_update_changes_nothing_and_too_many_stop_the_run(tmp_path)
         ),
     ],
 )
-def test_the_fields_that_every_training_has_are_checked(change, message):
+def test_the_fields_that_every_training_has_are_checked(tmp_path, change, message):
     config = config_for()
     config.update_from_flattened_dict(change)
     with pytest.raises(UserError, match=re.escape(message)):
-        fitting.check_shared(config, FIELDS)
+        run(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_checkpoint_of_an_older_version_is_named_and_left_as_it_is(tmp_path):
+    run(config_for(num_steps=2), tmp_path)
+    path = tmp_path / "checkpoints" / "2" / "meta" / "metadata"
+    meta = json.loads(path.read_text())
+    assert meta.pop("format") == 2
+    path.write_text(json.dumps(meta))
+    with pytest.raises(UserError) as raised:
+        run(config_for(num_steps=2), tmp_path)
+    message = str(raised.value)
+    assert message.startswith(f"{tmp_path}/checkpoints/2: is of an older version of avd_jax (format 1, here 2)")
+    assert message.endswith(f"from its weights if you like: --config.init_from={tmp_path}")
+    assert "\n" not in message
+    assert json.loads(path.read_text()) == meta
+
+
+def test_a_folder_of_another_method_is_named(tmp_path):
+    run(config_for(num_steps=2), tmp_path)
+    with pytest.raises(UserError, match=r"other settings \(config.method was 'line', is 'curve'\); use them, or") as one:
+        run(config_for(num_steps=2, method="curve"), tmp_path, name="curve")
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(UserError, match=r"/2: is a run of the method 'line', the config is of 'curve'; use its") as two:
+        run(config_for(num_steps=2, method="curve"), tmp_path, name="curve")
+    assert "\n" not in f"{one.value}{two.value}"

@@ -1,6 +1,5 @@
 """Whole runs in one process, with a linear network: logs, checkpoints, resume, signals, bad input."""
 
-import functools
 import json
 import shutil
 import signal
@@ -10,13 +9,21 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from generation_cases import VAE, InMemory
-from training_cases import DIT, linear_params, make_config, use_linear_network, write_sets, write_weights
+from training_cases import (
+    DIT,
+    linear_params,
+    make_config,
+    train,
+    use_devices,
+    use_linear_network,
+    write_sets,
+    write_weights,
+)
 
 from avd_jax import convert
 from avd_jax.convert.architectures import WAN_VAE
 from avd_jax.errors import UserError
-from avd_jax.parallel.mesh import make_mesh
-from avd_jax.training import loop, run
+from avd_jax.training.assembly import Assembly
 from avd_jax.training.metrics import MetricsWriter
 from avd_jax.training.workdir import StopSignals
 
@@ -25,7 +32,7 @@ from avd_jax.training.workdir import StopSignals
 def linear():
     with pytest.MonkeyPatch.context() as patch:
         use_linear_network(patch.setattr)
-        patch.setattr(run, "make_mesh", functools.partial(make_mesh, devices=jax.devices()[:1]))
+        use_devices(patch.setattr, 1)
         yield
 
 
@@ -73,7 +80,7 @@ def steps(workdir):
 def contents(workdir, step):
     """Every array of a checkpoint, as bytes, and its meta data but for the number of steps that was asked for."""
     folder, found = workdir / "checkpoints" / str(step), {}
-    for item in ("generator", "fake_score", "ema", "optimizers", "progress"):
+    for item in ("generator", "fake_score", "generator_ema", "optimizers", "progress"):
         tree = ocp.StandardCheckpointer().restore(folder / item)
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
             found[f"{item}{jax.tree_util.keystr(path)}"] = np.asarray(leaf).tobytes()
@@ -96,7 +103,7 @@ def assert_same_run(workdir, expected, step):
 def straight(linear, inputs, tmp_path_factory):
     """A run that was never stopped."""
     workdir = tmp_path_factory.mktemp("straight")
-    assert loop.train(settings(inputs), workdir) == 0
+    assert train(settings(inputs), workdir) == 0
     return workdir
 
 
@@ -122,22 +129,25 @@ def test_what_a_run_leaves(straight):
 
 
 def test_the_cost_is_printed_first(inputs, tmp_path, capsys):
-    loop.train(settings(inputs, num_steps=1, fake_score_updates=1, remat="block"), tmp_path)
+    """Of a linear network, whose inputs ask for no gradient: a backward pass is one product, remat has none."""
+    train(settings(inputs, num_steps=1, fake_score_updates=1, remat="block"), tmp_path)
     out = capsys.readouterr().out
-    assert "costs 19 forward passes of the DiT an example: 6.5 a fake_score update, 12.5 a generator update" in out
-    assert out.index("num_steps = 1") < out.index("costs 19") < out.index("step 1/1") < out.index("done: 1 steps")
+    fake_score, generator = 1.5 + 1 + 2, (1.5 + 2) + 1 + 2 + 2
+    assert f"one cycle (1 fake_score update, 1 generator update) costs {fake_score + generator:g} forward passes" in out
+    assert f" of the DiT an example: {fake_score:g} a fake_score update, {generator:g} a generator update" in out
+    assert out.index("num_steps = 1") < out.index("one cycle") < out.index("step 1/1") < out.index("done: 1 steps")
 
 
 def test_a_finished_run_says_so(straight, inputs, capsys):
     before = (straight / "metrics.jsonl").read_text()
-    assert loop.train(settings(inputs), straight) == 0
+    assert train(settings(inputs), straight) == 0
     assert "the run is complete: 5 of 5 steps" in capsys.readouterr().out
     assert (straight / "metrics.jsonl").read_text() == before
 
 
 def test_more_steps_later_are_the_steps_of_one_run(straight, inputs, tmp_path):
     for num_steps in (1, 3, 5):
-        assert loop.train(settings(inputs, num_steps=num_steps), tmp_path) == 0
+        assert train(settings(inputs, num_steps=num_steps), tmp_path) == 0
     assert_same_run(tmp_path, straight, 5)
 
 
@@ -150,27 +160,27 @@ def test_sigterm_saves_first_and_the_same_command_goes_on(straight, inputs, tmp_
             signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(MetricsWriter, "write", write)
-    assert loop.train(settings(inputs), tmp_path) == 128 + signal.SIGTERM
+    assert train(settings(inputs), tmp_path) == 128 + signal.SIGTERM
     monkeypatch.setattr(MetricsWriter, "write", original)
     assert "stopped by SIGTERM after step 2, which is saved" in capsys.readouterr().out
     assert steps(tmp_path) == [2]
-    assert loop.train(settings(inputs), tmp_path) == 0
+    assert train(settings(inputs), tmp_path) == 0
     assert_same_run(tmp_path, straight, 5)
 
 
 def test_sigterm_before_the_first_step(straight, inputs, tmp_path, monkeypatch):
     config = settings(inputs, checkpoint__best_metric="loss/regression", checkpoint__keep=1)
-    original = run.Run.init_state
+    original = Assembly.init_state
 
     def init_state(self):
         signal.raise_signal(signal.SIGTERM)
         return original(self)
 
-    monkeypatch.setattr(run.Run, "init_state", init_state)
-    assert loop.train(config, tmp_path) == 143
+    monkeypatch.setattr(Assembly, "init_state", init_state)
+    assert train(config, tmp_path) == 143
     assert steps(tmp_path) == [0]
     assert lines(tmp_path) == []
-    assert loop.train(config, tmp_path) == 0
+    assert train(config, tmp_path) == 0
     assert numbers(tmp_path) == numbers(straight)
     assert 0 not in steps(tmp_path)
 
@@ -188,33 +198,33 @@ def test_the_old_signal_handlers_come_back():
 
 
 def test_other_intervals(inputs, tmp_path):
-    assert loop.train(settings(inputs, log_every=2, checkpoint_every=0), tmp_path) == 0
+    assert train(settings(inputs, log_every=2, checkpoint_every=0), tmp_path) == 0
     assert [line["step"] for line in lines(tmp_path)] == [2, 4, 5]
     assert steps(tmp_path) == [5]
 
 
 def test_accumulation_and_captions_as_prompts(inputs, tmp_path):
     config = settings(inputs, data__prompts="", accumulation_steps=2, num_steps=2, fake_score_updates=0)
-    assert loop.train(config, tmp_path) == 0
+    assert train(config, tmp_path) == 0
     assert "loss/fake_score" not in lines(tmp_path)[0]
 
 
 def test_other_settings_need_another_workdir(straight, inputs):
     with pytest.raises(UserError) as error:
-        loop.train(settings(inputs, batch_size=4, seed=3), straight)
+        train(settings(inputs, batch_size=4, seed=3), straight)
     assert "config.seed was 0, is 3, config.batch_size was 2, is 4" in str(error.value) or (
         "config.batch_size was 2, is 4" in str(error.value) and "config.seed was 0, is 3" in str(error.value)
     )
     assert "use them, or another --workdir" in str(error.value)
     # How long it runs and what is kept of it may change.
-    assert loop.train(settings(inputs, log_every=3, checkpoint_every=9, checkpoint__keep=1), straight) == 0
-    assert loop.train(settings(inputs), straight) == 0
+    assert train(settings(inputs, log_every=3, checkpoint_every=9, checkpoint__keep=1), straight) == 0
+    assert train(settings(inputs), straight) == 0
 
 
 def test_what_fits_a_run_to_other_devices_may_change(straight, inputs, tmp_path):
     workdir = shutil.copytree(straight, tmp_path / "run")
     fields = {"remat": "none", "attention__kernel": "xla", "accumulation_steps": 2}
-    assert loop.train(settings(inputs, **fields, num_steps=6), workdir) == 0
+    assert train(settings(inputs, **fields, num_steps=6), workdir) == 0
     assert steps(workdir)[-1] == 6
 
 
@@ -222,7 +232,7 @@ def test_weights_and_sets_may_move_but_not_change(straight, inputs, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(straight, workdir)
     moved = {name: str(shutil.copytree(path, tmp_path / name)) for name, path in inputs.items()}
-    assert loop.train(settings(inputs | moved, num_steps=6), workdir) == 0
+    assert train(settings(inputs | moved, num_steps=6), workdir) == 0
     latents, _ = write_sets(tmp_path / "others", clips=6)
     for field, path in (
         ("data.latents", latents),
@@ -231,23 +241,23 @@ def test_weights_and_sets_may_move_but_not_change(straight, inputs, tmp_path):
     ):
         other = settings(inputs | {field.replace(".", "__"): str(path)}, num_steps=7)
         with pytest.raises(UserError, match=rf"/6: the run began with other contents of config.{field}; name a copy"):
-            loop.train(other, workdir)
+            train(other, workdir)
 
 
 def test_wrong_settings_can_be_put_right_before_the_first_checkpoint(inputs, tmp_path):
     with pytest.raises(UserError, match="nowhere: holds no encoded set"):
-        loop.train(settings(inputs, data__latents=str(tmp_path / "nowhere")), tmp_path / "run")
-    assert loop.train(settings(inputs, num_steps=1), tmp_path / "run") == 0
+        train(settings(inputs, data__latents=str(tmp_path / "nowhere")), tmp_path / "run")
+    assert train(settings(inputs, num_steps=1), tmp_path / "run") == 0
 
 
 def test_weights_of_another_architecture(inputs, tmp_path):
     weights = write_weights(tmp_path / "dit")
     config = settings(inputs | {"init_from": str(weights)}, num_steps=1)
-    loop.train(config, tmp_path / "run")
+    train(config, tmp_path / "run")
     (weights / "diffusion_pytorch_model.safetensors").unlink()
     write_weights(weights, DIT.__class__(**DIT.__dict__ | {"num_layers": 3}))
     with pytest.raises(UserError, match=r"/1: is of another architecture \(num_layers 2 there, 3 here\); give its own"):
-        loop.train(config, tmp_path / "run")
+        train(config, tmp_path / "run")
 
 
 def test_updates_that_are_not_finite_stop_the_run(inputs, tmp_path):
@@ -256,7 +266,7 @@ def test_updates_that_are_not_finite_stop_the_run(inputs, tmp_path):
     sets = {"data__latents": str(latents), "data__prompts": str(prompts)}
     config = settings(inputs | sets, num_steps=50, max_nonfinite=3, checkpoint_every=0)
     with pytest.raises(UserError, match=r"not finite in 3 updates in a row .*stopped after step 4, which is saved"):
-        loop.train(config, tmp_path / "run")
+        train(config, tmp_path / "run")
     assert steps(tmp_path / "run") == [4]
     assert [line["skipped/total"] for line in lines(tmp_path / "run")] == [1, 2, 3, 4]
     assert lines(tmp_path / "run")[0]["loss/generator"] is None
@@ -268,7 +278,7 @@ def test_updates_that_are_not_finite_stop_the_run(inputs, tmp_path):
 def test_one_bad_clip_does_not_stop_a_run(inputs, tmp_path):
     latents, prompts = write_sets(tmp_path, clips=6, bad=(2,))
     sets = {"data__latents": str(latents), "data__prompts": str(prompts)}
-    assert loop.train(settings(inputs | sets, num_steps=6, max_nonfinite=4), tmp_path / "run") == 0
+    assert train(settings(inputs | sets, num_steps=6, max_nonfinite=4), tmp_path / "run") == 0
     skipped = lines(tmp_path / "run")[-1]["skipped/total"]
     assert 1 <= skipped <= 3
 
@@ -292,21 +302,21 @@ def test_data_that_does_not_fit(inputs, tmp_path):
     ]
     for number, (fields, message) in enumerate(cases):
         with pytest.raises(UserError, match=message) as error:
-            loop.train(settings(inputs | fields), tmp_path / f"run{number}")
+            train(settings(inputs | fields), tmp_path / f"run{number}")
         assert "\n" not in str(error.value)
 
 
 def test_a_batch_that_the_mesh_cannot_cut(inputs, tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "make_mesh", functools.partial(make_mesh, devices=jax.devices()[:4]))
+    use_devices(monkeypatch.setattr, 4)
     with pytest.raises(
         UserError, match=r"a batch of 2 \(config.batch_size / accumulation_steps\) cannot be shared out over data=4"
     ):
-        loop.train(settings(inputs, batch_size=4, accumulation_steps=2), tmp_path)
+        train(settings(inputs, batch_size=4, accumulation_steps=2), tmp_path)
 
 
 def test_several_devices_make_the_same_run(straight, inputs, tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "make_mesh", functools.partial(make_mesh, devices=jax.devices()[:2]))
-    assert loop.train(settings(inputs), tmp_path) == 0
+    use_devices(monkeypatch.setattr, 2)
+    assert train(settings(inputs), tmp_path) == 0
     for line, expected in zip(numbers(tmp_path), numbers(straight), strict=True):
         assert line == pytest.approx(expected, rel=1e-3)
 
@@ -316,7 +326,7 @@ def test_samples(inputs, tmp_path, capsys):
     fields = {"sample__vae": str(tmp_path / "weights"), "sample__teacher_steps": 2}
     workdir, folder = tmp_path / "run", tmp_path / "run" / "samples"
     config = settings(inputs | fields, num_steps=3, sample_every=2, sample__prompts=2)
-    assert loop.train(config, workdir) == 0
+    assert train(config, workdir) == 0
     for step in (0, 2, 3):
         videos = sorted((folder / f"step_{step:06d}").glob("*.mp4"))
         assert [video.stem[:10].replace("_", " ").replace("-", " ") for video in videos] == ["0 prompt 0", "1 prompt 1"]
@@ -330,14 +340,14 @@ def test_samples(inputs, tmp_path, capsys):
 
     # Other samples later: the teacher's are made anew, the training stays what it was.
     more = settings(inputs | fields, num_steps=4, sample_every=2, sample__prompts=3)
-    assert loop.train(more, workdir) == 0
+    assert train(more, workdir) == 0
     assert len(list((folder / "step_000004").glob("*.mp4"))) == 3
     assert "sampling the teacher: 3 videos" in capsys.readouterr().out
     plain = settings(inputs, num_steps=4)
-    assert loop.train(plain, tmp_path / "plain") == 0
+    assert train(plain, tmp_path / "plain") == 0
     assert numbers(workdir) == numbers(tmp_path / "plain")
 
 
 def test_samples_without_a_vae(inputs, tmp_path):
     with pytest.raises(UserError, match=r"^config.sample.vae: .*; or set sample_every=0 to train without samples"):
-        loop.train(settings(inputs, sample_every=1), tmp_path)
+        train(settings(inputs, sample_every=1), tmp_path)

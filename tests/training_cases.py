@@ -19,13 +19,13 @@ from avd_jax.convert.architectures import WAN_DIT
 from avd_jax.convert.engine import source_shapes
 from avd_jax.data import latents as sets
 from avd_jax.data.set_writer import SetWriter
-from avd_jax.models.wan_dit import WanDiTConfig
 from avd_jax.losses.adaptive_regression import LossHistory
 from avd_jax.methods import transformers
 from avd_jax.methods.avd import RECIPE, method
 from avd_jax.methods.avd.config import default_config
 from avd_jax.methods.avd.objectives import Student
 from avd_jax.methods.avd.terms import fake_score_update, generator_update
+from avd_jax.models.wan_dit import WanDiTConfig
 from avd_jax.parallel.mesh import make_mesh, replicated
 from avd_jax.training import trainer
 from avd_jax.training.method import Method, Trained
@@ -93,6 +93,11 @@ def use_linear_network(setattr: Callable) -> None:
     setattr(transformers, "load_params", load_params)
 
 
+def use_devices(setattr: Callable, count: int) -> None:
+    """Let AVD run on the first devices only; `setattr` is that of a MonkeyPatch."""
+    setattr(method, "make_mesh", lambda **sizes: make_mesh(**sizes | {"devices": jax.devices()[:count]}))
+
+
 def train(config, workdir, **options) -> int:
     """Distil, and return the exit status."""
     return trainer.train(RECIPE, config, workdir, **options).status
@@ -132,7 +137,7 @@ def make_frozen(teacher, negative, **others) -> dict:
 def make_method(
     config, network=linear_network, teacher=linear_network, *, abstract=None, mesh=None, interpolator=None
 ) -> Method:
-    """Return AVD on networks of the tests, without weights and sets; `abstract` are the student's parameters' shapes."""
+    """Return AVD on networks of the tests, without weights and sets; `abstract` are the shapes of the parameters."""
     student, settings = make_student(config, network, interpolator), config.optimizer
     abstract = jax.eval_shape(linear_params) if abstract is None else abstract
 
@@ -171,13 +176,16 @@ def steps_of(method: Method) -> dict[str, Callable]:
 def generator_loss(config, student, teacher, params, fake_score, frozen, history, batch, keys, stop):
     """Return L_G and what it is made of by name; 0 for what is switched off."""
     size = batch["latents"].shape[0]
-    loss, parts = jnp.zeros(()), {
-        "distribution_matching": jnp.zeros(size),
-        "temporal": jnp.zeros(()),
-        "regression": jnp.zeros(size),
-        "regression_weight": jnp.zeros(size),
-        "timestep_index": jnp.zeros(size, jnp.int32),
-    }
+    loss, parts = (
+        jnp.zeros(()),
+        {
+            "distribution_matching": jnp.zeros(size),
+            "temporal": jnp.zeros(()),
+            "regression": jnp.zeros(size),
+            "regression_weight": jnp.zeros(size),
+            "timestep_index": jnp.zeros(size, jnp.int32),
+        },
+    )
     given = {"generator": params, "fake_score": fake_score, "history": history, "stop": stop, "keys": keys}
     for one in passes_of(generator_update(config, student, teacher)):
         value, found = one.loss(given | frozen | batch)

@@ -16,8 +16,8 @@ from avd_jax.errors import UserError, closest
 OUR_KEY = "avd_jax"
 STUDENT_FILE = "avd_student.json"
 
-# The names under which a training checkpoint stores what a user asks for by key.
-CHECKPOINT_ITEMS = {"generator": "generator", "ema": "ema", "critic": "fake_score", "fake_score": "fake_score"}
+# What a step's folder holds whatever was trained, in checkpoints of this format or of the one before it.
+_STEP_ITEMS = ("progress", "generator")
 
 _STEMS = ("diffusion_pytorch_model", "model")
 _NATIVE_NAMES = {
@@ -149,7 +149,7 @@ def training_step(path: Path) -> Path | None:
     Raises:
       UserError: it looks like one, but no step is complete.
     """
-    if (path / "meta").is_dir() or (path.name.isdigit() and (path / "generator").is_dir()):
+    if (path / "meta").is_dir() or (path.name.isdigit() and any((path / item).is_dir() for item in _STEP_ITEMS)):
         if not (path / "meta" / "metadata").is_file():
             raise UserError(f"{path}: this checkpoint is incomplete (no meta/metadata); use another step")
         return path
@@ -258,10 +258,20 @@ def _weight_files(folder: Path) -> tuple[Path, ...]:
 
 def _checkpoint_item(step: Path, key: str) -> OrbaxTree:
     items = sorted(child.name for child in step.iterdir() if (child / "_METADATA").is_file())
-    item = CHECKPOINT_ITEMS.get(key, key)
+    item = _checkpoint_items(read_json(step / "meta" / "metadata").get("main")).get(key, key)
     if item not in items:
-        raise UserError(f"{step}: holds no {key!r}, but {', '.join(items) or 'nothing'}{closest(item, items)}")
+        raise UserError(f"{step}: holds no {key!r}, but {', '.join(items) or 'nothing'}{closest(key, items)}")
     return OrbaxTree(step / item, _record(step), step / "meta" / "metadata", several_networks=True)
+
+
+def _checkpoint_items(main: str | None) -> dict[str, str]:
+    """Return what a user asks for by key -> the item that stores it.
+
+    Args:
+      main: the network that the run was for; None in checkpoints from before there were others than the generator.
+    """
+    items = {"generator": "generator", "ema": "ema"} if main is None else {"generator": main, "ema": f"{main}_ema"}
+    return items | {"critic": "fake_score", "fake_score": "fake_score"}
 
 
 def _record(step: Path) -> Any:

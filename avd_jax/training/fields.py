@@ -65,7 +65,7 @@ def not_nan(value: float) -> str | None:
 
 def below_one(value: float) -> str | None:
     """Check a decay: at least 0 and below 1."""
-    return None if 0 <= value < 1 else "must be at least 0 and below 1"
+    return not_negative(value) or (None if value < 1 else "must be at least 0 and below 1")
 
 
 def share(value: float) -> str | None:

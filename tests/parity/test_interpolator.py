@@ -4,7 +4,6 @@ import jax
 import numpy as np
 import pytest
 import torch
-from avd_jax.training.shipping import write_interpolator
 from convert_cases import write_all
 from einops import rearrange
 from flax import nnx
@@ -13,6 +12,7 @@ from safetensors.torch import load_file
 
 from avd_jax import convert
 from avd_jax.convert.interpolator_rules import PREFIX
+from avd_jax.convert.shipping import write_interpolator
 from avd_jax.models.interpolator import Interpolator, InterpolatorConfig
 
 

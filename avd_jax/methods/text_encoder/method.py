@@ -6,6 +6,7 @@ by itself which colour belongs to which shape.
 """
 
 import dataclasses
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -40,21 +41,21 @@ THING_WORDS = {  # what a token of a clause is asked, and the answers
 SCENE_WORDS = {"background": tuple(shapes_world.BACKGROUNDS), "pan": tuple(dict.fromkeys(shapes_world.PANS))}
 WORDS = {**THING_WORDS, **SCENE_WORDS}
 UNASKED = -1
-NEW_BATCHES = 16  # of captions that no update sees, on which the accuracy is measured
+NEW_CAPTIONS = 1024  # that no update sees, on which the accuracy is measured
 
 
 class Questions:
     """Endless batches of captions with the answers to what is asked of their tokens; this host's rows of each."""
 
     def __init__(self, tokenizer: Tokenizer, batch_size: int, rows: Sequence[int]):
-        """Start with the first batch behind those that the accuracy is measured on."""
+        """Start with the first caption behind those that the accuracy is measured on."""
         self._tokenizer, self._batch_size, self._rows, self._number = tokenizer, batch_size, list(rows), 0
 
     def __iter__(self):
         return self
 
     def __next__(self) -> dict[str, np.ndarray]:
-        first = FIRST_TEXT_ENCODER_CAPTION + (self._number + NEW_BATCHES) * self._batch_size
+        first = FIRST_TEXT_ENCODER_CAPTION + NEW_CAPTIONS + self._number * self._batch_size
         self._number += 1
         arrays = questions(self._tokenizer, range(first, first + self._batch_size))
         return {name: array[self._rows] for name, array in arrays.items()}
@@ -96,6 +97,7 @@ def build(config, *, devices=None, workdir: Path | None = None, video=None) -> M
         fields={"ids": array(), "mask": array(), "answers": array(len(WORDS))},
         batches=lambda fresh: Questions(tokenizer, config.batch_size, batch_rows(mesh, config.batch_size).rows),
         record=lambda: {"architecture": {"name": "umt5", "config": dataclasses.asdict(sizes)}},
+        inputs=lambda: {"tokenizer": hashlib.sha256(tokenizer.serialized).hexdigest()[:16]},
     )
 
 
@@ -125,7 +127,7 @@ def trained_encoder(method: Method, params: Params) -> UMT5Encoder:
     return _network(method).module(params).encoder
 
 
-def accuracy(method: Method, params: Params, tokenizer: Tokenizer, *, captions: int = 1024) -> float:
+def accuracy(method: Method, params: Params, tokenizer: Tokenizer, *, captions: int = NEW_CAPTIONS) -> float:
     """Return the share of questions on captions that are new to it which the encoder's probes answer, 0..1."""
     network = _network(method)
     new = questions(tokenizer, range(FIRST_TEXT_ENCODER_CAPTION, FIRST_TEXT_ENCODER_CAPTION + captions))
