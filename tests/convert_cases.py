@@ -64,7 +64,8 @@ def training_run(workdir: Path, steps=(10, 20), *, ema: bool = False, old: bool 
                 "meta": ocp.args.JsonSave(meta | {"step": step}),
             }
             if ema:
-                items["ema" if old else "generator_ema"] = ocp.args.StandardSave(jax.tree.map(lambda leaf: leaf + 2, params))
+                name = "ema" if old else "generator_ema"
+                items[name] = ocp.args.StandardSave(jax.tree.map(lambda leaf: leaf + 2, params))
             manager.save(step, args=ocp.args.Composite(**items))
             manager.wait_until_finished()
     (workdir / "config.json").write_text(json.dumps({"optimizer": {"learning_rate": 2e-6}}))

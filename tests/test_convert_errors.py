@@ -212,9 +212,11 @@ BAD = {
         ["20: this checkpoint is incomplete (no meta/metadata); use another step"],
     ),
     "one step of another network, without meta": (
-        lambda tmp_path: run_with(lambda step: [shutil.rmtree(step / name) for name in ("meta", "generator")])(tmp_path)
-        / "checkpoints"
-        / "20",
+        lambda tmp_path: (
+            run_with(lambda step: [shutil.rmtree(step / name) for name in ("meta", "generator")])(tmp_path)
+            / "checkpoints"
+            / "20"
+        ),
         ["20: this checkpoint is incomplete (no meta/metadata); use another step"],
     ),
     "run of another network": (

@@ -191,7 +191,7 @@ def test_runs_of_another_network_or_without_an_ema(file, tmp_path):
     assert convert.student_settings(run) is None
     assert convert.training_settings(run) == {"main": "interpolator"}
     shutil.rmtree(run / "checkpoints" / "7" / "interpolator_ema")
-    with pytest.raises(UserError, match="checkpoints/7: holds no 'ema', but interpolator$"):
+    with pytest.raises(UserError, match=r"checkpoints/7: holds no 'ema', but interpolator$"):
         convert.load_interpolator(run, key="ema")
 
 

@@ -56,7 +56,8 @@ def batches(folders, count=None, **kwargs):
 
 def numbers(batch):
     """(clip, prompt) of each row."""
-    return [(int(z.flat[0]), int(p.flat[0])) for z, p in zip(batch["latents"], batch["prompts"]["prompt_embeds"], strict=True)]
+    pairs = zip(batch["latents"], batch["prompts"]["prompt_embeds"], strict=True)
+    return [(int(z.flat[0]), int(p.flat[0])) for z, p in pairs]
 
 
 def rows(found):
@@ -93,8 +94,9 @@ def test_each_epoch_holds_everything_once_in_an_order_of_its_own(folders):
 
 def test_several_batches_of_prompts_come_with_one_of_latents(folders):
     one, three = batches(folders, 6), batches(folders, 2, prompt_batches=3)
-    assert [batch["prompts"]["prompt_embeds"].shape for batch in three] == [(4, 3, 5, 2)] * 2
-    in_order = [int(batch["prompts"]["prompt_embeds"][row, i, 0, 0]) for batch in three for row in range(4) for i in range(3)]
+    embeds = [batch["prompts"]["prompt_embeds"] for batch in three]
+    assert [batch.shape for batch in embeds] == [(4, 3, 5, 2)] * 2
+    in_order = [int(batch[row, i, 0, 0]) for batch in embeds for row in range(4) for i in range(3)]
     assert in_order == [prompt for _, prompt in rows(one)], "no prompt is passed over"
     assert [int(z.flat[0]) for batch in three for z in batch["latents"]] == [clip for clip, _ in rows(one[:2])]
 

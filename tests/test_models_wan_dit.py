@@ -34,7 +34,7 @@ def params():
 def model(*, remat="none", dtype=jnp.float32):
     """Return (params, latents, timesteps, prompt_embeds) -> velocity, compiled."""
     network = make_denoiser(TINY, dtype=jnp.dtype(dtype).name, param_dtype="float32", remat=remat)
-    return jax.jit(lambda params, *inputs: network(params, *inputs))
+    return jax.jit(lambda params, *inputs: network.module(params)(*inputs))
 
 
 def inputs(batch=2, text=5, shape=SHAPE):
@@ -71,7 +71,7 @@ def test_the_padding_is_attended_to():
     """As Wan does, which masks no text token."""
     latents, timesteps, embeds = inputs(text=5)
     longer = make_denoiser(dataclasses.replace(TINY, text_len=30), dtype="float32", param_dtype="float32", remat="none")
-    velocity = jax.jit(lambda *args: longer(*args))(params(), latents, timesteps, embeds)
+    velocity = jax.jit(lambda params, *args: longer.module(params)(*args))(params(), latents, timesteps, embeds)
     assert relative_error(velocity, run(latents, timesteps, embeds)) > 1e-4
 
 
@@ -147,7 +147,7 @@ def test_one_block_is_traced_however_many_there_are(monkeypatch):
     config = dataclasses.replace(TINY, num_layers=7)
     deep = make_denoiser(config, dtype="float32", param_dtype="float32", remat="none")
     calls.clear()
-    jax.eval_shape(lambda params: deep(params, *inputs()), deep.abstract_params())
+    jax.eval_shape(lambda params: deep.module(params)(*inputs()), deep.abstract_params())
     assert len(calls) == 1
 
 
@@ -183,7 +183,7 @@ def test_bad_input():
     network = make_denoiser(TINY, dtype="float32", param_dtype="float32", remat="none")
 
     def trace(*inputs):
-        jax.eval_shape(lambda params: network(params, *inputs), network.abstract_params())
+        jax.eval_shape(lambda params: network.module(params)(*inputs), network.abstract_params())
 
     latents, timesteps, embeds = inputs()
     for shape, name in (((3, 5, 6, 4), "height is 5"), ((3, 4, 7, 4), "width is 7")):

@@ -1,7 +1,8 @@
-"""scripts/train.py as a user runs it, on a tiny transformer: killed, stopped, out of disk, with wrong flags."""
+"""scripts/train.py and its kin as a user runs them, on tiny networks: killed, stopped, out of disk, misused."""
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,6 +16,11 @@ import orbax.checkpoint as ocp
 import pytest
 from training_cases import small_disk, write_sets, write_weights
 
+from avd_jax import convert, methods
+from avd_jax.errors import UserError
+from avd_jax.models.interpolator import InterpolatorConfig
+from avd_jax.training.fields import flags_parser
+
 ROOT = Path(__file__).parents[1]
 NUM_STEPS = 8
 
@@ -27,7 +33,7 @@ def command(tmp_path_factory):
     config = folder / "config.py"
     config.write_text(
         f"""
-from avd_jax.training.config import default_config
+from avd_jax.methods.avd.config import default_config
 
 def get_config():
     config = default_config()
@@ -70,7 +76,7 @@ def metrics(workdir):
 def contents(workdir, step):
     """Every array of a checkpoint as bytes, and its meta data."""
     folder, found = workdir / "checkpoints" / str(step), {}
-    for item in ("generator", "fake_score", "ema", "optimizers", "progress"):
+    for item in ("generator", "fake_score", "generator_ema", "optimizers", "progress"):
         for path, leaf in jax.tree_util.tree_leaves_with_path(ocp.StandardCheckpointer().restore(folder / item)):
             found[f"{item}{jax.tree_util.keystr(path)}"] = np.asarray(leaf).tobytes()
     return found, json.loads((folder / "meta" / "metadata").read_text())
@@ -183,3 +189,107 @@ def test_a_value_of_the_wrong_type_is_named(command, tmp_path):
     assert (status, out) == (1, "")
     assert "--config.num_steps=many" in err
     assert "Traceback" not in err
+
+
+@pytest.fixture(scope="module")
+def interpolator_config(tmp_path_factory):
+    """A config file of a method with a small network."""
+    folder = tmp_path_factory.mktemp("interpolator")
+    latents, _ = write_sets(folder)
+    config = folder / "config.py"
+    config.write_text(
+        f"""
+from avd_jax.methods.interpolator import FIELDS
+from avd_jax.training.fields import config_from
+
+def get_config():
+    config = config_from(FIELDS)
+    config.data.latents, config.data.held_out, config.model.widths = {str(latents)!r}, 1, (8, 8, 8)
+    config.num_steps, config.batch_size, config.log_every = 1, 2, 1
+    return config
+"""
+    )
+    return config
+
+
+def script(name, config, *flags):
+    return [sys.executable, str(ROOT / "scripts" / name), "--config", str(config), *flags]
+
+
+def test_a_config_of_any_method_is_run_and_its_own_script_ships_the_result(interpolator_config, tmp_path):
+    status, out, err = finish(start(script("train.py", interpolator_config), tmp_path / "run"))
+    assert (status, err.count("Traceback")) == (0, 0), err
+    assert "done: 1 steps" in out
+    assert (tmp_path / "run" / "held_out.md").exists()
+    own = script("train_interpolator.py", interpolator_config, "--out", str(tmp_path / "out"))
+    status, out, err = finish(start(own, tmp_path / "run"))  # the run is complete: it is shipped
+    assert (status, err.count("Traceback")) == (0, 0), err
+    assert "the run is complete: 1 of 1 steps" in out
+    assert f"wrote {tmp_path}/out/interpolator" in out
+    assert convert.load_interpolator(tmp_path / "out").config == InterpolatorConfig(4, (8, 8, 8))
+
+
+def assert_one_line(process, message):
+    status, out, err = finish(process)
+    assert (status, out) == (1, "")
+    assert len(err.splitlines()) == 1, err
+    assert err.startswith("error: ")
+    assert message in err
+
+
+def test_a_script_of_one_method_takes_no_other(interpolator_config, tmp_path):
+    wrong = script("train_vae.py", interpolator_config, "--out", str(tmp_path / "out"))
+    message = "config.method='interpolator': this script is for 'vae'; run scripts/train.py, which takes any"
+    assert_one_line(start(wrong, tmp_path / "run"), message)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_explain_prints_the_fields_of_the_method_that_the_file_names(interpolator_config, tmp_path):
+    status, out, _ = finish(start(script("train.py", interpolator_config, "--explain"), tmp_path / "run"))
+    assert status == 0
+    assert "data.held_out = 1 " in out
+    assert "fake_score" not in out
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_method_that_does_not_exist_is_one_line(interpolator_config, tmp_path):
+    config = changed(interpolator_config, tmp_path, "config.method = 'vea'")
+    message = "config.method='vea': there is no such method (did you mean 'vae'?); it is one of avd, flow_matching"
+    assert_one_line(start(script("train.py", config), tmp_path / "run"), message)
+    assert not (tmp_path / "run").exists()
+
+
+def changed(config, folder, line):
+    """Write a config file with one more line."""
+    path = folder / "config.py"
+    path.write_text(config.read_text().replace("    return config", f"    {line}\n    return config"))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("line", "flags", "message"),
+    [
+        ("config.num_step = 3", [], "config.py: sets a field that does not exist"),
+        ("config.model.width = 3", [], "config.py: sets a field that does not exist"),
+        ("config.num_steps = 'many'", [], "or to a value of another type"),
+        ("pass", ["--config.data.held_outs=1"], "config.data.held_outs does not exist (did you mean 'data.held_out'?)"),
+        ("pass", ["--config.fake_score_updates=1"], "config.fake_score_updates does not exist"),
+    ],
+)
+def test_fields_are_those_of_the_method_that_the_file_names(interpolator_config, tmp_path, line, flags, message):
+    config = changed(interpolator_config, tmp_path, line)
+    with pytest.raises(UserError, match=re.escape(message)) as raised:
+        flags_parser(methods.fields_of_file)(["train.py", "--config", str(config), *flags])
+    assert "\n" not in str(raised.value)
+
+
+def test_a_file_that_is_no_config_is_named(tmp_path):
+    (tmp_path / "config.py").write_text("config = 3\n")
+    with pytest.raises(UserError, match=r"config\.py: is no config; it must define get_config\(\)"):
+        methods.fields_of_file(str(tmp_path / "config.py"))
+
+
+def test_every_config_that_comes_with_the_code_names_its_method():
+    found = {path.stem: methods.fields_of_file(str(path))["method"].default for path in ROOT.glob("configs/*.py")}
+    assert set(found.values()) == {"avd", "flow_matching", "interpolator", "vae"}
+    assert (found["tiny"], found["tiny_pretrain"], found["tiny_vae"]) == ("avd", "flow_matching", "vae")

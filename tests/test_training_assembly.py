@@ -1,20 +1,20 @@
-"""Reports of programs, compiled here for the CPU's devices; the real figures come from libtpu (docs/pods.md)."""
+"""A run put together without being run: its programs, what they hold, and what they would cost."""
 
 import json
-from functools import partial
 
 import jax
 import pytest
-from avd_jax.training.aot import Plan, make_plan
-from training_cases import DIT, make_config
+from training_cases import DIT, make_config, write_sets, write_weights
 
 from avd_jax.capacity import compiling
+from avd_jax.capacity.compiling import compile_program
 from avd_jax.capacity.planning import candidates
 from avd_jax.capacity.program import expected_flops
 from avd_jax.errors import UserError
-from avd_jax.parallel.mesh import make_mesh
+from avd_jax.methods.avd import RECIPE
+from avd_jax.methods.avd.config import default_config
+from avd_jax.training.assembly import Assembly
 
-SHAPE = 3, 4, 4, 4
 VIDEO = {"frames": 9, "height": 32, "width": 32}
 
 
@@ -23,13 +23,32 @@ def memory(monkeypatch):
     monkeypatch.setattr(compiling, "memory_gib", lambda device_kind: 16)
 
 
-def plan(**fields):
-    config = make_config(batch_size=4, **fields)
-    return Plan(config, DIT, SHAPE, make_mesh(data=1, fsdp=4, seq=2))
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    latents, prompts = write_sets(folder)
+    return {
+        "init_from": str(write_weights(folder / "dit")),
+        "data__latents": str(latents),
+        "data__prompts": str(prompts),
+    }
 
 
-def test_a_programs_report():
-    report, text = plan().compile("forward", topology="here")
+def assemble(inputs, *, devices=None, **fields):
+    base = {"batch_size": 4, "mesh__data": 1, "mesh__fsdp": 4, "mesh__seq": 2}
+    return Assembly(RECIPE.build(make_config(**inputs | base | fields), devices=devices))
+
+
+def compiled(assembly, name):
+    return compile_program(assembly.program(name), mesh=assembly.mesh, batch_size=4, topology="here")
+
+
+def size_of(tree):
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def test_a_programs_report(inputs):
+    report, text = compiled(assemble(inputs), "forward")
     assert report.fits
     assert report.mesh == {"data": 1, "fsdp": 4, "seq": 2}
     assert report.argument_gib > 0
@@ -42,46 +61,96 @@ def test_a_programs_report():
     assert report.as_text().startswith("forward on here, mesh data=1 x fsdp=4 x seq=2, batch 4: fits\n")
 
 
-def test_the_flops_are_all_devices_and_do_not_depend_on_the_mesh():
-    def flops(**sizes):
-        return expected_flops(Plan(make_config(batch_size=4), DIT, SHAPE, make_mesh(**sizes)).program("student_sample"))
+def test_the_flops_are_all_devices_and_do_not_depend_on_the_mesh(inputs):
+    def flops(**fields):
+        return expected_flops(assemble(inputs, **fields).program("student_sample"))
 
-    assert flops(data=1, fsdp=1, seq=1, devices=jax.devices()[:1]) == flops(data=1, fsdp=4, seq=2)
+    one = {"mesh__fsdp": 1, "mesh__seq": 1, "devices": jax.devices()[:1]}
+    assert flops(**one) == flops()
 
 
-def test_sample_videos_are_shared_out_where_there_are_fewer_than_shards():
+def test_sample_videos_are_shared_out_if_there_are_fewer_than_shards(inputs):
     """Held whole by all 8, 2 videos would cost each device the activations of both."""
 
     def temporaries(prompts):
-        config = make_config(batch_size=8, sample__prompts=prompts)
-        return Plan(config, DIT, SHAPE, make_mesh(data=8)).compile("student_sample", topology="here")[0].temporary_gib
+        fields = {"batch_size": 8, "mesh__data": 8, "mesh__fsdp": 1, "mesh__seq": 1, "sample__prompts": prompts}
+        return compiled(assemble(inputs, **fields), "student_sample")[0].temporary_gib
 
     assert temporaries(2) == temporaries(8) < temporaries(9)
 
 
-@pytest.mark.parametrize("name", ["generator_step", "fake_score_step", "vae_decode"])
-def test_every_program_can_be_traced(name):
-    assert expected_flops(plan().program(name)) > 0
+def test_every_program_of_a_run_with_half_rate_steps_can_be_traced(inputs):
+    """It needs no weights of an interpolator, whose sizes are then the paper's."""
+    assembly = assemble(inputs, half_rate__steps=2)
+    names = assembly.program_names()
+    assert names == [
+        *("generator_step", "fake_score_step", "student_sample", "student_sample_half_rate", "vae_decode", "forward")
+    ]
+    assert all(expected_flops(assembly.program(name)) > 0 for name in names)
+
+
+def test_a_program_that_a_config_does_not_have(inputs):
+    with pytest.raises(UserError, match=r"generator_stp: .* no such program \(did you mean 'generator_step'"):
+        assemble(inputs).program("generator_stp")
+    regression = assemble(inputs, loss__distribution_matching=0.0, loss__temporal=0.0)
+    with pytest.raises(UserError, match="--programs fake_score_step: this config has no such program"):
+        regression.program("fake_score_step")
+
+
+def test_regression_alone_holds_neither_fake_score_nor_teacher(inputs):
+    """Which is half of what the trained networks of a distillation hold."""
+    whole = assemble(inputs)
+    regression = assemble(inputs, loss__distribution_matching=0.0, loss__temporal=0.0)
+    assert set(regression.abstract.networks) == {"generator"}
+    assert set(regression.method.frozen) == set()
+    assert size_of(regression.abstract.networks) == size_of(whole.abstract.networks) / 2
+    held = [size_of(assembly.program("generator_step").args[:2]) for assembly in (whole, regression)]
+    assert held[1] < 0.5 * held[0]
+    assert regression.fresh() == {"prompts": 0}
+    assert whole.fresh() == {"prompts": 6}
+
+
+def test_nothing_to_train_is_named(inputs):
+    off = {"loss__distribution_matching": 0.0, "loss__regression": 0.0, "loss__temporal": 0.0}
+    with pytest.raises(UserError, match=r"has weight 0.* one of distribution_matching, temporal, regression"):
+        assemble(inputs, **off)
+
+
+def build(config, devices=None):
+    return Assembly(RECIPE.build(config, devices=devices, video=VIDEO))
 
 
 def test_sizes_come_from_the_config_or_are_asked_for():
-    found = make_plan(make_config(model="1.3B", mesh__seq=2, batch_size=4), jax.devices(), **VIDEO)
-    assert found.model.num_heads == 12
-    assert found.latents_shape == (3, 4, 4, 16)
+    found = build(make_config(model="1.3B", mesh__seq=2, batch_size=4))
+    assert found.method.record()["architecture"]["config"]["num_heads"] == 12
+    assert found.method.fields["latents"].abstract.shape == (4, 3, 4, 4, 16)
     with pytest.raises(UserError, match=r"config.model='': set it to one of 1.3B, 14B, or set init_from"):
-        make_plan(make_config(), jax.devices(), **VIDEO)
+        build(make_config())
     with pytest.raises(UserError, match=r"12 attention heads .* config.mesh.seq=8"):
-        make_plan(make_config(model="1.3B", mesh__seq=8), jax.devices(), **VIDEO)
+        build(make_config(model="1.3B", mesh__seq=8))
 
 
 def test_planning_tries_what_divides_batch_and_heads():
-    config = make_config(model="1.3B", batch_size=4)
-
     def tried(devices):
-        return candidates(config, jax.devices()[:devices], partial(make_plan, devices=jax.devices()[:devices], **VIDEO))
+        devices = jax.devices()[:devices]
+        config = make_config(model="1.3B", batch_size=4)
+        return list(candidates(config, devices, lambda changed: build(changed, devices)))
 
-    found = [(p.config.batch_size, p.mesh.shape["fsdp"], p.mesh.shape["seq"]) for p in tried(8)]
+    found = [(a.rows.batch_size, a.mesh.shape["fsdp"], a.mesh.shape["seq"]) for a in tried(8)]
     # 8 devices: seq=8 does not divide 12 heads, fsdp=8 no batch of 4.
     assert found == [(4, 4, 2), (4, 2, 4), (8, 8, 1), (8, 4, 2), (8, 2, 4)]
     with pytest.raises(UserError, match=r"a batch of 4 .* cannot be shared out over data=5"):
-        list(tried(5))
+        tried(5)
+
+
+def test_the_full_size_state_of_a_distillation():
+    """1.3B: parameters and moments of two networks in float32, as configs/wan13b.py says."""
+    config = default_config()
+    config.model, config.batch_size = "1.3B", 8
+    state = build(config).abstract
+    assert sum(leaf.size for leaf in jax.tree.leaves(state.networks["generator"].params)) == 1_418_996_800
+    assert 34e9 < size_of(state) < 34.1e9
+
+
+def test_the_tiny_sizes_are_those_of_the_weights(inputs):
+    assert assemble(inputs).method.record()["architecture"]["config"]["dim"] == DIT.dim

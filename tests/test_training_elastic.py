@@ -49,11 +49,7 @@ def state_of(method):
 
 
 def large_leaves(state):
-    return [
-        (path, leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
-        if leaf.size >= LARGE_LEAF
-    ]
+    return [(path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(state) if leaf.size >= LARGE_LEAF]
 
 
 @pytest.fixture(scope="module")
@@ -114,9 +110,7 @@ def test_a_state_saved_on_eight_devices_is_restored_on_others(saved, devices, si
     abstract = abstract_state(method_on(mesh, DIT, config))
     restored = Checkpoints(workdir, keep=2).restore(1, abstract)
     chex.assert_trees_all_equal(jax.device_get(restored), jax.device_get(state), strict=True)
-    kernel, wanted = (
-        state.networks["generator"].params["blocks"]["ffn_0"]["kernel"] for state in (restored, abstract)
-    )
+    kernel, wanted = (state.networks["generator"].params["blocks"]["ffn_0"]["kernel"] for state in (restored, abstract))
     assert kernel.sharding == wanted.sharding
     parts = math.prod(kernel.shape) // math.prod(kernel.addressable_shards[0].data.shape)
     assert parts == sizes["fsdp"]

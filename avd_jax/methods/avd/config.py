@@ -8,7 +8,7 @@ import ml_collections
 
 from avd_jax.diffusion.student import DEFAULT_HALF_RATE_POSITIONS, HALF_RATE_POSITIONS, StudentSchedule
 from avd_jax.errors import UserError
-from avd_jax.methods.avd.terms import generator_terms
+from avd_jax.methods.avd import terms
 from avd_jax.methods.transformers import ATTENTION_FIELDS, DTYPES, REMAT
 from avd_jax.models.wan_dit import REMAT_POLICIES, WAN_MODELS
 from avd_jax.parallel.memory import MEMORIES
@@ -174,7 +174,7 @@ def validate_values(config) -> None:
     require("score.min_timestep", low, wrong)
     parts, batch = flat["accumulation_steps"], flat["batch_size"]
     require("accumulation_steps", parts, f"must divide batch_size={batch}" if batch % parts else None)
-    if not active(generator_terms(config.loss)):
+    if not active(terms.generator_terms(config.loss)):
         raise UserError("config.loss: every term has weight 0, nothing would be trained; set one of them")
     num_steps = len(StudentSchedule(tuple(config.student.timesteps)).timesteps)
     half_steps = flat["half_rate.steps"]

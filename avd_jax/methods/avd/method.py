@@ -14,7 +14,7 @@ from avd_jax.convert.architectures import INTERPOLATOR
 from avd_jax.convert.fingerprint import fingerprint
 from avd_jax.convert.shipping import write_interpolator
 from avd_jax.convert.weights import open_weights
-from avd_jax.data.latents import EncodedSet, read_negative_prompt_embeds
+from avd_jax.data.latents import EncodedSet, LatentsInfo, read_negative_prompt_embeds
 from avd_jax.diffusion.student import StudentSchedule, check_half_rate
 from avd_jax.errors import UserError
 from avd_jax.generation.pipeline import LatentsShape
@@ -111,10 +111,7 @@ def build(config, *, devices=None, workdir: Path | None = None, video: Mapping[s
         batches=transformers.encoded_batches(config, mesh, text_len=sizes.model.text_len, prompts=config.data.prompts),
         extras={"history": partial(LossHistory.init, len(config.student.timesteps))},
         accumulation_steps=config.accumulation_steps,
-        record=lambda: {
-            "architecture": transformers.architecture(sizes.model),
-            "student": _student_settings(config, info),
-        },
+        record=partial(_record, config, sizes.model, info),
         inputs=partial(_inputs, config),
         observer=partial(AVDObserver, config, student, teacher, teacher_parts, sizes.model, info, mesh),
         unit=partial(unit, network, sizes.model, sizes.latents),
@@ -202,9 +199,12 @@ def _interpolator_part(config, interpolator: Functional, mesh) -> Frozen:
     return Frozen(shapes, load)
 
 
-def _student_settings(config, info) -> dict:
-    """Return what the student's checkpoints say about how to sample it."""
-    return {
+def _record(config, model: WanDiTConfig, info: LatentsInfo | None) -> dict:
+    """Return what the checkpoints say of the networks and, if the set is there, about how to sample the student."""
+    record = {"architecture": transformers.architecture(model)}
+    if info is None:
+        return record
+    student = {
         "timesteps": [float(t) for t in config.student.timesteps],
         "num_steps": len(config.student.timesteps),
         "shift": float(config.score.shift),
@@ -216,6 +216,7 @@ def _student_settings(config, info) -> dict:
         "half_rate_steps": config.half_rate.steps,
         "half_rate_positions": config.half_rate.positions,
     }
+    return record | {"student": student}
 
 
 def _inputs(config) -> dict[str, str]:
