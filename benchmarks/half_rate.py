@@ -77,7 +77,7 @@ def measure() -> tuple[list[float], list[float]]:
     config = WanDiTConfig(dim=384, ffn_dim=2240, num_heads=3, num_layers=LAYERS.value)
     network, params = denoiser(dit(config, jnp.float32))
     shape = (FRAMES.value, HEIGHT.value, WIDTH.value, config.in_dim)
-    text = jnp.zeros((1, config.text_len, config.text_dim))
+    text = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), conditions(config, jnp.float32))
     step = jax.jit(network)
     full, half = (jnp.zeros((1, frames, *shape[1:])) for frames in (shape[0], (shape[0] + 1) // 2))
     unet = Interpolator(InterpolatorConfig(config.in_dim), nnx.Rngs(0))

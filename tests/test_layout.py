@@ -1,6 +1,7 @@
 """The layout's rules, read off the source: who may import whom, how long a file may be."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,10 @@ PACKAGE = ROOT / "avd_jax"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
 
-# What a part may import besides itself; `errors` may be imported by all.
+# What a room may import besides itself, in the words of CONTRIBUTING.md's table; `errors` may be imported by all.
 ALLOWED = {
     "errors": set(),
     "shapes": set(),
-    "command_line": {"parallel", "training.fields"},
     "models": {"shapes"},
     "diffusion": {"shapes"},
     "losses": {"shapes", "diffusion"},
@@ -22,13 +22,15 @@ ALLOWED = {
     "parallel": {"shapes"},
     "capacity": {"shapes", "models", "parallel"},
     "data": {"models", "parallel"},
-    "evaluation": {"shapes", "data.shapes_world"},
-    "generation": {"models", "diffusion", "convert", "data", "parallel"},
-    "training": {
-        *("shapes", "models", "diffusion", "losses", "convert", "parallel", "data", "evaluation", "generation"),
-        "capacity",
+    "evaluation": {"shapes", "data"},
+    "generation": {"shapes", "models", "diffusion", "convert", "parallel", "data"},
+    "training": {"models", "parallel", "capacity", "data"},
+    "methods": {
+        *("shapes", "models", "diffusion", "losses", "convert", "parallel", "capacity", "data", "evaluation"),
+        *("generation", "training"),
     },
-    "experiments": {"convert", "parallel", "data", "evaluation", "generation", "training"},
+    "experiments": {"convert", "parallel", "data", "evaluation", "generation", "training", "methods"},
+    "command_line": {"parallel", "training", "methods"},
 }
 FRAMEWORKS = {"torch", "tensorflow", "diffusers", "transformers"}
 
@@ -66,13 +68,15 @@ def test_imports_follow_the_layout(path):
 
 def test_the_rule_notices_an_import_against_the_layout():
     models, training = PACKAGE / "models" / "rope.py", PACKAGE / "training" / "loop.py"
+    assert not allowed(training, "avd_jax.methods.avd")
+    assert not allowed(training, "avd_jax.losses.temporal")
     assert not allowed(models, "avd_jax.training.loop")
     assert not allowed(models, "avd_jax.diffusion")
     assert not allowed(PACKAGE / "convert" / "engine.py", "avd_jax.data.latents.EncodedSet")
     assert not allowed(models, "avd_jax")
     assert allowed(models, "avd_jax.shapes.Latents")
     assert allowed(models, "avd_jax.models.attention.attention")
-    assert allowed(training, "avd_jax.convert")
+    assert allowed(training, "avd_jax.capacity.flops")
 
 
 @pytest.mark.parametrize("path", SOURCES + SCRIPTS, ids=relative)
@@ -90,3 +94,36 @@ def test_length(path):
 
 def test_every_file_of_the_package_says_what_it_is():
     assert [path for path in SOURCES if not ast.get_docstring(ast.parse(path.read_text()))] == []
+
+
+def test_no_room_imports_from_one_that_imports_from_it():
+    above: dict[str, set[str]] = {}
+    for room, others in ALLOWED.items():  # in an order in which each room comes behind those that it imports from
+        rooms = {other for other in others if "." not in other}
+        assert rooms <= set(above), room
+        above[room] = rooms.union(*(above[other] for other in rooms))
+    assert set(above) == {part_of(path) for path in SOURCES if path.name != "__init__.py" or path.parent != PACKAGE}
+
+
+def test_contributing_says_the_same():
+    rows = [line.split("|")[1:4] for line in (ROOT / "CONTRIBUTING.md").read_text().splitlines() if "/` |" in line]
+    written = {re.search(r"`(\w+)/`", name)[1]: set(re.findall(r"`([\w.]+)`", may)) for name, _, may in rows}
+    assert written == {room: may for room, may in ALLOWED.items() if (PACKAGE / room).is_dir()}
+
+
+def test_the_trainer_knows_no_method():
+    names = {path.name for path in (PACKAGE / "methods").iterdir() if (path / "__init__.py").is_file()}
+    words = re.compile(rf"\b({'|'.join({*names, 'fake_score', 'teacher', 'student'} - {'vae', 'interpolator'})})\b")
+    found = {
+        relative(path): words.findall(path.read_text())
+        for path in SOURCES
+        if part_of(path) in ("training", "capacity") and words.search(path.read_text())
+    }
+    assert found == {}
+
+
+def test_fake_score_is_named_where_it_belongs():
+    """The methods that have one, their losses, the pages about them, and the table of the checkpoints' keys."""
+    named = {relative(path) for path in SOURCES if "fake_score" in path.read_text()}
+    rooms = tuple(f"avd_jax/{room}/" for room in ("methods", "losses", "experiments"))
+    assert {path for path in named if not path.startswith(rooms)} == {"avd_jax/convert/layouts.py"}

@@ -2,8 +2,8 @@
 
 A checkpoint `workdir/checkpoints/<step>/` has an item with the parameters of each network, under the network's name,
 one with its running mean (`<name>_ema`) if the run keeps one, `optimizers` and `progress`, all arrays; and `meta` as
-JSON: the method, the main network and its architecture, how a student is sampled, the whole config, the run's random
-key and the position in the data.
+JSON: the method, the main network and its architecture, what else the method records, the whole config, the run's
+random key and the position in the data.
 """
 
 import errno

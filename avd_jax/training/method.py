@@ -2,7 +2,7 @@
 
 A method is data and pure functions. Everything by which the functions of an update may ask for has a name in one space:
 
-    the parameters of each network, trained or frozen      `generator`, `teacher`
+    the parameters of each network, trained or frozen      `generator`
     the extras of the state                                `history`
     the fields of the batch                                `latents`, `captions`
     what is drawn once for the batch                       `stop`

@@ -141,11 +141,11 @@ def passes_of(update: Update) -> tuple[Pass, ...]:
     values = {value.name: value for value in update.values}
     groups: list[tuple[set[str], list[Term]]] = []
     for term in active(update.terms):
-        shared, terms = _closure(_inputs_of(term), values) & set(values), [term]
-        for group in [group for group in groups if group[0] & shared]:
-            groups.remove(group)
-            shared, terms = shared | group[0], group[1] + terms
-        groups.append((shared, terms))
+        shared = _closure(_inputs_of(term), values) & set(values)
+        joined = [group for group in groups if group[0] & shared]
+        terms = [one for group in joined for one in group[1]] + [term]
+        groups = [group for group in groups if group not in joined]
+        groups.append((shared.union(*(group[0] for group in joined)), terms))
     return tuple(
         Pass(
             terms=tuple(terms),
