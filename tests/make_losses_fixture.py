@@ -22,13 +22,13 @@ def distribution_matching(x0, fake_x0, real_x0):
     return gradients, losses
 
 
-def adaptive_weights(losses, index, num_timesteps, alpha, k, weight_uses, first):
+def adaptive_weights(losses, index, num_timesteps, alpha, k, weight_uses):
     """One sample after another; returns the weights and the history after each sample."""
     mean = [0.0] * num_timesteps
     seen = [False] * num_timesteps
     weights, means = [], []
     for loss, t in zip(losses, index, strict=True):
-        before = loss if first == "own_loss" and not seen[t] else mean[t]
+        before = mean[t] if seen[t] else loss
         mean[t] = alpha * before + (1 - alpha) * loss
         seen[t] = True
         compared = {"before": before, "after": mean[t]}[weight_uses]
@@ -106,10 +106,7 @@ def make_losses(rng):
         "timestep_index": index,
     }
     for weight_uses in ("before", "after"):
-        for first in ("own_loss", "zero"):
-            weights, means = adaptive_weights(losses, index, 4, 0.95, 3.0, weight_uses, first)
-            data[f"weights_{weight_uses}_{first}"] = weights
-            data[f"means_{first}"] = means
+        data[f"weights_{weight_uses}"], data["means"] = adaptive_weights(losses, index, 4, 0.95, 3.0, weight_uses)
     for shift in (1.0, 5.0):
         data[f"train_sigmas_{shift}"] = [shift * u / (shift * u + 1 - u) for u in np.linspace(1, 0, 1001)[:-1]]
     return data

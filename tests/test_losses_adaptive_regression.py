@@ -23,25 +23,23 @@ INDEX = jnp.asarray(GOLDEN["timestep_index"], jnp.int32)
 
 
 @pytest.mark.parametrize("weight_uses", ["before", "after"])
-@pytest.mark.parametrize("first", ["own_loss", "zero"])
-def test_golden_one_by_one(weight_uses, first):
-    step = jax.jit(lambda *args: weights_and_update(*args, weight_uses=weight_uses, first=first))
+def test_golden_one_by_one(weight_uses):
+    step = jax.jit(lambda *args: weights_and_update(*args, weight_uses=weight_uses))
     history = LossHistory.init(4)
     for i in range(len(LOSSES)):
         weight, history = step(history, LOSSES[i : i + 1], INDEX[i : i + 1])
-        np.testing.assert_allclose(weight, GOLDEN[f"weights_{weight_uses}_{first}"][i : i + 1], atol=1e-6)
-        np.testing.assert_allclose(history.mean, GOLDEN[f"means_{first}"][i], atol=1e-6)
+        np.testing.assert_allclose(weight, GOLDEN[f"weights_{weight_uses}"][i : i + 1], atol=1e-6)
+        np.testing.assert_allclose(history.mean, GOLDEN["means"][i], atol=1e-6)
         np.testing.assert_array_equal(history.seen, np.isin(np.arange(4), GOLDEN["timestep_index"][: i + 1]))
 
 
-@pytest.mark.parametrize("first", ["own_loss", "zero"])
 @pytest.mark.parametrize("batch", [1, 4, 16, 32])
-def test_batches_leave_the_history_of_their_samples_one_by_one(first, batch):
+def test_batches_leave_the_history_of_their_samples_one_by_one(batch):
     history = LossHistory.init(4)
     for start in range(0, len(LOSSES), batch):
         rows = slice(start, start + batch)
-        history = update_history(history, LOSSES[rows], INDEX[rows], alpha=0.95, first=first)
-        np.testing.assert_allclose(history.mean, GOLDEN[f"means_{first}"][start + batch - 1], atol=1e-6)
+        history = update_history(history, LOSSES[rows], INDEX[rows], alpha=0.95)
+        np.testing.assert_allclose(history.mean, GOLDEN["means"][start + batch - 1], atol=1e-6)
 
 
 def test_weights_of_a_batch_use_the_history_before_it():
@@ -104,10 +102,9 @@ def test_regression_loss_is_per_example():
     np.testing.assert_allclose(regression_loss(velocity=velocity, target=target), expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("field", ["weight_uses", "first"])
-def test_unknown_choices_are_refused(field):
-    with pytest.raises(UserError, match=f"{field} is 'during'.*use"):
-        weights_and_update(LossHistory.init(4), LOSSES, INDEX, **{field: "during"})
+def test_an_unknown_choice_is_refused():
+    with pytest.raises(UserError, match="weight_uses is 'during'.*use"):
+        weights_and_update(LossHistory.init(4), LOSSES, INDEX, weight_uses="during")
 
 
 def test_devices_share_one_history():

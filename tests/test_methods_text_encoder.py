@@ -89,16 +89,12 @@ def test_training_makes_the_words_readable(tokenizer, tmp_path):
     shares = {}
     for num_steps in (1, 120):
         run = train(RECIPE, config_for(num_steps), tmp_path / str(num_steps))
-        shares[num_steps] = accuracy(
-            run.method, run.state.networks["text_encoder"].latest, tokenizer, captions=16 * 8
-        )
+        shares[num_steps] = accuracy(run.method, run.state.networks["text_encoder"].latest, tokenizer, captions=16 * 8)
     assert shares[1] < 0.5
     assert shares[120] > shares[1] + 0.2
 
     encoder = trained_encoder(run.method, run.state.networks["text_encoder"].latest)
-    expected = UMT5Config(
-        vocab_size=tokenizer.vocab_size, dim=32, ffn_dim=64, num_heads=2, head_dim=16, num_layers=1
-    )
+    expected = UMT5Config(vocab_size=tokenizer.vocab_size, dim=32, ffn_dim=64, num_heads=2, head_dim=16, num_layers=1)
     assert encoder.config == expected
     ids, mask = tokenizer([shapes_world.caption(0)])
     assert np.isfinite(encoder(ids[:, :64], mask[:, :64])).all()

@@ -8,15 +8,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from training_cases import linear_params, make_config, make_method, small_disk, start_state
+from flax import nnx
+from training_cases import DIT, linear_params, make_config, make_method, small_disk, start_state
 
+from avd_jax import convert
 from avd_jax.errors import UserError
+from avd_jax.methods.transformers import architecture
+from avd_jax.models.functional import make_denoiser
 from avd_jax.training.checkpoint import Checkpoints
 
 
-def random_state(config, seed=0, size=4):
+def random_state(config, seed=0, size=4, params=None):
     """A state in which every leaf has values of its own."""
-    params = linear_params(0, size)
+    params = linear_params(0, size) if params is None else params
     state = start_state(make_method(config, abstract=params), params)
     rng = np.random.default_rng(seed)
 
@@ -51,6 +55,19 @@ def test_round_trip(tmp_path, ema_decay):
     for step, state in states.items():
         assert again.meta(step) == {"step": step, "list": [1, 2.5, "x"]}
         chex.assert_trees_all_equal(again.restore(step, abstract(state)), state, strict=True)
+
+
+def test_each_network_is_found_by_those_who_load_weights(tmp_path):
+    abstract = make_denoiser(DIT, dtype="float32", param_dtype="float32", remat="none").abstract_params()
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract)
+    config = make_config(ema_decay=0.9)
+    state, checkpoints = random_state(config, params=zeros), Checkpoints(tmp_path, **config.checkpoint)
+    checkpoints.save(1, state, {"main": "generator", "architecture": architecture(DIT)}, {})
+    checkpoints.wait()
+    generator, fake_score = state.networks["generator"], state.networks["fake_score"]
+    for key, params in (("generator", generator.params), ("ema", generator.ema), ("critic", fake_score.params)):
+        found = nnx.to_pure_dict(nnx.state(convert.load_dit(tmp_path, key=key)))
+        chex.assert_trees_all_equal(found, params)
 
 
 def test_what_is_saved_is_the_state_at_that_moment(tmp_path):

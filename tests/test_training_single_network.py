@@ -202,7 +202,7 @@ def test_a_checkpoint_of_an_older_version_is_named_and_left_as_it_is(tmp_path):
 
 def test_a_folder_of_another_method_is_named(tmp_path):
     run(config_for(num_steps=2), tmp_path)
-    with pytest.raises(UserError, match=r"other settings \(config.method was 'line', is 'curve'\); use them, or") as one:
+    with pytest.raises(UserError, match=r"other settings \(config.method was 'line', is 'curve'\); use them") as one:
         run(config_for(num_steps=2, method="curve"), tmp_path, name="curve")
     (tmp_path / "config.json").unlink()
     with pytest.raises(UserError, match=r"/2: is a run of the method 'line', the config is of 'curve'; use its") as two:

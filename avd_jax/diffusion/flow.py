@@ -16,7 +16,6 @@ Arithmetic is at least float32: bf16 has 8 bits, and x0 is a small difference of
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Key
 
@@ -36,11 +35,6 @@ def shifted_sigma(u, shift: float):
     docs/method.md, Notation. A shift above 1 spends more of the time at high noise; 1 leaves `u` as it is.
     """
     return shift * u / (1 + (shift - 1) * u)
-
-
-def train_sigmas(num: int, shift: float) -> np.ndarray:
-    """Return the `num` noise levels of the training schedule, from 1 to the shifted 1/num: NumPy float64, [num]."""
-    return shifted_sigma(np.arange(num, 0, -1) / num, shift)
 
 
 def sigma_of_timestep(timesteps):
@@ -84,12 +78,6 @@ def velocity_target(*, x0: Latents, noise: Latents) -> Latents:
 def x0_from_velocity(*, xt: Latents, velocity: Latents, sigmas: Sigmas) -> Latents:
     """Return the x0 that a velocity at xt implies, xt - sigma velocity, [B F H W C]."""
     return at_least_float32(xt) - _over_latents(sigmas) * at_least_float32(velocity)
-
-
-@typechecked
-def velocity_from_x0(*, xt: Latents, x0: Latents, sigmas: Sigmas) -> Latents:
-    """Return the velocity that an x0 at xt implies, (xt - x0) / sigma, [B F H W C]; sigma = 0 has none (nan or inf)."""
-    return (at_least_float32(xt) - at_least_float32(x0)) / _over_latents(sigmas)
 
 
 def _over_latents(sigmas: Array) -> Array:

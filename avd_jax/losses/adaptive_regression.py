@@ -68,7 +68,6 @@ def update_history(
     timestep_index: TimestepIndex,
     *,
     alpha: float | int,
-    first: str = "own_loss",
 ) -> LossHistory:
     """Return the history after a batch (Eq. 6), as if its samples had come one after another in batch order.
 
@@ -76,21 +75,14 @@ def update_history(
       history: before the batch, T timesteps.
       losses: each sample's regression loss.
       timestep_index: each sample's step of the student, 0..T-1.
-      alpha: share of the old mean that stays, 0.95 in the paper.
-      first: what a timestep's mean is before its first loss: see `weights_and_update`.
-
-    Raises:
-      UserError: where `first` is unknown.
+      alpha: share of the old mean that stays, 0.95 in the paper. A timestep's first loss is its mean.
     """
-    _check_choice("first", first, ("own_loss", "zero"))
     losses = jax.lax.stop_gradient(at_least_float32(losses))
     hits = timestep_index[:, None] == jnp.arange(history.mean.shape[0])  # [B T]
     earlier = jnp.cumsum(hits, axis=0) - hits
     count = hits.sum(axis=0)
 
-    share = jnp.full(hits.shape, 1.0 - alpha)
-    if first == "own_loss":
-        share = jnp.where((earlier == 0) & ~history.seen, 1.0, share)
+    share = jnp.where((earlier == 0) & ~history.seen, 1.0, 1.0 - alpha)
     left = alpha ** (count - 1 - earlier).astype(losses.dtype)  # of a sample's share, after the batch's later samples
     new = jnp.where(hits, share * left * losses[:, None], 0).sum(axis=0)
     # An unseen timestep's old mean is 0, so it needs no case of its own.
@@ -108,7 +100,6 @@ def weights_and_update(
     alpha: float | int = 0.95,
     k: float | int = 3.0,
     weight_uses: str = "before",
-    first: str = "own_loss",
 ) -> tuple[PerExample, LossHistory]:
     """Return each sample's weight, [B], and the history after the batch (Eqs. 6 and 7).
 
@@ -120,24 +111,17 @@ def weights_and_update(
       k: steepness of the weight.
       weight_uses: 'before' (paper): the mean before the batch. 'after' (the authors' code): that mean updated with the
         sample's own loss alone, which amounts to a k of alpha k.
-      first: 'own_loss' (paper): a timestep's first loss is its history, so the sample weighs 1/2, as do others of that
-        timestep in the same batch. 'zero': the mean starts at 0.
+
+    A timestep's first loss is its history, so the sample weighs 1/2, as do others of that timestep in the same batch.
 
     Raises:
-      UserError: where `weight_uses` or `first` is none of these.
+      UserError: `weight_uses` is neither.
     """
-    _check_choice("weight_uses", weight_uses, ("before", "after"))
-    _check_choice("first", first, ("own_loss", "zero"))
+    if weight_uses not in ("before", "after"):
+        raise UserError(f"weight_uses is {weight_uses!r}: use 'before' or 'after'")
     losses = jax.lax.stop_gradient(at_least_float32(losses))
-    mean = history.mean[timestep_index]
-    if first == "own_loss":
-        mean = jnp.where(history.seen[timestep_index], mean, losses)
+    mean = jnp.where(history.seen[timestep_index], history.mean[timestep_index], losses)
     if weight_uses == "after":
         mean = alpha * mean + (1 - alpha) * losses
     weights = adaptive_weight(losses, mean, k=k)
-    return weights, update_history(history, losses, timestep_index, alpha=alpha, first=first)
-
-
-def _check_choice(field: str, value: str, choices: tuple[str, ...]):
-    if value not in choices:
-        raise UserError(f"{field} is {value!r}: use {' or '.join(map(repr, choices))}")
+    return weights, update_history(history, losses, timestep_index, alpha=alpha)

@@ -23,7 +23,7 @@ def temporal_variance(x: Latents) -> PerExample:
 
 
 @typechecked
-def temporal_loss(x: Latents, *, clip: float | int | None = 0.6, eps: float = 1e-6) -> Scalar:
+def temporal_loss(x: Latents, *, clip: float | int = 0.6, eps: float = 1e-6) -> Scalar:
     """Return L_temp of a batch of generated latents [B F H W C].
 
     The value is always that of Eq. 8, so that it can be logged. What the clip truncates is the gradient: it is zero
@@ -32,10 +32,8 @@ def temporal_loss(x: Latents, *, clip: float | int | None = 0.6, eps: float = 1e
 
     Args:
       x: the latents that the distribution matching loss sees.
-      clip: loss at which the frames differ enough, 0.6 in the paper; None never truncates.
+      clip: loss at which the frames differ enough, 0.6 in the paper; -inf never truncates.
       eps: keeps the logarithm finite where nothing moves.
     """
     loss = -jnp.log(jnp.mean(temporal_variance(x)) + eps)
-    if clip is None:
-        return loss
     return jnp.where(loss > clip, loss, jax.lax.stop_gradient(loss))
