@@ -1,6 +1,6 @@
-# Targets that set up what they need: tiny, test, parity, format. Python 3.11 or 3.12; PYTHON=... chooses one.
-PYTHON ?= $(shell for p in python3.11 python3.12 python3; do $$p -c \
-  'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done)
+# Targets that set up what they need: tiny, test, parity, format. Python 3.11, 3.12 or 3.13; PYTHON=... chooses one.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do $$p -c \
+  'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
 
 .PHONY: tiny test parity format
 
@@ -26,7 +26,7 @@ format: .venv/installed
 .venv/installed: EXTRAS = dev
 .venv-parity/installed: EXTRAS = dev,parity
 .venv/installed .venv-parity/installed: requirements.txt pyproject.toml
-	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or 3.12 found; name one with PYTHON=/path/to/python3.12"; exit 1; }
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11, 3.12 or 3.13 found; name one with PYTHON=/path/to/python3.12"; exit 1; }
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/pip install --quiet --disable-pip-version-check --editable ".[$(EXTRAS)]"
 	touch $@

@@ -103,7 +103,7 @@ def test_regression_loss_is_per_example():
 
 
 def test_an_unknown_choice_is_refused():
-    with pytest.raises(UserError, match="weight_uses is 'during'.*use"):
+    with pytest.raises(UserError, match=r"weight_uses is 'during'.*use"):
         weights_and_update(LossHistory.init(4), LOSSES, INDEX, weight_uses="during")
 
 

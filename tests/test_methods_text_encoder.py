@@ -16,7 +16,6 @@ from avd_jax.methods.text_encoder.method import (
     NEW_CAPTIONS,
     THING_WORDS,
     UNASKED,
-    Questions,
     accuracy,
     answered,
     questions,
@@ -72,17 +71,15 @@ def test_loss_and_share_of_right_answers_by_hand():
 
 @pytest.mark.parametrize("batch_size", [2, 64])
 def test_no_batch_has_a_caption_that_the_accuracy_is_measured_on(tokenizer, batch_size):
-    first = FIRST_TEXT_ENCODER_CAPTION + NEW_CAPTIONS
-    batches = Questions(tokenizer, batch_size, range(batch_size))
-    for number in range(2):
+    method = RECIPE.build(config_for(1, batch_size=batch_size))
+    batches, first = method.batches({}), FIRST_TEXT_ENCODER_CAPTION + NEW_CAPTIONS
+    for number in range(3):
+        if number == 2:  # from where another stands
+            state, batches = batches.get_state(), method.batches({})
+            batches.set_state(state)
         start = first + number * batch_size
-        jax.tree.map(
-            np.testing.assert_array_equal, next(batches), questions(tokenizer, range(start, start + batch_size))
-        )
-    again = Questions(tokenizer, batch_size, [1])
-    again.set_state(batches.get_state())
-    start = first + 2 * batch_size
-    np.testing.assert_array_equal(next(again)["ids"], questions(tokenizer, range(start + 1, start + 2))["ids"])
+        expected = questions(tokenizer, range(start, start + batch_size))
+        jax.tree.map(np.testing.assert_array_equal, next(batches), expected)
 
 
 def test_training_makes_the_words_readable(tokenizer, tmp_path):

@@ -9,9 +9,10 @@ import optax
 
 from avd_jax.parallel.hosts import batch_rows
 from avd_jax.parallel.mesh import make_mesh
+from avd_jax.training.batches import CountedBatches
 from avd_jax.training.config import RUN_FIELDS
 from avd_jax.training.fields import Field, check_values, not_negative, with_defaults
-from avd_jax.training.method import BatchField, Method, Observer, Recipe, Term, Trained, Update, Value
+from avd_jax.training.method import BatchField, Method, Recipe, Term, Trained, Update, Value
 
 FIELDS = {
     **with_defaults(RUN_FIELDS, method="toy", num_steps=6, checkpoint_every=2),
@@ -20,27 +21,15 @@ FIELDS = {
 }
 
 
-class Points:
-    """Endless batches of points on a line, made from their number."""
-
-    def __init__(self, config, mesh):
-        self.size, self.rows, self.number = config.batch_size, batch_rows(mesh, config.batch_size).rows, 0
-
-    def __next__(self):
-        x = np.random.default_rng(self.number).standard_normal(self.size).astype(np.float32)[list(self.rows)]
-        self.number += 1
-        return {"x": x, "y": 2 * x - 1}
-
-    def get_state(self):
-        return {"number": self.number}
-
-    def set_state(self, state):
-        self.number = state["number"]
+def points(size, number):
+    x = np.random.default_rng(number).standard_normal(size).astype(np.float32)
+    return {"x": x, "y": 2 * x - 1}
 
 
 def build(config, *, devices=None, workdir=None, video=None) -> Method:
     mesh, adam = make_mesh(devices=devices), optax.adam(config.rate)
-    points = BatchField(jax.ShapeDtypeStruct((config.batch_size,), jnp.float32))
+    rows = batch_rows(mesh, config.batch_size).rows
+    field = BatchField(jax.ShapeDtypeStruct((config.batch_size,), jnp.float32))
 
     def network(*names):
         start = {name: jnp.ones(()) for name in names}
@@ -50,11 +39,17 @@ def build(config, *, devices=None, workdir=None, video=None) -> Method:
     guess = Term("guess", 1.0, ("guess", "error"), lambda guess, error: (guess["size"] - jnp.abs(error)) ** 2)
     fit = Term("fit", 1.0, ("error",), lambda error: error**2)
     small = Term("small", config.loss.small, ("line",), lambda line: line["slope"] ** 2 + line["height"] ** 2)
+    networks = {"guess": network("size"), "line": network("slope", "height")}
+    updates = Update("guess", "guess", (guess,), (error,), times=2), Update("line", "line", (fit, small), (error,))
     return Method(
-        name="toy", main="line", mesh=mesh, networks={"guess": network("size"), "line": network("slope", "height")},
-        updates=(Update("guess", "guess", (guess,), (error,), times=2), Update("line", "line", (fit, small), (error,))),
-        fields={"x": points, "y": points}, batches=lambda fresh: Points(config, mesh), observer=lambda *_: Observer(),
-    )  # fmt: skip
+        name="toy",
+        main="line",
+        mesh=mesh,
+        networks=networks,
+        updates=updates,
+        fields={"x": field, "y": field},
+        batches=lambda fresh: CountedBatches(partial(points, config.batch_size), rows),
+    )
 
 
 RECIPE = Recipe("toy", FIELDS, partial(check_values, fields=FIELDS), partial(check_values, fields=FIELDS), build)

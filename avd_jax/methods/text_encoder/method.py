@@ -8,7 +8,7 @@ by itself which colour belongs to which shape.
 import dataclasses
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -25,6 +25,7 @@ from avd_jax.models.functional import Functional, Params, functional
 from avd_jax.models.umt5 import UMT5Config, UMT5Encoder
 from avd_jax.parallel.hosts import batch_rows
 from avd_jax.parallel.mesh import make_mesh
+from avd_jax.training.batches import CountedBatches
 from avd_jax.training.method import BatchField, Method, Term, Trained, Update
 
 LENGTH = 64  # tokens; captions of three objects have about 50
@@ -42,31 +43,6 @@ SCENE_WORDS = {"background": tuple(shapes_world.BACKGROUNDS), "pan": tuple(dict.
 WORDS = {**THING_WORDS, **SCENE_WORDS}
 UNASKED = -1
 NEW_CAPTIONS = 1024  # that no update sees, on which the accuracy is measured
-
-
-class Questions:
-    """Endless batches of captions with the answers to what is asked of their tokens; this host's rows of each."""
-
-    def __init__(self, tokenizer: Tokenizer, batch_size: int, rows: Sequence[int]):
-        """Start with the first caption behind those that the accuracy is measured on."""
-        self._tokenizer, self._batch_size, self._rows, self._number = tokenizer, batch_size, list(rows), 0
-
-    def __iter__(self):
-        return self
-
-    def __next__(self) -> dict[str, np.ndarray]:
-        first = FIRST_TEXT_ENCODER_CAPTION + NEW_CAPTIONS + self._number * self._batch_size
-        self._number += 1
-        arrays = questions(self._tokenizer, range(first, first + self._batch_size))
-        return {name: array[self._rows] for name, array in arrays.items()}
-
-    def get_state(self) -> dict:
-        """Return the position."""
-        return {"batch": self._number}
-
-    def set_state(self, state: Mapping) -> None:
-        """Go to a position."""
-        self._number = state["batch"]
 
 
 def build(config, *, devices=None, workdir: Path | None = None, video=None) -> Method:
@@ -95,7 +71,10 @@ def build(config, *, devices=None, workdir: Path | None = None, video=None) -> M
         },
         updates=(_update(network),),
         fields={"ids": array(), "mask": array(), "answers": array(len(WORDS))},
-        batches=lambda fresh: Questions(tokenizer, config.batch_size, batch_rows(mesh, config.batch_size).rows),
+        batches=lambda fresh: CountedBatches(
+            lambda number: questions(tokenizer, _captions(config.batch_size, number)),
+            batch_rows(mesh, config.batch_size).rows,
+        ),
         record=lambda: {"architecture": {"name": "umt5", "config": dataclasses.asdict(sizes)}},
         inputs=lambda: {"tokenizer": hashlib.sha256(tokenizer.serialized).hexdigest()[:16]},
     )
@@ -161,6 +140,12 @@ def _update(network: Functional) -> Update:
         return answered(network(text_encoder, ids, mask), answers)[0]
 
     return Update("total", "text_encoder", (Term("answers", 1.0, ("text_encoder", "ids", "mask", "answers"), loss),))
+
+
+def _captions(batch_size: int, number: int) -> range:
+    """Return the numbers of a batch's captions, behind those that the accuracy is measured on."""
+    first = FIRST_TEXT_ENCODER_CAPTION + NEW_CAPTIONS + number * batch_size
+    return range(first, first + batch_size)
 
 
 def questions(tokenizer: Tokenizer, indices: range) -> dict[str, np.ndarray]:

@@ -8,7 +8,6 @@ crops of few frames are enough: the network is convolutional, and a step costs a
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -24,6 +23,7 @@ from avd_jax.models.vae_layers import AttentionBlock, Downsample, ResidualBlock
 from avd_jax.models.wan_vae import RGB, WanVAE, WanVAEConfig
 from avd_jax.parallel.hosts import batch_rows
 from avd_jax.parallel.mesh import make_mesh
+from avd_jax.training.batches import CountedBatches
 from avd_jax.training.method import BatchField, Draw, Method, Term, Trained, Update, Value
 from avd_jax.training.optimizers import growing_decay, scheduled
 
@@ -143,30 +143,6 @@ def crops(config, number: int) -> np.ndarray:
     return out
 
 
-class WorldCrops:
-    """Endless batches of crops of the built-in world, made from their number; this host's rows of each."""
-
-    def __init__(self, config, rows: Sequence[int]):
-        """Start with the first batch."""
-        self._config, self._rows, self._number = config, list(rows), 0
-
-    def __iter__(self):
-        return self
-
-    def __next__(self) -> dict[str, np.ndarray]:
-        video = crops(self._config, self._number)
-        self._number += 1
-        return {"video": video[self._rows]}
-
-    def get_state(self) -> dict:
-        """Return the position."""
-        return {"batch": self._number}
-
-    def set_state(self, state: Mapping) -> None:
-        """Go to a position."""
-        self._number = state["batch"]
-
-
 def build(config, *, devices=None, workdir: Path | None = None, video=None) -> Method:
     """Put the method together; arguments as in `methods/avd/method.py`."""
     devices = jax.devices() if devices is None else devices
@@ -188,7 +164,9 @@ def build(config, *, devices=None, workdir: Path | None = None, video=None) -> M
         },
         updates=(_update(config, network),),
         fields={"video": BatchField(jax.ShapeDtypeStruct(shape, jnp.float32))},
-        batches=lambda fresh: WorldCrops(config, batch_rows(mesh, config.batch_size).rows),
+        batches=lambda fresh: CountedBatches(
+            lambda number: {"video": crops(config, number)}, batch_rows(mesh, config.batch_size).rows
+        ),
         key_of=lambda key, number: key,
         record=lambda: {"architecture": {"name": "wan_vae", "config": dataclasses.asdict(sizes)}},
     )
