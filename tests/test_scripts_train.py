@@ -269,9 +269,13 @@ def changed(config, folder, line):
 @pytest.mark.parametrize(
     ("line", "flags", "message"),
     [
-        ("config.num_step = 3", [], "config.py: sets a field that does not exist"),
-        ("config.model.width = 3", [], "config.py: sets a field that does not exist"),
-        ("config.num_steps = 'many'", [], "or to a value of another type"),
+        (
+            "config.num_step = 3",
+            [],
+            "sets the field 'num_step', which does not exist there (did you mean 'num_steps'?)",
+        ),
+        ("config.model.width = 3", [], "sets the field 'width', which does not exist there (did you mean 'widths'?)"),
+        ("config.num_steps = 'many'", [], "config.py: sets a field to a value of another type (Could not override"),
         ("pass", ["--config.data.held_outs=1"], "config.data.held_outs does not exist (did you mean 'data.held_out'?)"),
         ("pass", ["--config.fake_score_updates=1"], "config.fake_score_updates does not exist"),
     ],

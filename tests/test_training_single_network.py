@@ -195,14 +195,14 @@ def test_a_checkpoint_of_an_older_version_is_named_and_left_as_it_is(tmp_path):
         run(config_for(num_steps=2), tmp_path)
     message = str(raised.value)
     assert message.startswith(f"{tmp_path}/checkpoints/2: is of an older version of avd_jax (format 1, here 2)")
-    assert message.endswith(f"from its weights if you like: --config.init_from={tmp_path}")
+    assert message.endswith("end the run with that version, or begin one in another --workdir")
     assert "\n" not in message
     assert json.loads(path.read_text()) == meta
 
 
 def test_a_folder_of_another_method_is_named(tmp_path):
     run(config_for(num_steps=2), tmp_path)
-    with pytest.raises(UserError, match=r"other settings \(config.method was 'line', is 'curve'\); use them") as one:
+    with pytest.raises(UserError, match=r"holds a run of the method 'line', the config is of 'curve'; use its") as one:
         run(config_for(num_steps=2, method="curve"), tmp_path, name="curve")
     (tmp_path / "config.json").unlink()
     with pytest.raises(UserError, match=r"/2: is a run of the method 'line', the config is of 'curve'; use its") as two:

@@ -10,7 +10,9 @@ def _seed(value: int) -> str | None:
 RUN_FIELDS: Fields = {
     "method": Field("", "what is trained, and how: a folder of avd_jax/methods"),
     "seed": Field(0, "decides the initial weights of new networks, the order of the data and all noise", _seed),
-    "num_steps": Field(1000, "updates of the main network in the run", at_least(1)),
+    "num_steps": Field(
+        1000, "updates of the main network in the run; a learning rate that falls does so over them", at_least(1)
+    ),
     "batch_size": Field(8, "examples an update, over all devices", at_least(1)),
     "log_every": Field(1, "steps between two lines of metrics.jsonl", at_least(1), changeable=True),
     "checkpoint_every": Field(
@@ -43,7 +45,9 @@ MESH_FIELDS: Fields = {
         changeable=True,
     ),
     "mesh.seq": Field(
-        1, "devices along the axis that shares parameters and tokens; must divide the heads (12 or 40)", changeable=True
+        1,
+        "devices along the axis that shares parameters and tokens; must divide the heads (Wan: 12 or 40)",
+        changeable=True,
     ),
 }
 SCHEDULE_FIELDS: Fields = {  # of a training whose learning rate rises and falls (`optimizers.scheduled`)

@@ -127,19 +127,20 @@ def _start(
         return assembly.init_state(), jax.random.key(config.seed), batches
     meta, where = checkpoints.meta(step), checkpoints.folder / str(step)
     if meta.get("format") != FORMAT:
+        weights = f", from its weights if you like: --config.init_from={checkpoints.folder.parent}"
         raise UserError(
             f"{where}: is of an older version of avd_jax (format {meta.get('format', 1)}, here {FORMAT}) and cannot be "
-            "resumed; end the run with that version, or begin one in another --workdir, from its weights if you like: "
-            f"--config.init_from={checkpoints.folder.parent}"
+            "resumed; end the run with that version, or begin one in another --workdir"
+            + (weights if "init_from" in config else "")
         )
     if meta["method"] != method.name:
         raise UserError(
             f"{where}: is a run of the method {meta['method']!r}, the config is of {method.name!r}; use its own "
             "config, or another --workdir"
         )
-    here = jsonable(method.record()).get("architecture", {})
-    if meta.get("architecture", {}) != here:
-        difference = _difference(meta["architecture"], here)
+    there, here = meta.get("architecture", {}), jsonable(method.record()).get("architecture", {})
+    if there != here:
+        difference = _difference(there, here)
         raise UserError(
             f"{where}: is of another architecture ({difference}); give its own init_from or another --workdir"
         )

@@ -39,6 +39,11 @@ def record_config(config, workdir: Path, fields: Fields) -> None:
 
 def _check_unchanged(workdir: Path, before: dict, now: dict, changeable: Set[str]) -> None:
     changed = [name for name in now if name in before and before[name] != now[name] and name not in changeable]
+    if "method" in changed:
+        raise UserError(
+            f"{workdir}: holds a run of the method {before['method']!r}, the config is of {now['method']!r}; use its "
+            "own config, or another --workdir"
+        )
     if changed:
         shown = ", ".join(f"config.{name} was {before[name]!r}, is {now[name]!r}" for name in changed)
         raise UserError(f"{workdir}: holds a run with other settings ({shown}); use them, or another --workdir")
@@ -54,6 +59,11 @@ def check_inputs(before: Mapping[str, str] | None, now: Mapping[str, str], check
     """
     before = now if before is None else before
     changed = sorted(f"config.{name}" for name in {*before, *now} if before.get(name) != now.get(name))
+    if "method" in changed:
+        raise UserError(
+            f"{workdir}: holds a run of the method {before['method']!r}, the config is of {now['method']!r}; use its "
+            "own config, or another --workdir"
+        )
     if changed:
         raise UserError(
             f"{checkpoint}: the run began with other contents of {', '.join(changed)}; name a copy of those, or "
