@@ -143,7 +143,7 @@ def _update(network: Functional) -> Update:
 
 
 def _captions(batch_size: int, number: int) -> range:
-    """Return the numbers of a batch's captions, behind those that the accuracy is measured on."""
+    """Return the numbers of a batch's captions, after those that the accuracy is measured on."""
     first = FIRST_TEXT_ENCODER_CAPTION + NEW_CAPTIONS + number * batch_size
     return range(first, first + batch_size)
 
