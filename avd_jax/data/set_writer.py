@@ -107,7 +107,7 @@ class SetWriter:
                 "file_bytes": temporary.stat().st_size,
                 "skipped": dict(skipped),
             }
-            # Before the shard gets its name, so that a shard never stands without it.
+            # Before the shard gets its name, so that no shard is ever without it.
             write_text(manifest_path(self.folder, shard), json.dumps(manifest, ensure_ascii=False, indent=1) + "\n")
 
     def finish(self, negative_prompt: str, negative_prompt_embeds: np.ndarray) -> Summary:

@@ -103,7 +103,7 @@ def alignment(reading: Reading, caption: str) -> dict[str, float]:
 def instance_preservation(reading: Reading) -> float:
     """Return in which share of the frames the clip's objects are all there, once each and where they can be, 0..1.
 
-    A frame fails if an object is missing (unless another one hides it, or it has left the picture), stands in two
+    A frame fails if an object is missing (unless another one hides it, or it has left the picture), is in two
     places (unless another one divides it), has jumped since it was last seen, or if it shows an object that the
     rest of the clip does not have. A video without any object scores 0.
     """

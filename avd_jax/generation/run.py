@@ -1,6 +1,6 @@
 """A run of generation: texts, latents, pixels, files; it resumes where an earlier run of the same command stopped.
 
-Beside `<prompt>-<hash of it>-<seed>-<hash of the settings>.mp4` stands a `.json` with everything that makes the video
+Beside `<prompt>-<hash of it>-<seed>-<hash of the settings>.mp4` lies a `.json` with everything that makes the video
 again. Other settings or other weights give another name, so nothing is overwritten, and a video that is there is not
 made again. The `.json` comes first and the video appears only once it is complete: if a video is there, both are whole.
 """

@@ -114,7 +114,7 @@ class Settings:
             _check_text("negative_prompt", self.negative_prompt)
 
     def digest(self, fingerprints: Mapping[str, str]) -> str:
-        """Return the short hash that stands in file names.
+        """Return the short hash in file names.
 
         Where the weights lie does not count, only what is in them: `fingerprints`, one a component.
         """
