@@ -3,8 +3,8 @@
     python benchmarks/cycle_cost.py --config configs/wan13b.py
     python benchmarks/cycle_cost.py --config configs/wan13b.py --config.half_rate.steps=2
 
-The unit is one forward pass of the transformer on one example. Traced on the CPU, whose attention is XLA's: a fused kernel
-computes the scores again in its backward pass, which is two fifths more of attention's own work.
+The unit is one forward pass of the transformer on one example. Traced on the CPU, whose attention is XLA's: a fused
+kernel computes the scores again in its backward pass, which is two fifths more of attention's own work.
 """
 
 import jax
