@@ -23,7 +23,7 @@ def sample(keys):
 
 @jax.jit
 def finish(xt, stop_step):
-    """Continue from the input of `stop_step` to the last x0 (docs/method.md, Training loop), with those steps' noises."""
+    """Continue from the input of `stop_step` to the last x0 (docs/method.md, Training loop), with its noises."""
     x0 = xt
     for step, timestep in enumerate(TIMESTEPS):
         if step > 0:
