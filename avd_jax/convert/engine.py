@@ -1,8 +1,8 @@
 """One engine that reads a table of rules in both directions: PyTorch keys -> Flax leaves, and back.
 
-A rule pairs a PyTorch key with the path of a Flax leaf and states the re-layout as an einops pattern, so that no
-transpose is ever guessed from a shape and the way back is the same pattern with its sides exchanged. Conversion is
-strict: every key of the file is matched by exactly one rule, every leaf of the model is filled, every shape agrees.
+A rule pairs a PyTorch key with the path of a Flax leaf and states the re-layout as an einops pattern. So no transpose
+is ever guessed from a shape, and the way back is the same pattern with its sides exchanged. Conversion is strict:
+every key of the file is matched by exactly one rule, every leaf of the model is filled, every shape agrees.
 """
 
 import re

@@ -1,7 +1,7 @@
 """UniPC (Zhao et al. 2023, arXiv 2302.04867), second order, as Wan2.1 samples with it (wan/utils/fm_solvers_unipc.py).
 
-With alpha = 1 - sigma, lambda = log(alpha / sigma), m the x0 prediction and E = exp(-h) - 1, a step from s to t,
-h = lambda_t - lambda_s, is in the data-prediction form with B(h) = E ("bh2")
+Let alpha = 1 - sigma, lambda = log(alpha / sigma), m the x0 prediction, h = lambda_t - lambda_s and E = exp(-h) - 1. A
+step from s to t is in the data-prediction form with B(h) = E ("bh2")
 
     x_t = sigma_t / sigma_s x_s - alpha_t E m_s - alpha_t E sum_j rho_j (m_j - m_s) / r_j,
     r_j = (lambda_j - lambda_s) / h.
@@ -11,8 +11,8 @@ rho = 1/2; the corrector solves for the rho that match the Taylor expansion (1/2
 x0 at the predicted sample, correct that sample with it, predict the next. The first step has no history and the last
 goes to sigma = 0, so both predictors are of first order there.
 
-All of this is linear in the samples and predictions. Hence the coefficients are a table, made in NumPy float64 with a
-zero wherever a step has no such term, and the sampler is one `lax.scan` over its rows that traces the network once.
+All of this is linear in the samples and predictions. So the coefficients are a table, made in NumPy float64, with a
+zero if a step has no such term. The sampler is one `lax.scan` over its rows, which traces the network once.
 """
 
 from collections.abc import Callable
@@ -29,8 +29,8 @@ from avd_jax.shapes import Latents, typechecked
 def unipc_schedule(num_steps: int, shift: float) -> tuple[np.ndarray, np.ndarray]:
     """Return Wan's timesteps and noise levels for a number of steps.
 
-    Wan's table of noise levels ends one training step short of pure noise and its timesteps are cut to whole numbers,
-    so sigma is 0.9998 (not 1) at the start for a shift of 5, and the network is told 999. Both are kept.
+    Wan's table of noise levels ends one training step short of pure noise: sigma starts at 0.9998, not 1, for a shift
+    of 5. Its timesteps are cut to whole numbers: the network is told 999. Both are kept.
 
     Args:
       num_steps: network evaluations (pairs of them under guidance), at least 1.

@@ -103,8 +103,8 @@ def alignment(reading: Reading, caption: str) -> dict[str, float]:
 def instance_preservation(reading: Reading) -> float:
     """Return in which share of the frames the clip's objects are all there, once each and where they can be, 0..1.
 
-    A frame fails if an object is missing (unless another one hides it, or it has left the picture), is in two
-    places (unless another one divides it), has jumped since it was last seen, or if it shows an object that the
+    A frame fails if an object is missing (unless another one hides it, or it has left the picture), is in two places
+    (unless another one divides it), or has jumped since it was last seen. It also fails if it shows an object that the
     rest of the clip does not have. A video without any object scores 0.
     """
     if not reading.tracks:

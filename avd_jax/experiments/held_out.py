@@ -19,8 +19,8 @@ from avd_jax.parallel.mesh import make_mesh
 class Made:
     """What a model made: its videos in the order of the captions, and the seconds that one more of them takes.
 
-    The seconds run from the end of the first batch, which waits for the compiler, to the end of the last but one, since
-    nothing else is under way during the last. NaN with fewer than three batches. Decoding and writing the file count.
+    The clock runs from the end of the first batch, which waits for the compiler, to the end of the last but one. During
+    the last nothing else is under way. NaN with fewer than three batches. Decoding and writing the file count.
     """
 
     videos: list[CaptionedVideo]

@@ -1,8 +1,8 @@
 """A tiny umT5, trained from scratch on the captions of the built-in world (`data/shapes_world.py`).
 
 Each token of a clause learns to tell all about the object of that clause, and each token of a caption all about the
-scene, through linear probes that are thrown away afterwards. A transformer that reads such embeddings need not find out
-by itself which colour belongs to which shape.
+scene. Linear probes ask for it and are thrown away afterwards. A transformer that reads such embeddings need not find
+out by itself which colour belongs to which shape.
 """
 
 import dataclasses
