@@ -4,7 +4,7 @@
         --config.sample.vae=/weights/Wan2.1-T2V-1.3B --workdir /runs/interpolator --out /runs/wan13b
 
 Data: the latents set of the distillation, 21 latent frames a clip (81 of video), of which every second is left out and
-made again. `--config.init_from=model.pt` goes on from the interpolator of an AVD checkpoint. Hardware: any; a batch of
+made again. `--config.init_from=model.pt` starts from the interpolator of an AVD checkpoint. Hardware: any; a batch of
 32 clips has 32 x 10 pairs of 60x104 latents, a hundredth of the work of one forward pass of the 1.3B model. Expected
 result: held_out.md in the workdir, whose last column must be 25 % at least.
 """

@@ -2,9 +2,9 @@
 
     python scripts/ablate.py --config configs/tiny_ablation.py --workdir runs/ablation
 
-Table 2 with three seeds (12 trainings, 15 where weights/tiny holds an interpolator), seven further clip thresholds
+Table 2 with three seeds (12 trainings, 15 if weights/tiny holds an interpolator), seven further clip thresholds
 (Fig. 12), two further k (Fig. 13) and the style transfer (Fig. 6), each with one seed. Every training has the same
-budget. docs/small_world.md has the outcome, and the same with a fake score that lags, where plain DMD goes wrong.
+budget. docs/small_world.md has the outcome, and the same with a fake_score that lags, where plain DMD goes wrong.
 Hardware: 2 CPU cores. Open runs/ablation/report.html; it is written anew after every cell.
 """
 

@@ -6,7 +6,7 @@
     python scripts/pretrain.py --config configs/tiny_images.py --config.init_from=runs/tiny_images/weights \
         --config.seed=1 --config.num_steps=6000 --workdir runs/tiny_images2 --out runs/tiny_images2/weights
 
-What a shape, a colour, a size looks like is learnt here five times as fast as from clips; the third command goes on
+What a shape, a colour, a size looks like is learnt here five times as fast as from clips; the third command continues
 with a new fall of the learning rate, and configs/tiny_pretrain.py adds time. 6 minutes to encode the pictures on a
 two-core CPU, then 29 and 35.
 """

@@ -5,7 +5,7 @@
     python scripts/pretrain.py --config configs/tiny_pretrain.py --workdir runs/tiny_pretrain \
         --out runs/tiny_pretrain/weights
 
-It goes on from what configs/tiny_images.py has learnt from single pictures. Both need the VAE, tokenizer and text
+It continues from what configs/tiny_images.py has learnt from single pictures. Both need the VAE, tokenizer and text
 encoder of weights/tiny (configs/tiny_vae.py, scripts/make_tiny_text_encoder.py). About 45 minutes on a two-core CPU, 5
 of them to encode the clips. Two more runs of this config, each with a new fall of the learning rate, made the weights
 that are shipped: the card in weights/tiny has the commands in order, and the figures.

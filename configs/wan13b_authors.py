@@ -3,7 +3,7 @@
     python scripts/train.py --config configs/wan13b_authors.py --config.init_from=/weights/Wan2.1-T2V-1.3B \
         --config.data.latents=/data/latents --config.data.prompts=/data/prompts --workdir /runs/wan13b_authors
 
-Hardware and data as for configs/wan13b.py. What their code has and this cannot: a loss history and a temporal gate for
+Hardware and data as for configs/wan13b.py. Their code has what this has not: a loss history and a temporal gate for
 each device instead of one for the run, and a history that is lost on resume. Expected result: the published weights
 came from that code, so this is the place to start from when a published figure is not reached.
 """

@@ -5,8 +5,8 @@
 
 Data as for configs/wan13b.py; the 1.3B and the 14B model share VAE and text encoder, and so the encoded sets. Hardware:
 the two trained networks with their moments take 343 GB in float32 and the teacher 29 GB in bfloat16, sharded over all
-devices. Expected result: the paper names no figures of its own for this size here; compare with the teacher's videos
-that the run writes beside the student's.
+devices. Expected result: we know of no figures of the paper for this size; compare with the teacher's videos that
+the run writes beside the student's.
 """
 
 from avd_jax.methods.avd.config import default_config

@@ -4,7 +4,7 @@
   python scripts/ablate.py --config configs/tiny_ablation.py --workdir runs/ablation --cells "teacher*,*_seed0"
   python scripts/ablate.py --config configs/tiny_ablation.py --workdir runs/ablation --report_only
 
-Open `report.html` in the workdir; it is written anew after every cell. The same command goes on where an earlier one
+Open `report.html` in the workdir; it is written anew after every cell. The same command resumes where an earlier one
 stopped. avd_jax/experiments/cells.py says what the cells are.
 """
 

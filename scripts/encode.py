@@ -6,7 +6,7 @@
 
 captions.jsonl holds one {"file": "a.mp4", "caption": "..."} a line, files relative to --videos. Videos that cannot be
 used are reported and left out. The third command needs no files: it draws the clips of avd_jax/data/shapes_world.py
-and writes OUT/latents and OUT/prompts. The same command goes on after an interruption; what it has left out stays out,
+and writes OUT/latents and OUT/prompts. The same command resumes after an interruption; what it has left out stays out,
 so to try mended videos give a new --out.
 """
 

@@ -7,8 +7,8 @@
 The first measures any videos; captions are those of scripts/generate.py's JSON files, or of a captions.jsonl with one
 {"file": "a.mp4", "caption": "..."} a line. The others let a student (4 steps) or a teacher (UniPC) make videos for
 captions of the built-in world that no training has seen, and set them beside the real ones; the student also with its
-first steps at half the frame rate, where a frame interpolator is there. Metrics that know the scene are there for that
-world only. An interrupted command goes on with the videos that are missing.
+first steps at half the frame rate, if there is a frame interpolator. Metrics that know the scene are for that world
+only. An interrupted command resumes with the videos that are missing.
 """
 
 import math

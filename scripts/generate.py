@@ -5,13 +5,13 @@
       --seed 0,1,2 --out out
   python scripts/generate.py --from_json out/VIDEO.json --out again
 
---weights is a folder in any known layout with VAE, text encoder and tokenizer, and the transformer where no
+--weights is a folder in any known layout with VAE, text encoder and tokenizer, and the transformer if no
 --checkpoint names one. --out gets an .mp4 and a .json for each video, and contact sheets. A file's name ends in the
-seed and a hash of the settings: other settings never overwrite a video, and the same command goes on after an
+seed and a hash of the settings: other settings never overwrite a video, and the same command resumes after an
 interruption. A prompt and seed give the same video in every batch and on any number of devices, up to rounding.
 
-Where a frame interpolator lies with the student, or with --weights, the first half of its steps works on every second
-latent frame, which costs a third; --half_rate_steps 0 does without.
+If a frame interpolator lies with the student, or with --weights, the first half of its steps is at half rate, on every
+second latent frame, which costs a third; --half_rate_steps 0 does without.
 """
 
 import shlex

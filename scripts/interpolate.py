@@ -16,7 +16,7 @@ from avd_jax.errors import UserError
 from avd_jax.generation.smoothing import Smoother, sources
 
 SRC = flags.DEFINE_string("src", None, "Video, folder of videos, or .npy of latents.")
-WEIGHTS = flags.DEFINE_string("weights", None, "VAE, and the interpolator where no --checkpoint has one.")
+WEIGHTS = flags.DEFINE_string("weights", None, "VAE, and the interpolator if no --checkpoint has one.")
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Student with its interpolator, or an interpolator.")
 OUT = flags.DEFINE_string("out", None, "Folder for the videos.")
 FPS = flags.DEFINE_float("fps", None, "Frames per second of what the latents of a .npy show; a video says its own.")

@@ -30,7 +30,7 @@ def read_all(path: Path) -> dict[str, np.ndarray]:
 def write_all(
     folder: Path, tensors: dict[str, np.ndarray], *, stem: str = "diffusion_pytorch_model", shard_bytes=10**9
 ):
-    """Write tensors as .safetensors, in shards where they are larger than `shard_bytes`."""
+    """Write tensors as .safetensors, in shards if they are larger than `shard_bytes`."""
     folder.mkdir(parents=True, exist_ok=True)
     leaves = {key: jax.ShapeDtypeStruct(array.shape, array.dtype) for key, array in tensors.items()}
     write_safetensors(folder, leaves, tensors.items(), stem=stem, max_shard_bytes=shard_bytes)

@@ -1,7 +1,7 @@
 """Make tests/fixtures/losses_golden.npz and unipc_golden.npz: the paper's formulas, written out in NumPy float64.
 
 Run from the repository root: `python tests/make_losses_fixture.py`. Nothing of avd_jax is imported and every formula
-is worked out another way than there where there is one: loops instead of closed forms, and for UniPC the integral of an
+is worked out another way than there if there is one: loops instead of closed forms, and for UniPC the integral of an
 interpolating polynomial, by quadrature, instead of coefficients.
 """
 
@@ -23,7 +23,7 @@ def distribution_matching(x0, fake_x0, real_x0):
 
 
 def adaptive_weights(losses, index, num_timesteps, alpha, k, weight_uses):
-    """One sample after another; returns the weights and the history after each sample."""
+    """One example after another; returns the weights and the history after each example."""
     mean = [0.0] * num_timesteps
     seen = [False] * num_timesteps
     weights, means = [], []
@@ -52,7 +52,7 @@ def unipc(velocity_fn, noise, num_steps, shift):
     log_snr = [np.log((1 - sigma) / sigma) for sigma in sigmas[:-1]] + [np.inf]
 
     def advance(x, s, t, predictions):
-        """alpha_t times the integral of exp(-(lambda_t - z)) m(z), where m interpolates (log_snr, prediction) pairs."""
+        """alpha_t times the integral of exp(-(lambda_t - z)) m(z); m interpolates (log_snr, prediction) pairs."""
         nodes, weights = np.polynomial.legendre.leggauss(24)
         h = log_snr[t] - log_snr[s]
         z = log_snr[s] + h * (nodes + 1) / 2
@@ -65,10 +65,10 @@ def unipc(velocity_fn, noise, num_steps, shift):
             total = total + prediction * (weights * basis * np.exp(-(log_snr[t] - z))).sum() * h / 2
         return sigmas[t] / sigmas[s] * x + (1 - sigmas[t]) * total
 
-    def halved(x, s, t, start, slope):
-        """Where UniPC weighs the slope over the step with 1/2 instead of its integral: predictor, first corrector."""
+    def halved(x, s, t, start, change):
+        """Steps that weigh the change over the step with 1/2 instead of its integral: predictor, first corrector."""
         gain = (1 - sigmas[t]) * (1 - np.exp(log_snr[s] - log_snr[t]))
-        return sigmas[t] / sigmas[s] * x + gain * (start + slope / 2)
+        return sigmas[t] / sigmas[s] * x + gain * (start + change / 2)
 
     m = []
     x = corrected = noise
@@ -80,10 +80,10 @@ def unipc(velocity_fn, noise, num_steps, shift):
             corrected = advance(corrected, i - 1, i, [(log_snr[j], m[j]) for j in (i - 2, i - 1, i)])
         if i == num_steps - 1:
             return np.array(timesteps), np.array(sigmas), m[i]
-        slope = 0
+        change = 0
         if i > 0:
-            slope = (m[i] - m[i - 1]) / (log_snr[i] - log_snr[i - 1]) * (log_snr[i + 1] - log_snr[i])
-        x = halved(corrected, i, i + 1, m[i], slope)
+            change = (m[i] - m[i - 1]) / (log_snr[i] - log_snr[i - 1]) * (log_snr[i + 1] - log_snr[i])
+        x = halved(corrected, i, i + 1, m[i], change)
     raise AssertionError("num_steps is at least 1")
 
 

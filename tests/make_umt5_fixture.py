@@ -77,7 +77,7 @@ def make_tokenizer():
     tokenizer.add_special_tokens(["<pad>", "</s>", "<unk>"])
     tokenizer.save(str(FIXTURES / "tokenizer.json"), pretty=False)
 
-    # Of 512 tokens the last is </s>, also where the text was cut.
+    # Of 512 tokens the last is </s>, also if the text was cut.
     input_ids = [[*reference.encode(clean(text))[:511], 1] for text in TEXTS]
     golden = {"texts": TEXTS, "input_ids": input_ids}
     (FIXTURES / "tokenizer_golden.json").write_text(json.dumps(golden), encoding="utf-8")

@@ -94,7 +94,7 @@ def test_one_argument_may_suffice():
     assert evaluate_one(jax.lax.bitwise_or, [(False, no), (True, no)]) is None
     assert not evaluate_one(jax.lax.mul, [(True, 0 * numbers), (False, numbers)]).any()
     assert evaluate_one(jax.lax.mul, [(True, numbers), (False, numbers)]) is None
-    # Only the case that is chosen has to be known; or both, where they are the same.
+    # Only the case that is chosen has to be known; or both, if they are the same.
     assert (evaluate_one(jax.lax.select_n, [(True, no), (True, numbers), (False, numbers)]) == numbers).all()
     assert evaluate_one(jax.lax.select_n, [(True, yes), (True, numbers), (False, numbers)]) is None
     assert (evaluate_one(jax.lax.select_n, [(False, no), (True, numbers), (True, numbers)]) == numbers).all()

@@ -40,7 +40,7 @@ def test_a_loop_whose_length_follows_from_no_outcome():
     with pytest.raises(UserError, match="give dynamic_trips"):
         expected_flops(Program("rollout", function, (SQUARE, KEY)))
     assert expected_flops(Program("rollout", function, (SQUARE, KEY), dynamic_trips=1.5)) == (1.5 + 2) * ONE
-    # Where the outcome says it, the number is of no use.
+    # If the outcome says it, the number is of no use.
     known = Program("rollout", function, (SQUARE, KEY), ({"stop": 3},), dynamic_trips=1.5)
     assert expected_flops(known) == 5 * ONE
 

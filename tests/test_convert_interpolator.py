@@ -1,4 +1,4 @@
-"""The interpolator's weights in every place: AVD checkpoints, exports, runs, own folders; and where there are none."""
+"""The interpolator's weights in every place: AVD checkpoints, exports, runs, own folders; and if there are none."""
 
 import json
 import re

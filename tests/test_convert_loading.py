@@ -135,7 +135,7 @@ def test_bfloat16_loads_exactly_and_sets_the_compute_dtype(tmp_path):
     )
 
 
-def test_sizes_come_from_the_shapes_where_no_config_fits(tmp_path):
+def test_sizes_come_from_the_shapes_if_no_config_fits(tmp_path):
     """A single file whose neighbour is another model's config; heads of 64 are told from the width."""
     config = WAN_DIT.config_class(
         dim=128, ffn_dim=16, num_heads=1, num_layers=2, in_dim=4, out_dim=4, freq_dim=8, text_dim=6

@@ -131,7 +131,7 @@ def test_padding():
     np.testing.assert_array_equal(sets.pad_prompt_embeds(embeds, 2), [[0, 1], [2, 3]])
 
 
-def test_goes_on_after_an_interruption_and_gives_the_same_bytes(tmp_path, finished):
+def test_resumes_after_an_interruption_and_gives_the_same_bytes(tmp_path, finished):
     folder = tmp_path / "again"
     write(folder, shards=[0], skip={1, 4})
     # What a kill in the middle of a shard leaves: a part under a temporary name, or a manifest before its shard.

@@ -64,7 +64,7 @@ def test_rollout_by_hand(half_steps):
     assert by_hand(half_steps)[0].shape[1] == 3
 
 
-def test_both_rates_agree_where_frames_know_nothing_of_each_other_and_are_alike():
+def test_both_rates_agree_if_frames_know_nothing_of_each_other_and_are_alike():
     """With an interpolator that makes the frame that a full rate would have made, nothing changes."""
     full = by_hand(0)
     x0 = full[1] - 0.9 * velocity(full[1], jnp.full(2, 900.0))

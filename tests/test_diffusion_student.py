@@ -23,7 +23,7 @@ def sample(keys):
 
 @jax.jit
 def finish(xt, stop_step):
-    """Go on from the input of `stop_step` to the last x0 as PAPER.md puts it, with the noises that belong there."""
+    """Continue from the input of `stop_step` to the last x0 (docs/method.md, Training loop), with its noises."""
     x0 = xt
     for step, timestep in enumerate(TIMESTEPS):
         if step > 0:

@@ -1,4 +1,4 @@
-"""Saturation and colourfulness: known answers, and they rise where colours are stretched."""
+"""Saturation and colourfulness: known answers, and they rise if colours are stretched."""
 
 import colorsys
 

@@ -34,7 +34,7 @@ def test_real_clips_are_aligned_and_shuffled_captions_are_not(clips, readings):
     assert max(shuffled.values()) < 0.5
 
 
-def test_directions_are_lost_where_clips_are_frozen_and_turned_where_they_run_backwards(clips):
+def test_directions_are_lost_if_clips_are_frozen_and_turned_if_they_run_backwards(clips):
     moving = [i for i in range(COUNT) if all(t.direction for t in shapes_world.parse_caption(clips[i][1]))][:15]
     captions = [clips[i][1] for i in moving]
     for broken in (lambda video: np.repeat(video[8:9], 17, axis=0), lambda video: video[::-1]):
@@ -43,7 +43,7 @@ def test_directions_are_lost_where_clips_are_frozen_and_turned_where_they_run_ba
         assert scores["colour"] > 0.95
 
 
-def test_shapes_are_lost_where_they_are_blown_up_to_boxes(clips):
+def test_shapes_are_lost_if_they_are_blown_up_to_boxes(clips):
     crosses = [i for i in range(COUNT) if {t.shape for t in shapes_world.parse_caption(clips[i][1])} == {"cross"}][:8]
     boxes = []
     for i in crosses:

@@ -1,4 +1,4 @@
-"""The ablation: which cells there are, that each runs once, goes on where it stopped, and what the report shows."""
+"""The ablation: which cells there are, that each runs once, resumes where it stopped, and what the report shows."""
 
 import gc
 import json
@@ -264,7 +264,7 @@ def test_encoders_are_released_before_the_first_training(weights, tmp_path):
     assert bytes_on_devices() - before < 0.05 * encoders
 
 
-def test_a_real_cell_that_is_stopped_goes_on_from_its_checkpoint(weights, tmp_path, monkeypatch):
+def test_a_real_cell_that_is_stopped_resumes_from_its_checkpoint(weights, tmp_path, monkeypatch):
     config = make_config(weights)
     original = MetricsWriter.write
 

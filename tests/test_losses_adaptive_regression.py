@@ -46,7 +46,7 @@ def test_weights_of_a_batch_use_the_history_before_it():
     history = LossHistory(mean=jnp.array([0.5, 0.0]), seen=jnp.array([True, False]))
     losses, index = jnp.array([0.9, 0.3, 2.0, 1.0]), jnp.array([0, 0, 1, 1])
     weights, _ = weights_and_update(history, losses, index)
-    # A timestep not seen before the batch weighs all its samples with 1/2.
+    # A timestep not seen before the batch weighs all its examples with 1/2.
     np.testing.assert_allclose(weights, [1 - 1 / (1 + np.exp(-1.2)), 1 - 1 / (1 + np.exp(0.6)), 0.5, 0.5], atol=1e-6)
 
 

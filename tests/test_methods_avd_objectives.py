@@ -170,14 +170,14 @@ def test_total(seed, stop):
     assert loss == pytest.approx(total, rel=2e-5)
 
 
-def slopes(call, x0_slope):
-    """Derivatives of a linear network's parameters for the derivative of a loss by its velocity."""
+def by_parameters(call, by_velocity):
+    """The gradient by a linear network's parameters, from that by its velocity."""
     _, _, latents, timesteps, embeds, _ = call
     sigmas, text = over(timesteps / 1000), over(embeds.mean((1, 2)))
     return {
-        "mix": np.einsum("bfhwc,bfhwd->cd", (1 + sigmas) * latents, x0_slope),
-        "time": (sigmas * x0_slope).sum((0, 1, 2, 3)),
-        "text": (text * x0_slope).sum((0, 1, 2, 3)),
+        "mix": np.einsum("bfhwc,bfhwd->cd", (1 + sigmas) * latents, by_velocity),
+        "time": (sigmas * by_velocity).sum((0, 1, 2, 3)),
+        "text": (text * by_velocity).sum((0, 1, 2, 3)),
     }
 
 
@@ -195,8 +195,8 @@ def test_gradient_flows_through_the_last_step_and_the_regression_only(stop):
     by_velocity = -over(last[3] / 1000) * by_x0
     call = parts["regression_call"]
     by_regression = 2.0 * over(parts["regression_weight"]) / 3 * 2 * (call[5] - parts["target"]) / size
-    for name, value in slopes(last, by_velocity).items():
-        expected = value + slopes(call, by_regression)[name]
+    for name, value in by_parameters(last, by_velocity).items():
+        expected = value + by_parameters(call, by_regression)[name]
         np.testing.assert_allclose(gradient[name], expected, rtol=1e-4, atol=1e-5, err_msg=name)
 
 
@@ -288,7 +288,7 @@ def test_fake_scores_loss(stop):
     assert looks_like_noise(noise)
     error = fake[5] - (noise - x0_of(rollout[-1]))
     assert float(loss) == pytest.approx((error**2).mean(), rel=1e-5)
-    for name, value in slopes(fake, 2 * error / error.size).items():
+    for name, value in by_parameters(fake, 2 * error / error.size).items():
         np.testing.assert_allclose(gradient[name], value, rtol=1e-4, atol=1e-5)
     assert all((leaf == 0).all() for leaf in jax.tree.leaves(none)), "the generator gets no gradient from it"
 

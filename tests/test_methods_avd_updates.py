@@ -245,7 +245,7 @@ def test_good_updates_of_one_network_do_not_hide_that_the_other_makes_none():
 
 def test_an_infinite_gradient_of_a_finite_loss_is_skipped():
     def network(params, latents, timesteps, conditions):
-        # sqrt has an infinite slope at 0.
+        # sqrt has an infinite derivative at 0.
         return linear_network(params, latents, timesteps, conditions) + jnp.sqrt(0 * params["time"])
 
     run = Runner(make_config(), network)
@@ -314,7 +314,7 @@ def test_devices_change_nothing(sizes):
     state, logged, *_ = on_mesh(sizes)
     alone, alone_logged, *_ = on_mesh((1, 1, 1))
     assert_close(logged, alone_logged, rtol=1e-4)
-    # Adam divides by the gradient's size: where a gradient is all rounding, so is the direction of its update.
+    # Adam divides by the gradient's size: if a gradient is all rounding, so is the direction of its update.
     moments = [optax.tree_utils.tree_get(s.networks["generator"].optimizer, "mu") for s in (state, alone)]
     assert_close(*moments, rtol=1e-3, atol=1e-5)
     assert_close(state.extras["history"], alone.extras["history"])

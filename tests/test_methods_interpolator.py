@@ -125,7 +125,7 @@ def test_more_updates_lower_the_error_on_a_world_that_can_be_learnt(tmp_path):
     @jax.jit
     def step(state):
         value, gradient = jax.value_and_grad(lambda state: interpolation_loss(nnx.merge(graphdef, state), clip))(state)
-        return jax.tree.map(lambda leaf, slope: leaf - 0.3 * slope, state, gradient), value
+        return jax.tree.map(lambda leaf, grad: leaf - 0.3 * grad, state, gradient), value
 
     for _ in range(60):
         state, value = step(state)

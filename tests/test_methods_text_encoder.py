@@ -74,7 +74,7 @@ def test_no_batch_has_a_caption_that_the_accuracy_is_measured_on(tokenizer, batc
     method = RECIPE.build(config_for(1, batch_size=batch_size))
     batches, first = method.batches({}), FIRST_TEXT_ENCODER_CAPTION + NEW_CAPTIONS
     for number in range(3):
-        if number == 2:  # from where another stands
+        if number == 2:  # from another's position
             state, batches = batches.get_state(), method.batches({})
             batches.set_state(state)
         start = first + number * batch_size
@@ -97,7 +97,7 @@ def test_training_makes_the_words_readable(tokenizer, tmp_path):
     assert np.isfinite(encoder(ids[:, :64], mask[:, :64])).all()
 
 
-def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
+def test_a_killed_run_resumes_bit_for_bit(tmp_path):
     config = config_for(4, checkpoint_every=2)
     whole = train(RECIPE, config, tmp_path)
     assert whole.status == 0
@@ -107,7 +107,7 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, resumed.state, whole.state)
 
 
-def test_a_run_goes_on_with_a_copy_of_its_tokenizer_but_with_no_other(tokenizer, tmp_path):
+def test_a_run_resumes_with_a_copy_of_its_tokenizer_but_with_no_other(tokenizer, tmp_path):
     train(RECIPE, config_for(1), tmp_path / "run")
     tokenizer.save(tmp_path / "copy")
     assert train(RECIPE, config_for(1, tokenizer=str(tmp_path / "copy")), tmp_path / "run").status == 0

@@ -1,4 +1,4 @@
-"""Training a VAE: the loss sees the VAE's own network, falls, and a run goes on bit for bit."""
+"""Training a VAE: the loss sees the VAE's own network, falls, and a run resumes bit for bit."""
 
 import json
 from functools import partial
@@ -111,7 +111,7 @@ def metrics(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_run_ends_with_finite_weights_goes_on_bit_for_bit_and_refuses_another_config(tmp_path):
+def test_a_run_ends_with_finite_weights_resumes_bit_for_bit_and_refuses_another_config(tmp_path):
     config = tiny_config(num_steps=2, checkpoint_every=1)
     run = train(RECIPE, config, tmp_path)
     assert run.status == 0

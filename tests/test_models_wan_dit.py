@@ -120,7 +120,7 @@ def test_remat_changes_no_gradient(remat):
     )
 
 
-def test_gradient_is_the_slope():
+def test_gradient_is_the_difference_quotient():
     direction = gradients("none")
     length = np.sqrt(sum(np.sum(np.square(g)) for g in jax.tree.leaves(direction)))
 

@@ -22,7 +22,7 @@ def test_each_platform_has_its_own():
     assert {name.split("_")[1] for name in OPTIONS["gpu"]} == {"gpu"}
 
 
-def test_convolutions_are_compiled_quickly_where_the_search_takes_minutes():
+def test_convolutions_are_compiled_quickly_if_the_search_takes_minutes():
     assert convolution_options() == {}, "these are CPUs"
     options = convolution_options("tpu")
     assert options

@@ -79,7 +79,7 @@ def test_every_rule_is_used():
         assert any(re.search(pattern, path) for path in paths), pattern
 
 
-def test_what_is_small_stays_whole_where_the_mesh_does_not_divide_it():
+def test_what_is_small_stays_whole_if_the_mesh_does_not_divide_it():
     assert spec_for("blocks.ffn_0.kernel", (2, 24, 40), mesh(fsdp=7)) == P()
     assert spec_for("step", (), mesh(fsdp=7)) == P()
 
@@ -93,7 +93,7 @@ def test_what_is_large_must_be_covered():
         spec_for("blocks.ffn_0.kernel", (30, 1536, 8960), mesh(fsdp=11))
 
 
-def test_another_axis_is_cut_where_the_rules_own_does_not_divide():
+def test_another_axis_is_cut_if_the_rules_own_does_not_divide():
     # 1536 is no multiple of 7, 8960 is; the layers are never cut.
     assert spec_for("blocks.ffn_0.kernel", (30, 1536, 8960), mesh(fsdp=7)) == P(None, None, W)
     assert spec_for("blocks.ffn_0.kernel", (30, 1536, 8960), mesh(fsdp=7, seq=5)) == P(None, None, W)

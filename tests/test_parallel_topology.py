@@ -1,4 +1,4 @@
-"""Names of TPU slices, and what is said where libtpu is missing, locked or of another opinion."""
+"""Names of TPU slices, and what is said if libtpu is missing, locked or of another opinion."""
 
 import pytest
 from jax.experimental import topologies

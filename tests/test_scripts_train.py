@@ -104,7 +104,7 @@ def assert_same_run(workdir, straight):
 
 
 def wait_for(process, condition, timeout=240):
-    """Poll until the condition holds; False where the process ended before."""
+    """Poll until the condition holds; False if the process ended before."""
     until = time.monotonic() + timeout
     while time.monotonic() < until:
         if condition():
@@ -141,7 +141,7 @@ def test_killed_at_several_moments_it_ends_as_if_it_had_not_been(command, straig
     assert not half_written(tmp_path, "")
 
 
-def test_sigterm_saves_and_the_same_command_goes_on(command, straight, tmp_path):
+def test_sigterm_saves_and_the_same_command_resumes(command, straight, tmp_path):
     process = start(command, tmp_path, "--config.checkpoint_every=0", "--config.num_steps=100000")
     assert wait_for(process, lambda: len(metrics(tmp_path)) >= 2)
     process.terminate()

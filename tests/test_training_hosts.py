@@ -143,7 +143,7 @@ def test_eight_devices_of_one_host_make_the_same_losses(settings, straight, tmp_
     assert_same_losses(metrics(tmp_path), metrics(straight))
 
 
-def test_sigterm_on_one_host_saves_one_step_on_all_and_fewer_devices_go_on(settings, straight, tmp_path):
+def test_sigterm_on_one_host_saves_one_step_on_all_and_fewer_devices_resume(settings, straight, tmp_path):
     workdir = tmp_path / "run"
     processes = start(settings, workdir, num_steps=100000, checkpoint_every=0)
     wait_for(processes, lambda: (workdir / "metrics.jsonl").exists() and metrics(workdir))

@@ -90,7 +90,7 @@ def test_the_last_step_is_sampled_whatever_the_interval(tmp_path):
 
 
 @pytest.mark.parametrize(("first_step", "traced"), [(0, [2, 3, 4]), (2, [3, 4, 5]), (5, [5])])
-def test_a_profile_traces_warm_steps_where_there_are_some(tmp_path, monkeypatch, first_step, traced):
+def test_a_profile_traces_warm_steps_if_there_are_some(tmp_path, monkeypatch, first_step, traced):
     events = []
     monkeypatch.setattr(jax.profiler, "start_trace", lambda folder, profiler_options: events.append(str(folder)))
     monkeypatch.setattr(jax.profiler, "stop_trace", lambda: events.append("stop"))

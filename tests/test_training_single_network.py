@@ -106,7 +106,7 @@ def test_it_finds_the_optimum(tmp_path):
     assert line.latest is line.ema
 
 
-def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
+def test_a_killed_run_resumes_bit_for_bit(tmp_path):
     _, whole = run(config_for(), tmp_path / "whole", scale=lambda number: 1 + number)
     run(config_for(), tmp_path / "parts", scale=lambda number: 1 + number)
     (tmp_path / "parts" / "checkpoints" / "6").rename(tmp_path / "gone")  # as if it had been killed after step 4
@@ -138,7 +138,7 @@ def test_a_path_may_change_but_not_what_it_leads_to(tmp_path):
         run(moved, tmp_path, inputs={"data.latents": "aaaa"})
 
 
-def test_a_signal_saves_and_the_same_command_goes_on(tmp_path):
+def test_a_signal_saves_and_the_same_command_resumes(tmp_path):
     def stop(number):
         if number == 2:
             os.kill(os.getpid(), signal.SIGTERM)

@@ -151,7 +151,7 @@ def test_more_steps_later_are_the_steps_of_one_run(straight, inputs, tmp_path):
     assert_same_run(tmp_path, straight, 5)
 
 
-def test_sigterm_saves_first_and_the_same_command_goes_on(straight, inputs, tmp_path, monkeypatch, capsys):
+def test_sigterm_saves_first_and_the_same_command_resumes(straight, inputs, tmp_path, monkeypatch, capsys):
     original = MetricsWriter.write
 
     def write(self, step, metrics):

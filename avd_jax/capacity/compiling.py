@@ -27,7 +27,7 @@ class Report:
       cycles: the compiler's estimate without attention kernels and collectives.
       collective_gib: kind -> GiB.
       fits: whether it compiled, within the limit.
-      error: the compiler's message where memory did not suffice; then only the total is known.
+      error: the compiler's message if memory did not suffice; then only the total is known.
     """
 
     program: str
@@ -81,7 +81,7 @@ def compile_program(program: Program, *, mesh: Mesh, batch_size: int, topology: 
       topology: what the devices are called in the report.
 
     Returns:
-      (report, text): and the compiled HLO, empty where memory did not suffice.
+      (report, text): and the compiled HLO, empty if memory did not suffice.
 
     Raises:
       UserError: the program does not fit the mesh, or how much the devices hold is not known.

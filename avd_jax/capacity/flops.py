@@ -45,17 +45,17 @@ def jaxpr_flops(
 ) -> float:
     """Return the FLOPs of a program over all devices.
 
-    Of branches between which nothing known decides, the dearest counts.
+    If nothing that is known decides between branches, the most expensive one counts.
 
     Args:
       jaxpr: for instance `jitted.trace(*args).jaxpr`.
       dynamic_trips: how often the body of a loop is expected to run whose length does not follow from known numbers.
         Such loops within such loops each run so often.
-      draws: the values of numbers that the program draws, by the name behind "draw/". Those that it does not name have
+      draws: the values of numbers that the program draws, by the name after "draw/". Those that it does not name have
         no effect; those that are not given are unknown.
 
     Raises:
-      UserError: a loop of unknown length with work in it, where `dynamic_trips` is not given.
+      UserError: a loop of unknown length with work in it, if `dynamic_trips` is not given.
     """
     inner = _open(jaxpr)
     flops, _ = _Count(dynamic_trips, draws or {}).program(jaxpr, [None] * len(inner.invars))
@@ -161,11 +161,11 @@ class _Count:
         condition_consts, body_consts, start = _cut(inputs, params["cond_nconsts"], params["body_nconsts"])
         flops, carry = 0, start
         for _ in range(_MOST_TRIPS):
-            work, (goes_on,) = self.program(condition, [*condition_consts, *carry])
+            work, (continues,) = self.program(condition, [*condition_consts, *carry])
             flops += work
-            if goes_on is None:
+            if continues is None:
                 break
-            if not goes_on:
+            if not continues:
                 return flops, carry
             work, carry = self.program(body, [*body_consts, *carry])
             flops += work
@@ -240,7 +240,7 @@ def _is_draw(equation: JaxprEqn) -> bool:
 
 
 def _decides(jaxpr: Jaxpr | ClosedJaxpr) -> bool:
-    """Return whether a program has a branch or a loop whose count may hang on its arguments."""
+    """Return whether a program has a branch or a loop whose count may depend on its arguments."""
     return any(
         equation.primitive.name in ("cond", "while") or any(map(_decides, _jaxprs_in(equation.params)))
         for equation in _open(jaxpr).eqns

@@ -19,7 +19,7 @@ _CALLED = re.compile(r"\b(?:body|condition|calls|to_apply|true_computation|false
 _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
-_NO_ESTIMATE = 1 << 60  # the compiler writes huge numbers where it has none
+_NO_ESTIMATE = 1 << 60  # the compiler writes huge numbers if it has none
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Profile:
 
     Attributes:
       collective_bytes: kind of collective -> bytes, of the larger of what goes in and what comes out.
-      cycles: the sum of the compiler's estimates, 0 where it made none.
+      cycles: the sum of the compiler's estimates, 0 if it made none.
     """
 
     collective_bytes: dict[str, int]

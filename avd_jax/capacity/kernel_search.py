@@ -44,7 +44,7 @@ class Estimate:
 
     @property
     def total(self) -> float:
-        """Milliseconds of all kernels; infinite where it did not compile."""
+        """Milliseconds of all kernels; infinite if it did not compile."""
         return math.inf if self.error else sum(self.milliseconds.values())
 
 

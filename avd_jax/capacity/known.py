@@ -1,7 +1,7 @@
 """What a program's small integers are, as far as that can be told without running it.
 
 A program decides by them which branch it takes and how often a loop runs. An array is known with its value or not at
-all; floats never are, and large arrays are not: no decision hangs on them, and to follow them would take time.
+all; floats never are, and large arrays are not: no decision depends on them, and to follow them would take time.
 """
 
 from collections.abc import Callable, Mapping, Sequence

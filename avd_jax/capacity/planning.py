@@ -29,12 +29,12 @@ def candidates(config, devices: Sequence[jax.Device], build: Callable[..., Plann
     """Yield what is worth compiling: the config's batch size and twice it, each with every fitting mesh.
 
     Parameters are sharded over all devices of a slice, slices share the batch; so what is open is how many devices
-    share an example's tokens. More than eight are not tried where fewer serve: their exchanges only grow.
+    share an example's tokens. More than eight are not tried if fewer serve: their exchanges only grow.
 
     Args:
       config: of a training run, an `ml_collections.ConfigDict` with `batch_size` and `mesh`.
       devices: of the slice or slices.
-      build: config -> what is to be compiled for it on these devices; a UserError where they do not fit each other.
+      build: config -> what is to be compiled for it on these devices; a UserError if they do not fit each other.
 
     Raises:
       UserError: no mesh fits the batch and the heads.

@@ -19,7 +19,7 @@ class Program:
         `capacity/flops.py`); ({"stop": 0}, {"stop": 1}) for a rollout that stops at one of two steps. With the one
         empty outcome all that it draws is unknown.
       dynamic_trips: expected length of its loops whose length does not follow from the outcome. The compiled text knows
-        no outcomes, so there it is that of every loop of unknown length, one trip where it is not given.
+        no outcomes, so there it is that of every loop of unknown length, one trip if it is not given.
     """
 
     name: str
@@ -37,7 +37,7 @@ def expected_flops(program: Program, *, traced=None) -> float:
       traced: `program.function.trace(*program.args)`, from a caller that has it.
 
     Raises:
-      UserError: a loop whose length follows from no outcome, where `dynamic_trips` is not given.
+      UserError: a loop whose length follows from no outcome, if `dynamic_trips` is not given.
       ValueError: an outcome without a number that the program draws.
     """
     jaxpr = (traced or program.function.trace(*program.args)).jaxpr

@@ -35,7 +35,7 @@ class Architecture:
       native_rules: `native_rules(config)` is the table of Wan's own keys.
       diffusers_rules: `diffusers_rules(config)` is the table of diffusers' keys.
       config_from_json: `(entries, name)` reads the config.json that lies beside the weights.
-      config_from_shapes: `(native key -> shape, name)` reads the sizes off the weights, where no config.json does.
+      config_from_shapes: `(native key -> shape, name)` reads the sizes off the weights, if no config.json gives them.
       ignored: prefixes of keys that a file may have and this network does not need.
       within: prefixes that this network's keys may have in a file of another network, which the others do not have.
     """
@@ -202,7 +202,7 @@ ARCHITECTURES = (WAN_DIT, WAN_VAE, UMT5, INTERPOLATOR)
 
 
 def in_native_names(architecture: Architecture, shapes: Shapes) -> dict[str, tuple[int, ...]]:
-    """Return `shapes` under Wan's own keys, where they are under diffusers' (both tables are in the same order)."""
+    """Return `shapes` under Wan's own keys, if they are under diffusers' (both tables are in the same order)."""
     native = architecture.native_rules(architecture.config_class())
     diffusers = architecture.diffusers_rules(architecture.config_class())
     renamed = {}

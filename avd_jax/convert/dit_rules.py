@@ -137,7 +137,7 @@ def config_from_diffusers(entries: dict, *, name: str) -> WanDiTConfig:
 
 
 def config_to_diffusers(config: WanDiTConfig) -> dict:
-    """Return the entries of diffusers' `transformer/config.json`, and `text_len` where it is not Wan's 512."""
+    """Return the entries of diffusers' `transformer/config.json`, and `text_len` if it is not Wan's 512."""
     text_len = {} if config.text_len == WanDiTConfig.text_len else {"text_len": config.text_len}
     return text_len | {
         "_class_name": "WanTransformer3DModel",
@@ -164,7 +164,7 @@ def config_to_diffusers(config: WanDiTConfig) -> dict:
 def config_from_shapes(shapes: dict[str, tuple[int, ...]], *, name: str) -> WanDiTConfig:
     """Read the sizes off a single native file's shapes, for a file with no config beside it.
 
-    Every Wan2.1 model has heads of 128 channels; smaller models have 64 where 128 does not divide the width.
+    Every Wan2.1 model has heads of 128 channels; smaller models have 64 if 128 does not divide the width.
     """
     try:
         dim, in_dim, *patch_size = shapes["patch_embedding.weight"]

@@ -1,8 +1,8 @@
 """One engine that reads a table of rules in both directions: PyTorch keys -> Flax leaves, and back.
 
-A rule pairs a PyTorch key with the path of a Flax leaf and states the re-layout as an einops pattern, so that no
-transpose is ever guessed from a shape and the way back is the same pattern with its sides exchanged. Conversion is
-strict: every key of the file is matched by exactly one rule, every leaf of the model is filled, every shape agrees.
+A rule pairs a PyTorch key with the path of a Flax leaf and states the re-layout as an einops pattern. So no transpose
+is ever guessed from a shape, and the way back is the same pattern with its sides exchanged. Conversion is strict:
+every key of the file is matched by exactly one rule, every leaf of the model is filled, every shape agrees.
 """
 
 import re
@@ -39,7 +39,7 @@ class Rule:
         return self.target is not None and "{}" in self.source and "{}" not in self.target
 
     def match(self, key: str) -> str | None:
-        """Return the layer number in `key` ('' for a rule without one), or None where the key is not this rule's."""
+        """Return the layer number in `key` ('' for a rule without one), or None if the key is not this rule's."""
         found = re.fullmatch(re.escape(self.source).replace(r"\{\}", r"(\d+)"), key)
         if found is None:
             return None
@@ -134,7 +134,7 @@ def source_shapes(
 
 
 def rules_of(rules: Sequence[Rule], path: str) -> list[tuple[Rule, str]]:
-    """Return the one rule that fills the Flax leaf `path`, with its layer number ('' where there is none)."""
+    """Return the one rule that fills the Flax leaf `path`, with its layer number ('' if there is none)."""
     found = []
     for rule in rules:
         if rule.target is None:

@@ -1,6 +1,6 @@
 """Conversion table of the frame interpolator, whose keys are those of the authors' code, and its configs.
 
-In the authors' checkpoints the keys stand under `model.interp.interpolation_module.`, inside the generator.
+In the authors' checkpoints the keys are under `model.interp.interpolation_module.`, inside the generator.
 """
 
 from collections.abc import Mapping

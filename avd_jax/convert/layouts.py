@@ -96,7 +96,7 @@ def find_weights(path: Path, architecture: Architecture, key: str) -> TorchFiles
 
 
 def find_tokenizer(path: Path) -> Path:
-    """Return the folder of the tokenizer at `path`; raises UserError where there is none."""
+    """Return the folder of the tokenizer at `path`; raises UserError if there is none."""
     if path.is_file():
         if path.name not in _TOKENIZER_FILES:
             raise NotHereError(f"{path}: no tokenizer; give a folder of weights, or {_TOKENIZER_FILES[0]}")
@@ -142,7 +142,7 @@ def training_settings(path: str | Path) -> dict | None:
 
 
 def training_step(path: Path) -> Path | None:
-    """Return the step folder of a training run, of its checkpoints/ or of one step; None where `path` is none.
+    """Return the step folder of a training run, of its checkpoints/ or of one step; None if `path` is none.
 
     Of several steps it is the latest complete one.
 

@@ -84,7 +84,7 @@ def open_interpolator_of(*paths: str | Path | None) -> Weights | None:
       paths: places to look at; None is passed over.
 
     Returns:
-      None where there is none.
+      None if there is none.
     """
     for path in map(Path, filter(None, paths)):
         folder = path.parent if path.is_file() else path

@@ -59,7 +59,7 @@ def model_card(config: WanDiTConfig, *, layout: str, student: dict | None, setti
       config: the transformer's sizes, which tell the base model.
       layout: "native" or "diffusers".
       student: timesteps, shift, guidance_scale and num_steps it was trained for; None for weights of no student.
-      settings: of the training run, or None where they are not known.
+      settings: of the training run, or None if they are not known.
     """
     base = _BASES.get(config)
     size = f"{config.num_layers} layers, width {config.dim}, {config.num_heads} heads"

@@ -124,7 +124,7 @@ def write_safetensors(
     stem: str,
     max_shard_bytes: int,
 ) -> list[str]:
-    """Write tensors as `<stem>.safetensors`, or as shards with an index where they exceed `max_shard_bytes`.
+    """Write tensors as `<stem>.safetensors`, or as shards with an index if they exceed `max_shard_bytes`.
 
     Args:
       folder: existing folder.

@@ -140,7 +140,7 @@ def _as_torch(weights: Weights, rules: Sequence[Rule], dtype) -> tuple[dict[str,
 
 
 def check_writable(folder: Path, *, overwrite: bool, ours: Callable[[Path], bool] | None = None) -> None:
-    """Raise a UserError where `_complete_folder` would refuse `folder`, before any work is done."""
+    """Raise a UserError if `_complete_folder` would refuse `folder`, before any work is done."""
     if not folder.exists():
         return
     if not overwrite:

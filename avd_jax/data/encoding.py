@@ -118,7 +118,7 @@ def encode_videos(
     shard_size: int = 64,
     on_progress: Callable[[int], object] = lambda done: None,
 ) -> Summary:
-    """Encode clips and their captions into a `latents` set; call it again to go on after an interruption.
+    """Encode clips and their captions into a `latents` set; call it again to resume after an interruption.
 
     Args:
       clips: with different clip_ids.
@@ -231,10 +231,10 @@ def encode_shapes_world(
     Args:
       out: the folder of both sets.
       clips: how many clips, 1 at least.
-      prompts: how many captions of the clips behind these, of which each different one is encoded once; 0: no set.
+      prompts: how many captions of the clips after these, of which each different one is encoded once; 0: no set.
       style: one of `shapes_world.STYLES`.
 
-    The other arguments are those of `encode_videos`, and both sets can be gone on with in the same way.
+    The other arguments are those of `encode_videos`, and both sets are resumed in the same way.
 
     Returns:
       The folder of each set -> how it came out.

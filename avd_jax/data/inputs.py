@@ -34,7 +34,7 @@ class Clip:
 
 
 def check_clip_size(*, frames: int, height: int, width: int, prefix: str = "") -> None:
-    """Raise a UserError where Wan's VAE and transformer cannot take clips of this size.
+    """Raise a UserError if Wan's VAE and transformer cannot take clips of this size.
 
     Args:
       frames: must be 4n + 1.

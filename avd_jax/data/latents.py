@@ -110,7 +110,7 @@ class EncodedSet:
     """
 
     def __init__(self, folder: str | os.PathLike, kind: str):
-        """Open a set of the given kind, "latents" or "prompts" (UserError where it is not one, whole and finished)."""
+        """Open a set of the given kind, "latents" or "prompts" (UserError if it is not one, whole and finished)."""
         self.folder, self.info = Path(folder), read_metadata(folder)
         if self.info.kind != kind:
             raise UserError(f"{folder}: is a set of {self.info.kind}, not of {kind}.")
@@ -224,7 +224,7 @@ def set_fingerprint(folder: str | os.PathLike) -> str:
 
 
 def read_negative_prompt_embeds(folder: str | os.PathLike, text_len: int) -> np.ndarray:
-    """Return the embeddings of the negative prompt, bfloat16 [text_len text_dim], zeros behind the last token."""
+    """Return the embeddings of the negative prompt, bfloat16 [text_len text_dim], zeros after the last token."""
     path = Path(folder) / NEGATIVE_PROMPT_FILE
     try:
         with safe_open(path, "numpy") as tensors:
@@ -251,7 +251,7 @@ def manifest_path(folder: Path, shard: int) -> Path:
 
 
 def read_json(path: Path) -> dict:
-    """Read one of the JSON files of a set (UserError where it cannot be read)."""
+    """Read one of the JSON files of a set (UserError if it cannot be read)."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -1,7 +1,7 @@
 """Training batches from encoded sets: endless, shuffled, exactly resumable, the same for any number of hosts.
 
 Records are shuffled globally and anew in each epoch, and each host reads its rows of each global batch. A global batch
-is therefore the same, row by row, however many hosts share it, and since hosts count batches, the state of an iterator
+is therefore the same, row by row, however many hosts share it. Hosts count batches, so the state of an iterator
 (`get_state`) fits every host and every number of hosts.
 """
 

@@ -35,7 +35,7 @@ class Summary:
 
 
 class SetWriter:
-    """Writes a set shard by shard; what a killed run finished is kept, and the same call goes on from there.
+    """Writes a set shard by shard; what a killed run finished is kept, and the same call continues from there.
 
     A shard is finished once its file has its final name, which it gets when it is complete. The inputs of every
     shard are fixed by the list of inputs, so that a resumed run gives the same files as an uninterrupted one.
@@ -43,10 +43,10 @@ class SetWriter:
     """
 
     def __init__(self, folder: str | os.PathLike, info: PromptsInfo, inputs: Sequence[str], *, inputs_per_shard: int):
-        """Begin a set, or go on with it.
+        """Begin a set, or continue it.
 
         Args:
-          folder: where the set lies; made where missing.
+          folder: where the set lies; made if missing.
           info: what the set is encoded with.
           inputs: one unique text an input, in the order of the records.
           inputs_per_shard: the most records a shard can get.
@@ -107,7 +107,7 @@ class SetWriter:
                 "file_bytes": temporary.stat().st_size,
                 "skipped": dict(skipped),
             }
-            # Before the shard gets its name, so that a shard never stands without it.
+            # Before the shard gets its name, so that no shard is ever without it.
             write_text(manifest_path(self.folder, shard), json.dumps(manifest, ensure_ascii=False, indent=1) + "\n")
 
     def finish(self, negative_prompt: str, negative_prompt_embeds: np.ndarray) -> Summary:

@@ -94,7 +94,7 @@ def read_whole_video(path: str | os.PathLike) -> tuple[np.ndarray, float]:
 
 
 def duration(path: str | os.PathLike) -> float:
-    """Return the length of the video stream in seconds, as its header states it (UserError where it states none)."""
+    """Return the length of the video stream in seconds, as its header states it (UserError if it states none)."""
     try:
         with av.open(os.fspath(path)) as container:
             stream = _video_stream(container, path)
@@ -108,7 +108,7 @@ def duration(path: str | os.PathLike) -> float:
 
 
 def frame_rate_and_size(path: str | os.PathLike) -> tuple[float, int, int]:
-    """Return (frames per second, height, width) as the video's header states them (UserError where it states none)."""
+    """Return (frames per second, height, width) as the video's header states them (UserError if it states none)."""
     try:
         with av.open(os.fspath(path)) as container:
             stream = _video_stream(container, path)
@@ -141,7 +141,7 @@ def write_video(path: str | os.PathLike, video: np.ndarray, *, fps: float, quali
     rate = Fraction(fps).limit_denominator(1001)
     # x264 leaves the profile that browsers know when its rate factor is 0, so 1 is the best.
     crf = max(1, round(5.1 * (10 - quality)))
-    # x264's macroblock tree reads memory that nobody wrote where the width is no multiple of 128 pixels: with it the
+    # x264's macroblock tree reads memory that nobody wrote if the width is no multiple of 128 pixels: with it the
     # same video becomes another file each time.
     encoding = {"crf": str(crf), "profile": "high", "x264-params": "mbtree=0"}
     try:
@@ -223,7 +223,7 @@ def _decode(container, stream, path, start: float) -> Iterator[tuple[float, av.V
 def _nearest(
     decoded: Iterator[tuple[float, av.VideoFrame]], times: np.ndarray, period: float
 ) -> Iterator[av.VideoFrame]:
-    """Yield for each of the ascending `times` the frame nearest to it; stop where the video ends.
+    """Yield for each of the ascending `times` the frame nearest to it; stop when the video ends.
 
     The last frame of a file stays on screen for `period` seconds.
     """

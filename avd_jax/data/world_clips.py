@@ -55,7 +55,7 @@ def training_clips(count: int, *, frames: int, height: int, width: int, style: s
 
 
 def training_prompts(count: int, *, clips: int) -> list[str]:
-    """Return the captions of `count` training clips, those behind the first `clips`; each different text once.
+    """Return the captions of `count` training clips, those after the first `clips`; each different text once.
 
     Raises:
       UserError: so many would reach into the held-out clips.

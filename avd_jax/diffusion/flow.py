@@ -8,10 +8,10 @@ acts once, where timesteps are made (drawn in `sample_timesteps`, or laid out by
 
 So the authors' student timesteps 1000, 900, 757, 522 have sigmas 1, 0.9, 0.757, 0.522: in their code, too, sigma stays
 t/1000 whatever shift the schedule object was built with (docs/method.md, last section). They are near a shift of 3 of
-1000, 750, 500, 250, which is 1000, 900, 750, 500, but no one shift makes them (the three would need 3.00, 3.12, 3.28),
+1000, 750, 500, 250, which is 1000, 900, 750, 500. But no one shift makes them (the three would need 3.00, 3.12, 3.28),
 so configs list them as they are, shifted already.
 
-Arithmetic is at least float32: bf16 has 8 bits, and x0 is a small difference of large terms where sigma is near 1.
+Arithmetic is at least float32: bf16 has 8 bits, and x0 is a small difference of large terms if sigma is near 1.
 """
 
 import jax
@@ -25,7 +25,7 @@ NUM_TRAIN_TIMESTEPS = 1000
 
 
 def at_least_float32(x: Array) -> Array:
-    """Return `x` in float32, or as it is where it is wider already."""
+    """Return `x` in float32, or as it is if it is wider already."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 

@@ -1,4 +1,4 @@
-"""Classifier-free guidance in Wan's own convention; nothing else in the package spells the formula out."""
+"""Classifier-free guidance in Wan's own convention (docs/method.md, Guidance); the formula is written here only."""
 
 from collections.abc import Callable
 from typing import Any

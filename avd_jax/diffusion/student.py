@@ -1,7 +1,7 @@
 """The few-step student: its rollout, and the backward simulation that feeds its loss (docs/method.md, Algorithm 1).
 
-A step predicts x0 from xt and re-noises it with fresh noise to the next timestep; after the last step the "next
-timestep" is 0, where re-noising changes nothing, so every step is the same program and the network is traced once.
+A step predicts x0 from xt and re-noises it with fresh noise to the next timestep. After the last step the "next
+timestep" is 0. Re-noising to 0 changes nothing, so every step is the same program and the network is traced once.
 
 Randomness is per example: key `b` of `keys: [B]` decides everything about example `b`, whatever else is in the batch
 and however it is sharded. `fold_in(key, 0)` gives the initial noise, `fold_in(key, i + 1)` the noise added after step
@@ -10,7 +10,7 @@ example would.
 
 With `HalfRate` the first steps work on every second frame (docs/method.md, Frame interpolation): the last of them ends
 in the interpolation of its x0 to all frames, which is re-noised for the first step at the full rate. Half-rate noise is
-every second frame of the noise that a full rate draws, so that a seed means the same with and without.
+every second frame of the noise that a full rate draws, so a seed means the same at both rates.
 """
 
 import itertools
@@ -36,7 +36,7 @@ class StudentSchedule:
       timesteps: network timesteps (1000 sigma) from noise to data; the default is the authors' config.
 
     Raises:
-      UserError: where they are not strictly decreasing within (0, 1000].
+      UserError: if they are not strictly decreasing within (0, 1000].
     """
 
     timesteps: tuple[float | int, ...] = (1000.0, 900.0, 757.0, 522.0)
@@ -50,7 +50,7 @@ class StudentSchedule:
 
 
 HALF_RATE_POSITIONS = {"consecutive": 1, "strided": 2}  # name -> distance of neighbouring half-rate frames
-# A small teacher denoises every second frame 3.6 times better where it is told so (docs/interpolation.md).
+# A small teacher denoises every second frame 3.6 times better if it is told so (docs/interpolation.md).
 DEFAULT_HALF_RATE_POSITIONS = "strided"
 
 
@@ -70,7 +70,7 @@ class HalfRate:
 
 
 def check_half_rate(steps: int, *, num_steps: int, frames: int) -> None:
-    """Raise a UserError where so many half-rate steps do not fit a student's steps or a clip's latent frames."""
+    """Raise a UserError if so many half-rate steps do not fit a student's steps or a clip's latent frames."""
     if not 0 <= steps <= num_steps:
         raise UserError(f"half_rate_steps={steps}: the student has {num_steps} steps; give 0 to {num_steps}")
     if steps and (frames < 3 or frames % 2 == 0):
@@ -109,7 +109,7 @@ def student_sample(
       noise: [B F H W C], from `initial_noise`.
       keys: [B] typed random keys, the ones that `noise` was made with.
       timesteps: `StudentSchedule.timesteps`.
-      half_rate: how the first steps are made, where not like the others; their number fits (`check_half_rate`).
+      half_rate: how the first steps are made, if not like the others; their number fits (`check_half_rate`).
 
     Returns:
       the last x0 prediction, [B F H W C] in float32 at least.
@@ -159,7 +159,7 @@ def backward_simulation(
       timesteps: `StudentSchedule.timesteps`.
       stop_step: integer in 0..len(timesteps)-1, one for the batch, usually traced; 0 returns the noise itself. The
         random choice must be the same on every host.
-      half_rate: how the first steps are made, where not like the others; stop_step is then `half_rate.steps` at least.
+      half_rate: how the first steps are made, if not like the others; stop_step is then `half_rate.steps` at least.
 
     Returns:
       xt [B F H W C], the input of step `stop_step`, and that step's timestep for each example, [B] float32.
@@ -218,7 +218,7 @@ def _timestep_of(noise, timesteps, step):
 
 
 def _roll_out(velocity_fn, xt, timesteps, first_step, stop_step, noise_after):
-    """Return the input of step `stop_step`, which behind the last step is the final x0, from that of `first_step`."""
+    """Return the input of step `stop_step`, given that of `first_step`; after the last step it is the final x0."""
     batch = xt.shape[:1]
     times = jnp.asarray((*timesteps, 0.0), jnp.float32)
 

@@ -1,18 +1,18 @@
 """UniPC (Zhao et al. 2023, arXiv 2302.04867), second order, as Wan2.1 samples with it (wan/utils/fm_solvers_unipc.py).
 
-With alpha = 1 - sigma, lambda = log(alpha / sigma), m the x0 prediction and E = exp(-h) - 1, a step from s to t,
-h = lambda_t - lambda_s, is in the data-prediction form with B(h) = E ("bh2")
+Let alpha = 1 - sigma, lambda = log(alpha / sigma), m the x0 prediction, h = lambda_t - lambda_s and E = exp(-h) - 1. A
+step from s to t is in the data-prediction form with B(h) = E ("bh2")
 
     x_t = sigma_t / sigma_s x_s - alpha_t E m_s - alpha_t E sum_j rho_j (m_j - m_s) / r_j,
-    r_j = (lambda_j - lambda_s) / h,
+    r_j = (lambda_j - lambda_s) / h.
 
-where the sum runs over earlier predictions and, in the corrector, over the new one at t (r = 1). The predictor takes
+The sum runs over earlier predictions and, in the corrector, over the new one at t (r = 1). The predictor takes
 rho = 1/2; the corrector solves for the rho that match the Taylor expansion (1/2 at first order). Each step is: predict
 x0 at the predicted sample, correct that sample with it, predict the next. The first step has no history and the last
 goes to sigma = 0, so both predictors are of first order there.
 
-All of this is linear in the samples and predictions. Hence the coefficients are a table, made in NumPy float64 with a
-zero wherever a step has no such term, and the sampler is one `lax.scan` over its rows that traces the network once.
+All of this is linear in the samples and predictions. So the coefficients are a table, made in NumPy float64, with a
+zero if a step has no such term. The sampler is one `lax.scan` over its rows, which traces the network once.
 """
 
 from collections.abc import Callable
@@ -29,8 +29,8 @@ from avd_jax.shapes import Latents, typechecked
 def unipc_schedule(num_steps: int, shift: float) -> tuple[np.ndarray, np.ndarray]:
     """Return Wan's timesteps and noise levels for a number of steps.
 
-    Wan's table of noise levels ends one training step short of pure noise and its timesteps are cut to whole numbers,
-    so sigma is 0.9998 (not 1) at the start for a shift of 5, and the network is told 999. Both are kept.
+    Wan's table of noise levels ends one training step short of pure noise: sigma starts at 0.9998, not 1, for a shift
+    of 5. Its timesteps are cut to whole numbers: the network is told 999. Both are kept.
 
     Args:
       num_steps: network evaluations (pairs of them under guidance), at least 1.
@@ -46,7 +46,7 @@ def unipc_schedule(num_steps: int, shift: float) -> tuple[np.ndarray, np.ndarray
         raise UserError(f"num_steps is {num_steps}: give at least 1")
     if not shift > 0:
         raise UserError(f"shift is {shift}: give a number above 0")
-    # Wan keeps the table in float32 and reads its maximum from there; whole-number timesteps feel the difference.
+    # Wan keeps the table in float32 and reads its maximum from there; whole-number timesteps depend on it.
     start = float(np.float32(1 - 1 / NUM_TRAIN_TIMESTEPS))
     sigmas = shifted_sigma(np.linspace(start, 0.0, num_steps + 1), shift)
     timesteps = (NUM_TRAIN_TIMESTEPS * sigmas[:-1]).astype(np.int64)
@@ -103,7 +103,7 @@ def _coefficients(sigmas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
     num_steps = len(sigmas) - 1
     alphas = 1 - sigmas
-    lambdas = np.log(alphas[:-1] / sigmas[:-1])  # sigma = 0 is infinitely far, and no formula below goes there
+    lambdas = np.log(alphas[:-1] / sigmas[:-1])  # infinite at sigma = 0, which no formula below uses
     corrector, predictor = np.zeros((num_steps, 4)), np.zeros((num_steps, 3))
 
     corrector[0, 0] = 1.0  # nothing to correct with: the scan starts with the noise as the last corrected sample
@@ -131,9 +131,9 @@ def _coefficients(sigmas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _corrector_weights(h: float, ratio: float) -> tuple[float, float]:
     """Return the rho of the second-order corrector: of the x0 prediction before the step, and of the one after it.
 
-    They solve rho_older + rho_now = b1 and ratio rho_older + rho_now = b2, where b1 and b2 are the integrals of
-    exp(-(h - z)) z / h and exp(-(h - z)) (z / h)^2 over 0..h, divided by 1 - exp(-h): the shares that a slope and a
-    curvature of the x0 prediction have in the exact solution.
+    They solve rho_older + rho_now = b1 and ratio rho_older + rho_now = b2. b1 and b2 are the integrals of
+    exp(-(h - z)) z / h and exp(-(h - z)) (z / h)^2 over 0..h, divided by 1 - exp(-h): the shares that a linear and a
+    quadratic part of the x0 prediction have in the exact solution.
     """
     e = np.expm1(-h)
     first = e / -h - 1

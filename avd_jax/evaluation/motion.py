@@ -29,7 +29,7 @@ def flicker(video: np.ndarray) -> float:
 
 
 def flow_dynamic_degree(video: np.ndarray, fps: float) -> float:
-    """Return 1 where VBench's rule calls the video dynamic, else 0, with OpenCV's Farneback flow in RAFT's place.
+    """Return 1 if VBench's rule calls the video dynamic, else 0, with OpenCV's Farneback flow in RAFT's place.
 
     At about 8 frames a second, the mean flow of the 5 % of the pixels that move most must be above 6/256 of the shorter
     side in a quarter of the pairs of frames. The flow is smoother than RAFT's: small fast objects count for less.

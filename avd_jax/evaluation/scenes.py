@@ -29,10 +29,10 @@ class Track:
     Attributes:
       colour: its name.
       masks: [F H W] bool.
-      parts: number of its separate patches in each frame; 0 where it is not to be seen.
-      centres: [F 2] (down, right) in shares of the shorter side; NaN where it is not to be seen.
-      bordering: [F] bool, where it touches the picture's border.
-      free: [F] bool, where it touches neither that nor another object.
+      parts: number of its separate patches in each frame; 0 if it is not seen.
+      centres: [F 2] (down, right) in shares of the shorter side; NaN if it is not seen.
+      bordering: [F] bool, whether it touches the picture's border.
+      free: [F] bool, whether it touches neither that nor another object.
     """
 
     colour: str
@@ -44,7 +44,7 @@ class Track:
 
     @property
     def way(self) -> np.ndarray:
-        """How far it goes over the whole clip, (down, right) in shares of the shorter side: a line's slope."""
+        """How far it goes over the whole clip, (down, right) in shares of the shorter side, by a fitted line."""
         seen = np.flatnonzero(self.free if self.free.sum() >= 4 else self.parts > 0)
         if len(seen) < 2:
             return np.zeros(2)
@@ -52,7 +52,7 @@ class Track:
 
     @property
     def direction(self) -> str:
-        """The nearest of the world's directions; empty where it stays."""
+        """The nearest of the world's directions; empty if it stays."""
         if np.abs(self.way).max() < MOVED:
             return ""
         return max(shapes_world.DIRECTIONS, key=lambda name: np.dot(self.way, shapes_world.DIRECTIONS[name]))
@@ -84,7 +84,7 @@ def alignment(reading: Reading, caption: str) -> dict[str, float]:
     """Return which share of what the caption says is to be seen: colour, shape, direction, and their mean, 0..1.
 
     Colour is the objects named and seen over those named or seen. A shape or direction is right only for an object
-    that is seen; "stays", "turns", "grows" and "shrinks" are right as directions where the object stays in place.
+    that is seen; "stays", "turns", "grows" and "shrinks" are right as directions if the object stays in place.
     A caption of another world is a ValueError.
     """
     named = {thing.colour: thing for thing in shapes_world.parse_caption(caption)}
@@ -103,9 +103,9 @@ def alignment(reading: Reading, caption: str) -> dict[str, float]:
 def instance_preservation(reading: Reading) -> float:
     """Return in which share of the frames the clip's objects are all there, once each and where they can be, 0..1.
 
-    A frame fails where an object is missing (unless another one hides it, or it has left the picture), stands in two
-    places (unless another one divides it), has jumped since it was last seen, or where an object is that the rest of
-    the clip does not have. A video without any object scores 0.
+    A frame fails if an object is missing (unless another one hides it, or it has left the picture), is in two places
+    (unless another one divides it), or has jumped since it was last seen. It also fails if it shows an object that the
+    rest of the clip does not have. A video without any object scores 0.
     """
     if not reading.tracks:
         return 0.0
@@ -121,7 +121,7 @@ def instance_preservation(reading: Reading) -> float:
 
 
 def dynamic_degree(video: np.ndarray) -> float:
-    """Return 1 where objects really move, turn or change their size, else 0: see REPAINTED and CHANGED."""
+    """Return 1 if objects really move, turn or change their size, else 0: see REPAINTED and CHANGED."""
     change = np.abs(video - video[:1]).max(-1) / 2 > REPAINTED
     return float(change.mean(axis=(1, 2)).max() >= CHANGED)
 

@@ -17,7 +17,7 @@ def style_features(video: np.ndarray) -> np.ndarray:
 
 
 def style_position(features: np.ndarray, *, start: np.ndarray, end: np.ndarray) -> float:
-    """Return where a set of videos stands between two styles: 0 at `start`, 1 at `end`.
+    """Return where a set of videos is between two styles: 0 at `start`, 1 at `end`.
 
     The mean features, in units of their deviation within the two styles, are projected on the line through the means
     of the styles.

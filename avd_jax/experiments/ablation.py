@@ -1,7 +1,7 @@
 """The ablation of the paper in the small world: runs its cells one after another and writes their report.
 
 `workdir/cells/<cell>/` is the folder of a training run, with the videos that its student makes for the held-out
-captions and, last of all, `result.json`. A cell that has one is not run again; one that was stopped goes on from its
+captions and, last of all, `result.json`. A cell that has one is not run again; one that was stopped resumes from its
 checkpoint.
 """
 
@@ -199,7 +199,7 @@ def _shared_programs() -> Iterator[None]:
 
 
 def _encode(config, data: Path) -> None:
-    """Encode the sets that the cells share, where they are not there yet."""
+    """Encode the sets that the cells share, if they are not there yet."""
     world, weights = config.world, config.train.init_from
     vae = video_encoder(convert.load_vae(weights))
     text = text_encoder(convert.load_umt5(weights), convert.load_tokenizer(weights))

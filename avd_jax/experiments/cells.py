@@ -66,12 +66,12 @@ COLLAPSES = {LONG: "longer", GUIDED: "more guidance", FEW: "few prompts"}  # wha
 
 @dataclass(frozen=True)
 class Cell:
-    """One thing to make videos with, and to train before that where it says so.
+    """One thing to make videos with, and to train before that if it says so.
 
     Attributes:
       method: what it belongs to; its results are averaged over the seeds.
       title: the method's, for people.
-      seed: None where nothing is trained.
+      seed: None if nothing is trained.
       train: config of the training, or None.
       student: name of the cell whose student makes the videos; None for the teacher and for drawn clips.
       sampling: fields of `Options` beside the weights.
@@ -169,7 +169,7 @@ def collapse_method(collapse: str, method: str) -> str:
 
 
 def painted_sets(data: Path) -> dict[str, str]:
-    """Return field -> the set that a training takes, where nothing else is said, given the folder of all sets."""
+    """Return field -> the set that a training takes, if nothing else is said, given the folder of all sets."""
     return {f"data.{kind}": str(data / "painted" / kind) for kind in ("latents", "prompts")}
 
 

@@ -49,7 +49,7 @@ METRIC_NAMES = {
 
 @dataclass(frozen=True)
 class Claim:
-    """That `higher` is above `lower` by a metric or, where `as_good`, not below it."""
+    """That `higher` is above `lower` by a metric or, if `as_good`, not below it."""
 
     text: str
     metric: str
@@ -90,7 +90,7 @@ CLAIMS = (
 
 
 def judge(claim: Claim, results: Results) -> Verdict | None:
-    """Return whether the results show the claim, or None where one of its methods has no results."""
+    """Return whether the results show the claim, or None if one of its methods has no results."""
     rows = [[row for row in results.get(name, ()) if claim.metric in row] for name in (claim.higher, claim.lower)]
     if not all(rows):
         return None
@@ -110,7 +110,7 @@ def judge(claim: Claim, results: Results) -> Verdict | None:
 
 
 def pooled_spread(*groups: Sequence[float]) -> float:
-    """Return the root of the mean variance within the groups, weighted by degrees of freedom; 0 where there is none."""
+    """Return the root of the mean variance within the groups, weighted by degrees of freedom; 0 if there is none."""
     freedom = sum(len(group) - 1 for group in groups)
     squares = sum(float(np.var(group)) * len(group) for group in groups)
     return math.sqrt(squares / freedom) if freedom else 0.0

@@ -19,9 +19,8 @@ from avd_jax.parallel.mesh import make_mesh
 class Made:
     """What a model made: its videos in the order of the captions, and the seconds that one more of them takes.
 
-    The seconds are those between the ends of the first batch, which waits for the compiler, and of the last but one,
-    behind which there is no other under way; NaN where fewer than three were to make. Decoding and writing the file are
-    included.
+    The clock runs from the end of the first batch, which waits for the compiler, to the end of the last but one. During
+    the last nothing else is under way. NaN with fewer than three batches. Decoding and writing the file count.
     """
 
     videos: list[CaptionedVideo]
@@ -36,7 +35,7 @@ def captions(count: int) -> list[str]:
 def drawn_videos(
     count: int, folder: Path, *, frames: int, height: int, width: int, fps: float, style: str = "painted"
 ) -> list[CaptionedVideo]:
-    """Write what the first held-out captions describe as video files, where they are not there yet."""
+    """Write what the first held-out captions describe as video files, if they are not there yet."""
     videos = []
     for i in range(count):
         file = folder / f"{style}_{i:04d}_{frames}x{height}x{width}.mp4"
@@ -48,7 +47,7 @@ def drawn_videos(
 
 
 def with_and_without_half_rate(options: Options, settings: Settings) -> dict[str, Options]:
-    """Return how a student makes videos, by name: at the full rate, and where it has half-rate steps, with them.
+    """Return how a student makes videos, by name: at the full rate and, if it has half-rate steps, with them.
 
     Args:
       options: of the student.

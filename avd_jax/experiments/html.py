@@ -1,6 +1,6 @@
 """Pieces of a report page: tables, curves, videos. One file without scripts or anything from the network.
 
-A piece is `Html`; every other text is escaped where it enters a piece, so that a caption can hold any characters.
+A piece is `Html`; every other text is escaped when it enters a piece, so that a caption can hold any characters.
 """
 
 import base64
@@ -141,7 +141,7 @@ def line_chart(title: str, curves: Sequence[Curve], *, x_label: str = "step") ->
 def video_table(columns: Sequence[str], rows: Sequence[tuple[str, Sequence[Path | None]]], *, page: Path) -> Html:
     """Videos side by side: a row is a caption and one file a column (None leaves a gap).
 
-    The files are put into the page where all of them together are small enough, so that it can be sent alone; else
+    The files are put into the page if all of them together are small enough, so that it can be sent alone; else
     the page links to them, and only the whole folder shows them.
     """
     files = [file for _, row in rows for file in row if file is not None]

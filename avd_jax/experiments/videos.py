@@ -15,7 +15,7 @@ CAPTIONS_FILE = "captions.jsonl"
 
 @dataclass(frozen=True)
 class CaptionedVideo:
-    """A file and what it should show; the caption is empty where nobody says."""
+    """A file and what it should show; the caption is empty if nobody says."""
 
     file: Path
     caption: str

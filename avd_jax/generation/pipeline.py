@@ -2,8 +2,8 @@
 
 A network comes in as a callable `network(params, xt, timesteps, conditions) -> velocity` beside its parameters, so
 that training samples with the very functions that generation uses. Example b of a batch depends on key b and conditions
-b only: a video is the same in every batch and on every number of devices, but for the last bits: a backend may sum in
-another order for another batch size.
+b only. So a video is the same in every batch and on every number of devices, except for its last bits: a backend may
+sum in another order for another batch size.
 """
 
 from collections.abc import Callable, Sequence
@@ -64,7 +64,7 @@ def latents_shape(*, frames: int, height: int, width: int, dit: WanDiTConfig, va
 
 
 def sample_keys(seeds: Sequence[int]) -> Keys:
-    """Return one random key a seed, [B]; a seed is 0..2^32 - 1 and gives the same noise wherever it stands."""
+    """Return one random key a seed, [B]; a seed is 0..2^32 - 1 and gives the same noise at every place in a batch."""
     # threefry by name: only its draws are the same alone and in a batch.
     make = partial(jax.random.key, impl="threefry2x32")
     return jax.vmap(make)(np.asarray(seeds, np.uint32))
@@ -127,7 +127,7 @@ class StudentSampler:
             return
         steps = half_rate.steps
         check_half_rate(steps, num_steps=len(timesteps), frames=shape[0])
-        # No argument if it changes nothing: networks that know no positions are networks too.
+        # No argument if it changes nothing, so that networks without positions can be sampled too.
         stride = HALF_RATE_POSITIONS[half_rate.positions]
         options = {} if stride == 1 else {"frame_stride": stride}
         interpolate, self.interpolator = functional(half_rate.interpolator)

@@ -1,8 +1,8 @@
-"""A run of generation: texts, latents, pixels, files; it goes on where an earlier run of the same command stopped.
+"""A run of generation: texts, latents, pixels, files; it resumes where an earlier run of the same command stopped.
 
-Beside `<prompt>-<hash of it>-<seed>-<hash of the settings>.mp4` stands a `.json` with everything that makes the video
+Beside `<prompt>-<hash of it>-<seed>-<hash of the settings>.mp4` lies a `.json` with everything that makes the video
 again. Other settings or other weights give another name, so nothing is overwritten, and a video that is there is not
-made again. The `.json` comes first and the video appears only once it is complete: where a video is, both are whole.
+made again. The `.json` comes first and the video appears only once it is complete: if a video is there, both are whole.
 """
 
 import gc
@@ -218,7 +218,7 @@ class _Thumbnails(Sequence):
 
 
 def _write_sheets(plan: Plan) -> None:
-    """Write one PNG for every few videos, named by a hash of their names, where it is not there yet."""
+    """Write one PNG for every few videos, named by a hash of their names, if it is not there yet."""
     jobs = list(plan.videos)
     for first in range(0, len(jobs), SHEET_ROWS):
         rows = jobs[first : first + SHEET_ROWS]

@@ -41,13 +41,13 @@ class Options:
     """What a user asks for; None stands for the default, which `resolve` fills in.
 
     Attributes:
-      weights: VAE, text encoder, tokenizer, and the transformer where there is no checkpoint.
+      weights: VAE, text encoder, tokenizer, and the transformer if there is no checkpoint.
       checkpoint: a student transformer: training run, export, or AVD's model.pt.
       which: network of a training checkpoint, "generator" or "ema".
       solver: one of SOLVERS.
       steps, shift, guidance_scale, negative_prompt: of the unipc solver only.
       half_rate_steps: first steps of a student at half the frame rate; by default those that its training made so,
-        else the first half of them, where there is an interpolator.
+        else the first half of them, if there is an interpolator.
       half_rate_positions: of the frames in the rotary embedding at these steps, a key of HALF_RATE_POSITIONS.
       frames, height, width, fps: of the videos.
       dtype: of the parameters and the computation of transformer and text encoder.
@@ -114,7 +114,7 @@ class Settings:
             _check_text("negative_prompt", self.negative_prompt)
 
     def digest(self, fingerprints: Mapping[str, str]) -> str:
-        """Return the short hash that stands in file names.
+        """Return the short hash in file names.
 
         Where the weights lie does not count, only what is in them: `fingerprints`, one a component.
         """
@@ -137,8 +137,8 @@ class Job:
 def resolve(options: Options, *, note: Callable[[str], object] = print) -> Settings:
     """Fill in every default.
 
-    The size is the one that the student was trained at, where its checkpoint says so, else Wan's. A student has the
-    timesteps of its checkpoint; `note` gets a line where it records none, and they are taken to be the authors'.
+    The size is the one that the student was trained at, if its checkpoint says so, else Wan's. A student has the
+    timesteps of its checkpoint; if it records none, the authors' are taken and `note` gets a line.
 
     Raises:
       UserError: naming the option that is wrong, or that does not go with the others.

@@ -1,12 +1,12 @@
-"""Adaptive regression (AVD, Eqs. 5-7): real latents pull on the student, the less the worse it fits them.
+"""Adaptive regression (AVD, Eqs. 5-7): real latents pull on the student, less if it fits them worse.
 
     w = 1 - sigmoid(k (L - Lbar[t])),    Lbar[t] <- alpha Lbar[t] + (1 - alpha) L
 
-L is one sample's regression loss at timestep t of the student's schedule, Lbar the running mean of such losses.
+L is one example's regression loss at timestep t of the student's schedule, Lbar the running mean of such losses.
 
-Within a batch, every weight comes from the history before the batch, and the history afterwards is what the batch's
-samples would have left behind one after another in batch order. Both follow from the global batch alone, so one
-device and a pod agree; the update is a closed form of that sequence, with no loop over samples.
+Within a batch, every weight comes from the history before the batch. The history afterwards is what the batch's
+examples would have left behind one after another, in batch order. Both follow from the global batch alone, so one
+device and a pod agree. The update is a closed form of that sequence, with no loop over examples.
 """
 
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ class LossHistory:
     """The running mean loss at each of the student's timesteps. One for the whole run, replicated, in its checkpoints.
 
     Attributes:
-      mean: [T] float32, 0 where nothing was seen.
+      mean: [T] float32, 0 for a timestep that was not seen.
       seen: [T] bool.
     """
 
@@ -53,8 +53,8 @@ def adaptive_weight(loss: PerExample, history_mean: PerExample, *, k: float | in
     """Return 1 - sigmoid(k (loss - history_mean)), [B] (Eq. 7), a constant to differentiation.
 
     Args:
-      loss: each sample's regression loss.
-      history_mean: the mean loss at each sample's timestep.
+      loss: each example's regression loss.
+      history_mean: the mean loss at each example's timestep.
       k: steepness, 3.0 in the paper.
     """
     # sigmoid(-z) is 1 - sigmoid(z) without the rounding to 0 or 1 of the subtraction.
@@ -69,12 +69,12 @@ def update_history(
     *,
     alpha: float | int,
 ) -> LossHistory:
-    """Return the history after a batch (Eq. 6), as if its samples had come one after another in batch order.
+    """Return the history after a batch (Eq. 6), as if its examples had come one after another in batch order.
 
     Args:
       history: before the batch, T timesteps.
-      losses: each sample's regression loss.
-      timestep_index: each sample's step of the student, 0..T-1.
+      losses: each example's regression loss.
+      timestep_index: each example's step of the student, 0..T-1.
       alpha: share of the old mean that stays, 0.95 in the paper. A timestep's first loss is its mean.
     """
     losses = jax.lax.stop_gradient(at_least_float32(losses))
@@ -83,7 +83,7 @@ def update_history(
     count = hits.sum(axis=0)
 
     share = jnp.where((earlier == 0) & ~history.seen, 1.0, 1.0 - alpha)
-    left = alpha ** (count - 1 - earlier).astype(losses.dtype)  # of a sample's share, after the batch's later samples
+    left = alpha ** (count - 1 - earlier).astype(losses.dtype)  # of an example's share, after the batch's later ones
     new = jnp.where(hits, share * left * losses[:, None], 0).sum(axis=0)
     # An unseen timestep's old mean is 0, so it needs no case of its own.
     mean = alpha ** count.astype(losses.dtype) * history.mean + new
@@ -101,18 +101,18 @@ def weights_and_update(
     k: float | int = 3.0,
     weight_uses: str = "before",
 ) -> tuple[PerExample, LossHistory]:
-    """Return each sample's weight, [B], and the history after the batch (Eqs. 6 and 7).
+    """Return each example's weight, [B], and the history after the batch (Eqs. 6 and 7).
 
     Args:
       history: before the batch, T timesteps.
-      losses: each sample's regression loss; no gradient flows through it from here.
-      timestep_index: each sample's step of the student, 0..T-1.
+      losses: each example's regression loss; no gradient flows through it from here.
+      timestep_index: each example's step of the student, 0..T-1.
       alpha: share of the old mean that stays.
       k: steepness of the weight.
       weight_uses: 'before' (paper): the mean before the batch. 'after' (the authors' code): that mean updated with the
-        sample's own loss alone, which amounts to a k of alpha k.
+        example's own loss alone, which amounts to a k of alpha k.
 
-    A timestep's first loss is its history, so the sample weighs 1/2, as do others of that timestep in the same batch.
+    A timestep's first loss is its history, so the example weighs 1/2, as do others of that timestep in the same batch.
 
     Raises:
       UserError: `weight_uses` is neither.

@@ -36,7 +36,7 @@ def distribution_matching_gradient(*, x0: Latents, fake_x0: Latents, real_x0: La
 def distribution_matching_loss(*, x0: Latents, fake_x0: Latents, real_x0: Latents) -> PerExample:
     """Return L_KL of each example, [B] (Eq. 4); arguments as in `distribution_matching_gradient`.
 
-    Its value is half the mean square of the gradient, its derivative with respect to x0 the gradient itself over the
+    Its value is half the mean square of that gradient. Its derivative with respect to x0 is that gradient over the
     number of elements of an example.
     """
     gradient = distribution_matching_gradient(x0=x0, fake_x0=fake_x0, real_x0=real_x0)
@@ -47,7 +47,7 @@ def distribution_matching_loss(*, x0: Latents, fake_x0: Latents, real_x0: Latent
 
 @typechecked
 def flow_matching_loss(*, velocity: Latents, x0: Latents, noise: Latents) -> PerExample:
-    """Return the mean squared error of fake_score's velocity on the student's samples, [B].
+    """Return the mean squared error of fake_score's velocity on the student's samples, [B]; docs/method.md, fake_score.
 
     `x0` is taken as a constant: this loss trains fake_score, never the student that made the sample.
     """

@@ -33,7 +33,7 @@ def temporal_loss(x: Latents, *, clip: float | int = 0.6, eps: float = 1e-6) -> 
     Args:
       x: the latents that the distribution matching loss sees.
       clip: loss at which the frames differ enough, 0.6 in the paper; -inf never truncates.
-      eps: keeps the logarithm finite where nothing moves.
+      eps: keeps the logarithm finite if nothing moves.
     """
     loss = -jnp.log(jnp.mean(temporal_variance(x)) + eps)
     return jnp.where(loss > clip, loss, jax.lax.stop_gradient(loss))

@@ -1,9 +1,9 @@
 """Attention as one function, with the kernel that suits the devices and with sequence parallelism.
 
-Heads stand before tokens, `B H N K`: the projections write them so, and no transpose stands between a projection, the
+Heads come before tokens, `B H N K`: the projections write them so, and no transpose comes between a projection, the
 rotary embedding, the exchange of heads for tokens and the kernel.
 
-Where a mesh axis shares the tokens, an all-to-all gives each device all tokens of some heads, and another brings the
+If a mesh axis shares the tokens, an all-to-all gives each device all tokens of some heads, and another brings the
 output back (Ulysses, arXiv 2309.14509). Keys of another sequence, such as the text's, are few: every device has them
 all, and attends from its own tokens.
 """
@@ -42,7 +42,7 @@ def attention(
 
     Args:
       query, key, value: global arrays. Tokens that are sharded must be divided by the shards.
-      placement: the kernel and, where there is more than one device, the mesh.
+      placement: the kernel and, if there is more than one device, the mesh.
       valid_keys: how many of the keys count, the first ones; the rest are padding. None: all.
       interpret: run the splash kernel step by step, on any backend.
 
@@ -81,7 +81,7 @@ def attention(
 
 def _tokens_for_heads(x, axis: str, shards: int):
     """Return all tokens of some heads, [B H/s N K], for some tokens of all heads, [B H N/s K]."""
-    # The axis that is exchanged stands first, else XLA moves it there and back.
+    # The axis that is exchanged comes first, else XLA moves it there and back.
     parts = rearrange(x, "b (s h) n k -> s b h n k", s=shards)
     return rearrange(jax.lax.all_to_all(parts, axis, 0, 0, tiled=True), "s b h n k -> b h (s n) k")
 

@@ -48,7 +48,7 @@ class UMT5Config:
 def relative_position_buckets(length: int, *, num_buckets: int, max_distance: int) -> np.ndarray:
     """Return the bucket of every (query, key) pair, [length length] int32.
 
-    The first half of the buckets is for keys at or before the query, the second for keys behind it. In each half the
+    The first half of the buckets is for keys at or before the query, the second for keys after it. In each half the
     nearer distances have a bucket of their own, the others share logarithmically wider ones up to `max_distance`.
     Source: T5's bidirectional buckets (arXiv 1910.10683, section 2.1).
     """
@@ -114,7 +114,7 @@ class FeedForward(nnx.Module):
 
 
 class Block(nnx.Module):
-    """One layer: self-attention and feed-forward, each behind its norm and added to the residual stream."""
+    """One layer: self-attention and feed-forward, each after its norm and added to the residual stream."""
 
     def __init__(self, config: UMT5Config, rngs: nnx.Rngs, *, dtype, param_dtype):
         self.norm1 = RMSNorm(config.dim, config.eps, dtype=dtype, param_dtype=param_dtype)
@@ -161,7 +161,7 @@ class UMT5Encoder(nnx.Module):
         """Encode tokens.
 
         Args:
-          input_ids: [B L] token ids, padded behind the last token.
+          input_ids: [B L] token ids, padded after the last token.
           attention_mask: [B L], 1 (or True) for tokens, 0 for padding.
 
         Returns:
@@ -172,7 +172,7 @@ class UMT5Encoder(nnx.Module):
         buckets = relative_position_buckets(
             input_ids.shape[1], num_buckets=self.config.num_buckets, max_distance=self.config.max_distance
         )
-        # The residual stream stays in float32: it grows to where bfloat16 would lose a layer's contribution.
+        # The residual stream stays in float32: it grows so large that bfloat16 would lose a layer's contribution.
         x = self.token_embedding(input_ids).astype(jnp.float32)
 
         x = _apply_blocks(*nnx.split(self.blocks), x, buckets, mask_bias)

@@ -4,9 +4,9 @@ A clip is processed in groups of frames, the first group being its first frame a
 time is called as `y, past = layer(x, past)`: `past` holds the last frames that it has seen, and None says that `x` is
 the clip's first frame. Activations are `B F H W C`.
 
-A loop over groups needs groups of one size, so the first frame may also come repeated to a whole group, with zeros as
-its past: then `layer(x, past, first)` with a true `first`, which may be traced, gives a `y` whose first frame alone
-means anything, and the past that the first frame alone leaves.
+A loop over groups needs groups of one size. So the first frame may also come repeated to a whole group, with zeros as
+its past: `layer(x, past, first)` with a true `first`, which may be traced. Then only the first frame of `y` means
+anything, and the returned past is what one first frame leaves.
 """
 
 import functools
@@ -150,7 +150,7 @@ class RMSNorm(nnx.Module):
 
 
 class ResidualBlock(nnx.Module):
-    """Twice norm, SiLU and causal convolution, added to the input (through `shortcut` where the width changes)."""
+    """Twice norm, SiLU and causal convolution, added to the input (through `shortcut` if the width changes)."""
 
     def __init__(self, in_channels: int, out_channels: int, *, rngs: nnx.Rngs, dtype, param_dtype):
         options = {"rngs": rngs, "dtype": dtype, "param_dtype": param_dtype}
@@ -189,7 +189,7 @@ class AttentionBlock(nnx.Module):
 
 
 class Downsample(nnx.Module):
-    """Halve height and width; where `temporal`, also the frames, except the clip's first."""
+    """Halve height and width; if `temporal`, also the frames, except the clip's first."""
 
     def __init__(self, channels: int, *, temporal: bool, rngs: nnx.Rngs, dtype, param_dtype):
         options = {"rngs": rngs, "dtype": dtype, "param_dtype": param_dtype}
@@ -208,7 +208,7 @@ class Downsample(nnx.Module):
 
 
 class Upsample(nnx.Module):
-    """Double height and width and halve the channels; where `temporal`, double the frames, except the clip's first."""
+    """Double height and width and halve the channels; if `temporal`, double the frames, except the clip's first."""
 
     def __init__(self, channels: int, *, temporal: bool, rngs: nnx.Rngs, dtype, param_dtype):
         options = {"rngs": rngs, "dtype": dtype, "param_dtype": param_dtype}

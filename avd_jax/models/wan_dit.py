@@ -266,9 +266,9 @@ class WanDiT(nnx.Module):
         Args:
           latents: noisy latents [B F H W in_dim]; H and W divisible by the patch.
           timesteps: 1000 * sigma of each example, [B].
-          prompt_embeds: umT5 embeddings [B L text_dim], L <= text_len; zero behind the last token, and padded with
+          prompt_embeds: umT5 embeddings [B L text_dim], L <= text_len; zero after the last token, and padded with
             zeros to text_len here, since Wan attends to the padding too.
-          frame_stride: distance of the frames' positions; 2 where every second frame of a clip is given.
+          frame_stride: distance of the frames' positions; 2 if every second frame of a clip is given.
 
         Returns:
           velocity [B F H W out_dim], float32.
@@ -370,6 +370,6 @@ def _apply_blocks(
 
 
 def _on_device(leaf: jax.Array) -> jax.Array:
-    """Return a layer's parameter, fetched where the stack of all layers is kept in the host's memory."""
+    """Return a layer's parameter, fetched if the stack of all layers is kept in the host's memory."""
     in_host_memory = jax.typeof(leaf).memory_space == jax.memory.Space.Host
     return jax.device_put(leaf, jax.memory.Space.Device) if in_host_memory else leaf

@@ -178,7 +178,7 @@ class WanVAE(nnx.Module):
         self.config, self.dtype = config, dtype
         self.encoder = Encoder(config, rngs, **options)
         self.decoder = Decoder(config, rngs, **options)
-        # Wan's names: conv1 stands behind the encoder, conv2 before the decoder.
+        # Wan's names: conv1 comes after the encoder, conv2 before the decoder.
         self.conv1 = nnx.Linear(2 * config.z_dim, 2 * config.z_dim, rngs=rngs, **options)
         self.conv2 = nnx.Linear(config.z_dim, config.z_dim, rngs=rngs, **options)
 
@@ -211,7 +211,7 @@ class WanVAE(nnx.Module):
           latents: normalised latents [B F H W z_dim].
 
         Returns:
-          video [B 4(F - 1) + 1 8H 8W 3], float32, nominally in [-1, 1] but not clipped: clip where pixels are written.
+          video [B 4(F - 1) + 1 8H 8W 3], float32, nominally in [-1, 1] but not clipped: clip when pixels are written.
 
         Raises:
           UserError: when the latents' axes, channels or dtype do not fit.

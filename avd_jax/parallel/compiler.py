@@ -59,7 +59,7 @@ def _is_known(mesh: Mesh, name: str, value: object) -> bool:
 
 
 def keep_programs(folder: Path) -> None:
-    """Keep compiled programs in `folder`, so that a run that goes on does not compile again.
+    """Keep compiled programs in `folder`, so that a resumed run does not compile again.
 
     `JAX_COMPILATION_CACHE_DIR` names another folder. Programs for a CPU are not kept: they fit this machine only, and
     the next one may be another.

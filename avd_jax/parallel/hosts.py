@@ -20,7 +20,7 @@ from avd_jax.parallel.mesh import batch_sharding
 
 
 def connect(*, coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None) -> None:
-    """Join the other hosts of this run, where there are any.
+    """Join the other hosts of this run, if there are any.
 
     TPU slices, Slurm and Open MPI say themselves who takes part; anywhere else give all three arguments.
 
@@ -73,7 +73,7 @@ def leaving_at_once(main: Callable[[], int | None]) -> Callable[[], int | None]:
     """Wrap a script's work so that an error on one of several hosts ends this process at once.
 
     A normal exit would wait for the others, and these for a collective that never comes. Once this process is gone the
-    coordination service ends them: at once where it was the first, after 100 seconds without a sign of life otherwise.
+    coordination service ends them: at once if it was the first, else after 100 seconds without a sign of life.
     """
 
     def wrapped() -> int | None:

@@ -1,4 +1,4 @@
-"""Which of a device's memories a parameter waits in: its own, or its host's, from where layers come one at a time."""
+"""Which of a device's memories a parameter waits in: its own, or its host's, from which layers come one at a time."""
 
 import re
 

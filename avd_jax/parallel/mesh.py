@@ -27,10 +27,10 @@ def make_mesh(
     batch_size: int | None = None,
     devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
-    """Build the mesh over all devices. Neighbours on an axis are neighbours in the machine where it has a topology.
+    """Build the mesh over all devices. Neighbours on an axis are neighbours in the machine if it has a topology.
 
     One size may be -1, which takes what the others leave. If `seq` and another one both are, that one takes as many
-    devices as the batch has examples for, and `seq` the rest, so that one config serves any number of devices.
+    devices as the batch has examples for, and `seq` the rest. So one config serves any number of devices.
 
     Args:
       data, fsdp, seq: sizes of the axes.

@@ -35,8 +35,8 @@ LARGE_LEAF = 1 << 20  # elements; smaller leaves that no rule matches are replic
 def spec_for(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
     """Return the spec of one leaf, filled up with None on the left.
 
-    Where the mesh does not divide the axis that the rule names, the largest other axis of the rule that it does divide
-    is cut; where there is none, a small leaf stays whole.
+    If the mesh does not divide the axis that the rule names, the largest other axis of the rule that it does divide
+    is cut; if there is none, a small leaf stays whole.
 
     Raises:
       UserError: a large leaf that no rule matches, or of which the mesh divides no axis.

@@ -74,7 +74,7 @@ class Checkpoints:
         return self._sign * value if math.isfinite(value) else -math.inf
 
     def check_best_metric(self, metrics: Mapping[str, float]) -> None:
-        """Raise a UserError where the metric that chooses the best checkpoint is not among those that are logged."""
+        """Raise a UserError if the metric that chooses the best checkpoint is not among those that are logged."""
         if self.best_metric and self.best_metric not in metrics:
             raise UserError(
                 f"config.checkpoint.best_metric={self.best_metric!r} is not logged"

@@ -1,6 +1,6 @@
 """What a method declares: its networks, its updates with their terms, and what a run shows of it.
 
-A method is data and pure functions. Everything by which the functions of an update may ask for has a name in one space:
+A method is data and pure functions. Everything that the functions of an update may ask for has a name in one space:
 
     the parameters of each network, trained or frozen      `generator`
     the extras of the state                                `history`
@@ -43,7 +43,7 @@ class Trained:
       start: shardings -> the parameters to start from, laid out so; networks with the same `start` share one load.
       optimizer: makes an update of a gradient.
       ema_decay: step -> share of the old that stays in the running mean of the parameters; None keeps no mean.
-      frozen: name of the entry of `Method.frozen` that the trained part stands on, such as the weights of an adapter.
+      frozen: name of the entry of `Method.frozen` that the trained part adds to, such as the weights under an adapter.
       whole: (trained, frozen) -> the parameters that functions see under the network's name.
     """
 
@@ -147,7 +147,7 @@ class Update:
       network: whose parameters it changes; its program is `<network>_step`.
       terms: of the loss, those of weight 0 included, since their metrics are logged as 0.
       values: what the terms are made of.
-      watch: values that are only looked at, where what they are made of is computed for a term; no gradient flows.
+      watch: values that are only looked at, if what they are made of is computed for a term; no gradient flows.
       reports: names of values that `metrics` and `extras` take.
       draws: what the whole batch shares.
       times: how often it is made in a cycle.
@@ -173,7 +173,7 @@ class BatchField:
 
     Attributes:
       abstract: shapes and dtypes for one update, the global batch first.
-      fresh: whether each update of a cycle has its own; `Method.batches` then yields it with an axis for them, behind
+      fresh: whether each update of a cycle has its own; `Method.batches` then yields it with an axis for them, after
         the batch's.
     """
 

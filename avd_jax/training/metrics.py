@@ -1,6 +1,6 @@
 """Where the numbers of a run go: `metrics.jsonl`, TensorBoard event files, and the terminal.
 
-One run has one log: the first host writes it. Both files agree with the checkpoint that a run goes on from: what a
+One run has one log: the first host writes it. Both files agree with the checkpoint that a run resumes from: what a
 killed run logged after it is removed.
 """
 
@@ -28,7 +28,7 @@ class MetricsWriter:
     """Writes one JSON object a logged step, the same scalars to TensorBoard, and a progress bar or plain lines."""
 
     def __init__(self, workdir: Path, *, first_step: int, num_steps: int):
-        """Go on after `first_step` (0 for a new run), dropping what was logged behind it."""
+        """Continue after `first_step` (0 for a new run), dropping what was logged after it."""
         self._path = path = workdir / "metrics.jsonl"
         with self._reporting():
             if path.exists():
@@ -132,7 +132,7 @@ class NoMetrics:
 
 
 def open_metrics(workdir: Path, *, first_step: int, num_steps: int) -> MetricsWriter | NoMetrics:
-    """Return this host's writer of a run that goes on after `first_step`."""
+    """Return this host's writer of a run that continues after `first_step`."""
     if not is_first():
         return NoMetrics()
     return MetricsWriter(workdir, first_step=first_step, num_steps=num_steps)

@@ -18,7 +18,7 @@ class Profile:
         self._stop = self._start + TRACED_STEPS
 
     def before(self, step: int) -> None:
-        """Start the trace where `step` is the first one in it."""
+        """Start the trace if `step` is the first one in it."""
         if self._folder and step == self._start:
             options = jax.profiler.ProfileOptions()
             options.python_tracer_level = 0  # Python's calls would bury the devices' work
@@ -26,7 +26,7 @@ class Profile:
             self._running = True
 
     def after(self, step: int, metrics) -> None:
-        """Stop the trace where `step`, which gave `metrics`, was the last one in it."""
+        """Stop the trace if `step`, which gave `metrics`, was the last one in it."""
         if self._running and step + 1 == self._stop:
             jax.block_until_ready(metrics)
             self.close()

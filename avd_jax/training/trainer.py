@@ -151,7 +151,7 @@ def _start(
 
 
 def _together(metrics: Mapping[str, list[Mapping]]) -> dict:
-    """Return a cycle's metrics as one mapping: the mean over the calls of an update, the last word on what all have."""
+    """Return a cycle's metrics as one mapping: means over an update's calls, and the last counts of skipped updates."""
     together: dict = {}
     for calls in metrics.values():
         for name, last in calls[-1].items():

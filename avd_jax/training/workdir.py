@@ -50,10 +50,10 @@ def _check_unchanged(workdir: Path, before: dict, now: dict, changeable: Set[str
 
 
 def check_inputs(before: Mapping[str, str] | None, now: Mapping[str, str], checkpoint: Path) -> None:
-    """Raise a UserError where weights or sets are not those that the run of `checkpoint` began with.
+    """Raise a UserError if weights or sets are not those that the run of `checkpoint` began with.
 
     Args:
-      before, now: field -> what identifies the contents of the path in that field, wherever it lies; None where the
+      before, now: field -> what identifies the contents of the path in that field, wherever it lies; None if the
         checkpoint does not say.
       checkpoint: that the run is to resume from.
     """
@@ -93,7 +93,7 @@ class StopSignals:
         return self
 
     def before(self, step: int) -> int:
-        """Return `signal`, before each step; where it is not 0, no host makes that step."""
+        """Return `signal`, before each step; if it is not 0, no host makes that step."""
         if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
             self.signal = signal.SIGTERM
         return self.signal

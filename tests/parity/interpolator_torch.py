@@ -1,4 +1,4 @@
-"""The frame interpolator in PyTorch, written from PAPER.md and the keys of the authors' checkpoints; for comparison."""
+"""The frame interpolator in PyTorch, written from docs/method.md and the authors' checkpoint keys; for comparison."""
 
 import torch
 from torch import nn

@@ -92,7 +92,7 @@ def test_an_export_loads_in_diffusers_and_predicts_the_same(model, exported):
 
 
 def test_sampling_from_an_export_as_its_model_card_says(exported):
-    """diffusers' whole pipeline on the card's scheduler makes the rollout that PAPER.md describes."""
+    """diffusers' whole pipeline on the card's scheduler makes the rollout of docs/method.md."""
     card = (exported / "README.md").read_text()
     sigmas = json.loads(card.split("sigmas=")[1].split(")")[0])
     transformer = diffusers.WanTransformer3DModel.from_pretrained(exported, subfolder="transformer")

@@ -1,4 +1,4 @@
-"""Every field of a distillation's config: its default (the paper's value where it has one), help line and check.
+"""Every field of a distillation's config: its default (the paper's value if it has one), help line and check.
 
 A file in `configs/` starts from `default_config()` and changes what it must. A field that is not listed here does not
 exist: setting it is an error that names the closest one.

@@ -4,8 +4,8 @@ A collapse under distribution matching shows as frames that stop moving and as c
 share: the student's mean over the real data's. Latent meters come with every update whose rollout reaches the
 student's last step and cost nothing; the others are measured on the decoded samples, of student, teacher and real clips
 alike. A meter that leaves its band says so once, and once when it is back. Latent meters are judged by their mean over
-the last JUDGED_EXAMPLES examples, for those of a small batch scatter. Decoded ones are few and of other captions than
-the real clips: they are outside only where they are so beside the teacher's videos of the same captions too.
+the last JUDGED_EXAMPLES examples, because those of a small batch scatter. Decoded ones are few and of other captions
+than the real clips. They count as outside only if they are also outside relative to the teacher's videos.
 """
 
 import math
@@ -35,7 +35,7 @@ JUDGED_EXAMPLES = 32
 def latent_meters(latents: jax.Array) -> dict[str, jax.Array]:
     """Return what the latent meters compare, [B] each, of latents [B F H W C].
 
-    The spread, the deviation over height and width, stands for contrast and saturation, which need decoded pixels.
+    The spread, the deviation over height and width, represents contrast and saturation, which need decoded pixels.
     """
     latents = latents.astype(jnp.float32)  # variances are means of small squares
     return {
@@ -45,7 +45,7 @@ def latent_meters(latents: jax.Array) -> dict[str, jax.Array]:
 
 
 class Meters:
-    """Holds each meter's last value, and warns where it leaves its band."""
+    """Holds each meter's last value, and warns when it leaves its band."""
 
     def __init__(
         self,
@@ -65,10 +65,10 @@ class Meters:
         }  # the last of each; a checkpoint is rated by it
 
     def after_update(self, step: int, metrics: dict) -> dict[str, list[int]]:
-        """Take the meters and weights of one update out of its metrics, but for meters that are worth logging.
+        """Take the meters and weights of one update out of its metrics; meters that are worth logging stay.
 
         Returns:
-          Histograms of the regression weight by name, each of a timestep that has any, where enough weights have come
+          Histograms of the regression weight by name, one for each timestep that has any, once enough weights have come
           together; the counts are of ten bins over 0..1.
         """
         latent = {name: float(metrics.pop(f"meter/{name}")) for name in LATENT}
@@ -79,7 +79,7 @@ class Meters:
                 if len(recent) == recent.maxlen:
                     self._judge(step, name, {"the real data's": float(np.mean(recent))})
         for index, weight in zip(metrics.pop("timestep_index"), metrics.pop("regression_weight"), strict=True):
-            if weight > 0:  # a stand-in is 0 where there is no regression, and a skipped update's may not be finite
+            if weight > 0:  # a stand-in is 0 if there is no regression, and a skipped update's may not be finite
                 self._weights[int(index)].append(float(weight))
         if sum(map(len, self._weights)) < WEIGHTS_A_HISTOGRAM:
             return {}

@@ -3,9 +3,9 @@
 docs/method.md, Algorithm 1 and Eqs. 4 to 7. Pure functions of arrays; networks come in as callables
 `network(params, xt, timesteps, conditions)`.
 
-With half-rate steps the student sees every second frame at its first steps, as it will when it generates: a rollout
-that stops there ends in the interpolation of its x0, through which the gradient of the losses on all frames flows, and
-the regression is on every second frame of the real latents.
+With half-rate steps the student sees every second frame at its first steps, as it will when it generates. If a rollout
+stops there, it ends in the interpolation of its x0; the gradient of the losses on all frames flows through that. The
+regression is then on every second frame of the real latents.
 """
 
 from collections.abc import Callable
@@ -99,7 +99,7 @@ class Student:
     def regression(self, params, latents, conditions, keys, stop):
         """Return L_reg of each example at a random timestep of the schedule (Eq. 5), and its `index`, both [B].
 
-        With half-rate steps all examples are at one rate, that of step `stop`, for they are one array.
+        With half-rate steps all examples are at one rate, that of step `stop`, because they are one array.
 
         Args:
           params, conditions, keys, stop: as in `x0`.

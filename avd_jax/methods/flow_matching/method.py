@@ -3,7 +3,7 @@
     L = |v(xt, t, c) - (noise - x0)|^2,    xt = (1 - sigma) x0 + sigma noise,    t = 1000 sigma
 
 as Wan2.1 itself is trained (arXiv 2503.20314): timesteps are uniform, then shifted. In a share of the examples the
-prompt gives way to the negative prompt, the one that guidance subtracts, so that the model knows it.
+prompt is replaced by the negative prompt, the one that guidance subtracts, so that the model knows it.
 """
 
 from collections.abc import Callable, Mapping

@@ -91,14 +91,14 @@ def interpolation_loss(unet: Interpolator, latents: Latents) -> jax.Array:
 
 
 def baseline_errors(latents: Latents) -> dict[str, jax.Array]:
-    """Return the mean squared errors on the missing frames of doing without a network."""
+    """Return the mean squared errors on the missing frames without a network, by name of the baseline."""
     left, missing, right = split_frames(latents.astype(jnp.float32))
     made = {"copy left": left, "average": (left + right) / 2}
     return {name: jnp.mean(jnp.square(frames - missing)) for name, frames in made.items()}
 
 
 def new_interpolator(sizes: InterpolatorConfig, seed: int) -> Interpolator:
-    """Return a network that starts as the average of both frames, where it is wide enough, and learns the rest.
+    """Return a network that starts as the average of both frames, if it is wide enough, and learns the rest.
 
     The average goes through the first skip connection as max(a, 0) - max(-a, 0): 2C channels of the first level. After
     as many updates the held-out error is a quarter lower than from random weights.

@@ -1,8 +1,8 @@
 """A tiny umT5, trained from scratch on the captions of the built-in world (`data/shapes_world.py`).
 
 Each token of a clause learns to tell all about the object of that clause, and each token of a caption all about the
-scene, through linear probes that are thrown away afterwards. A transformer that reads such embeddings need not find out
-by itself which colour belongs to which shape.
+scene. Linear probes ask for it and are thrown away afterwards. A transformer that reads such embeddings need not find
+out by itself which colour belongs to which shape.
 """
 
 import dataclasses
@@ -143,7 +143,7 @@ def _update(network: Functional) -> Update:
 
 
 def _captions(batch_size: int, number: int) -> range:
-    """Return the numbers of a batch's captions, behind those that the accuracy is measured on."""
+    """Return the numbers of a batch's captions, after those that the accuracy is measured on."""
     first = FIRST_TEXT_ENCODER_CAPTION + NEW_CAPTIONS + number * batch_size
     return range(first, first + batch_size)
 
