@@ -14,6 +14,7 @@ from absl import logging
 
 from avd_jax.errors import report_user_errors
 from avd_jax.parallel import hosts
+from avd_jax.training import workdir
 
 
 def keep_stdout_for_python() -> None:
@@ -27,6 +28,7 @@ def main() -> None:
     settings, coordinator, num_processes, process_id = sys.argv[1:]
     logging.set_verbosity(logging.FATAL)
     given = json.loads(Path(settings).read_text())
+    workdir.SEEN_WITHIN = 1.0  # both processes are on one disk, or on none
     hosts.connect(coordinator=coordinator, num_processes=int(num_processes), process_id=int(process_id))
     training_cases.use_linear_network(setattr)
     status = training_cases.train(training_cases.make_config(**given["config"]), Path(given["workdir"]))

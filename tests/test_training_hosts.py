@@ -54,21 +54,27 @@ def here(settings, workdir, devices, **fields):
         return train(make_config(**settings | fields), workdir)
 
 
-def start(settings, workdir, processes=2, **fields):
-    """Start a run of so many processes that share eight devices."""
+def start(settings, workdir, processes=2, apart=False, **fields):
+    """Start a run of so many processes that share eight devices; each has a workdir of its own if they are `apart`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         coordinator = f"127.0.0.1:{free.getsockname()[1]}"
-    path = workdir.with_suffix(".json")
-    path.write_text(json.dumps({"config": settings | fields, "workdir": str(workdir)}))
+    paths = []
+    for i in range(processes):
+        paths.append(workdir.with_name(f"{workdir.name}_{i}.json"))
+        folder = workdir / str(i) if apart else workdir
+        paths[-1].write_text(json.dumps({"config": settings | fields, "workdir": str(folder)}))
     count = f"--xla_force_host_platform_device_count={8 // processes}"
     environment = os.environ | {
         "XLA_FLAGS": f"{count} --xla_backend_optimization_level=0",
         "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
     }
-    command = [sys.executable, str(ROOT / "tests" / "host_worker.py"), str(path), coordinator, str(processes)]
+    worker = str(ROOT / "tests" / "host_worker.py")
     output = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return [subprocess.Popen([*command, str(i)], env=environment, **output) for i in range(processes)]
+    commands = [
+        [sys.executable, worker, str(path), coordinator, str(processes), str(i)] for i, path in enumerate(paths)
+    ]
+    return [subprocess.Popen(command, env=environment, **output) for command in commands]
 
 
 def finish(processes, timeout=120):
@@ -183,3 +189,12 @@ def test_a_user_error_ends_every_host_with_one_line(settings, tmp_path):
     assert 0 not in statuses
     assert outputs[1] == ""
     assert any("error: a batch of 12 (config.batch_size" in error for error in errors)
+
+
+def test_hosts_that_do_not_share_a_workdir_say_so_at_once(settings, tmp_path):
+    processes = start(settings, tmp_path / "run", apart=True)
+    statuses, _, errors = finish(processes)
+    assert statuses == [1, 1]
+    said = "is not the same folder on all hosts (what process 0 writes does not show on process 1)"
+    assert any(said in error for error in errors), errors
+    assert not list(tmp_path.rglob("checkpoints"))

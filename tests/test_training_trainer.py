@@ -221,6 +221,38 @@ def test_other_settings_need_another_workdir(straight, inputs):
     assert train(settings(inputs), straight) == 0
 
 
+def test_rates_and_weights_may_change_and_are_written_down(straight, inputs, tmp_path, capsys):
+    workdir = shutil.copytree(straight, tmp_path / "run")
+    changes = {"optimizer__learning_rate": 1e-4, "loss__temporal": 0.1, "optimizer__max_grad_norm": 1.0}
+    assert train(settings(inputs, **changes, num_steps=6), workdir) == 0
+    assert (
+        "going on from step 5, with config.loss.temporal 0.1 instead of 0.05, config.optimizer."
+        in capsys.readouterr().out
+    )
+    (record,) = [json.loads(line) for line in (workdir / "changes.jsonl").read_text().splitlines()]
+    assert record["step"] == 5
+    assert record["changed"] == {
+        "loss.temporal": [0.05, 0.1],
+        "optimizer.learning_rate": [1e-3, 1e-4],
+        "optimizer.max_grad_norm": [10.0, 1.0],
+    }
+    assert not (straight / "changes.jsonl").exists()
+    # Once written down they are the run's own.
+    assert train(settings(inputs, **changes, num_steps=7), workdir) == 0
+    assert len((workdir / "changes.jsonl").read_text().splitlines()) == 1
+    assert json.loads((workdir / "config.json").read_text())["optimizer.learning_rate"] == 1e-4
+
+
+def test_a_change_that_adds_or_drops_a_network_is_refused_and_not_written_down(straight, inputs, tmp_path):
+    workdir = shutil.copytree(straight, tmp_path / "run")
+    before = (workdir / "config.json").read_text()
+    with pytest.raises(UserError, match=r"/5: the run trains fake_score 2 times and generator 1 times a"):
+        train(settings(inputs, loss__distribution_matching=0.0, num_steps=6), workdir)
+    assert (workdir / "config.json").read_text() == before
+    assert not (workdir / "changes.jsonl").exists()
+    assert train(settings(inputs, num_steps=6), workdir) == 0
+
+
 def test_what_fits_a_run_to_other_devices_may_change(straight, inputs, tmp_path):
     workdir = shutil.copytree(straight, tmp_path / "run")
     fields = {"remat": "none", "attention__kernel": "xla", "accumulation_steps": 2}

@@ -49,8 +49,8 @@ class Assembly:
           UserError: no term of the main network's loss has a weight, or a leaf that no sharding rule matches.
         """
         self.method = method
-        trained = {update.network for update in method.updates if update.times and passes_of(update)}
-        if method.main not in trained:
+        updates = [update for update in method.updates if update.times and passes_of(update)]
+        if method.main not in {update.network for update in updates}:
             raise UserError(
                 "config.loss: every term has weight 0, nothing would be trained; set one of "
                 + ", ".join(term.name for update in method.updates for term in update.terms)
@@ -67,11 +67,7 @@ class Assembly:
                 compiler_options=compiler_options(method.mesh),
             )
 
-        self.calls = tuple(
-            Call(update, compiled(update), fields_of(method, update))
-            for update in method.updates
-            if update.times and passes_of(update)
-        )
+        self.calls = tuple(Call(update, compiled(update), fields_of(method, update)) for update in updates)
 
     @property
     def mesh(self) -> Mesh:
@@ -93,6 +89,14 @@ class Assembly:
             name: sum(call.update.times for call in self.calls if name in call.fields)
             for name, field in self.method.fields.items()
             if field.fresh
+        }
+
+    def cycle(self) -> dict:
+        """Return what a run may not change when it resumes: its networks, its updates, and the batches of a cycle."""
+        return {
+            "networks": sorted(self.method.networks),
+            "updates": {call.update.network: call.update.times for call in self.calls},
+            "batches": self.fresh(),
         }
 
     def init_state(self) -> TrainState:

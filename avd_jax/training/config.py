@@ -51,11 +51,13 @@ MESH_FIELDS: Fields = {
     ),
 }
 SCHEDULE_FIELDS: Fields = {  # of a training whose learning rate rises and falls (`optimizers.scheduled`)
-    "optimizer.learning_rate": Field(1e-3, "AdamW's highest learning rate", not_negative),
+    "optimizer.learning_rate": Field(1e-3, "AdamW's highest learning rate", not_negative, recorded=True),
     "optimizer.warmup_steps": Field(200, "updates over which it rises from zero", not_negative),
     "optimizer.beta1": Field(0.9, "AdamW's decay of the first moment", below_one),
     "optimizer.beta2": Field(0.99, "AdamW's decay of the second moment", below_one),
-    "optimizer.weight_decay": Field(0.0, "AdamW's decoupled weight decay", not_negative),
-    "optimizer.max_grad_norm": Field(1.0, "gradients are scaled down to this global norm", not_negative),
-    "ema_decay": Field(0.999, "decay of the running mean of the weights, which is what is used afterwards", below_one),
+    "optimizer.weight_decay": Field(0.0, "AdamW's decoupled weight decay", not_negative, recorded=True),
+    "optimizer.max_grad_norm": Field(1.0, "gradients are scaled down to this global norm", not_negative, recorded=True),
+    "ema_decay": Field(
+        0.999, "decay of the running mean of the weights, which is what is used afterwards", below_one, recorded=True
+    ),
 }

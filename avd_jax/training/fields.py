@@ -27,12 +27,15 @@ class Field(NamedTuple):
       check: value -> what it must be, as the end of the sentence "config.NAME=VALUE ..."; None if it is that.
       changeable: whether a run may resume with another value. It decides nothing that the run computes, or it is a path
         whose contents are compared instead.
+      recorded: whether a run may resume with another value though it decides what the run computes from there on; the
+        change is written down with its step.
     """
 
     default: object
     help: str
     check: Check = anything
     changeable: bool = False
+    recorded: bool = False
 
 
 Fields = Mapping[str, Field]

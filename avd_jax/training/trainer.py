@@ -23,7 +23,7 @@ from avd_jax.training.loop import Driven, run_steps
 from avd_jax.training.method import Batches, Method, Recipe, Surroundings
 from avd_jax.training.metrics import open_metrics
 from avd_jax.training.state import TrainState
-from avd_jax.training.workdir import StopSignals, check_inputs, jsonable, record_config
+from avd_jax.training.workdir import StopSignals, changed_settings, check_inputs, check_shared, jsonable, record_config
 
 # Of the checkpoints: 1 had a state for distillation and another for everything else.
 FORMAT = 2
@@ -58,7 +58,8 @@ def train(recipe: Recipe, config, workdir: Path, *, profile: bool = False) -> Ou
       UserError: for what the user can put right.
     """
     recipe.validate(config)
-    record_config(config, workdir, recipe.fields)
+    check_shared(workdir)
+    changed = changed_settings(config, workdir, recipe.fields)
     if is_first():
         print(describe(config, recipe.fields), flush=True)
     with StopSignals() as stop:
@@ -75,13 +76,15 @@ def train(recipe: Recipe, config, workdir: Path, *, profile: bool = False) -> Ou
         checkpoints = Checkpoints(workdir, **config.checkpoint)
         state, key, batches = _start(assembly, config, checkpoints, inputs)
         first_step = int(state.step)
+        if is_first():
+            record_config(config, workdir, step=first_step, changed=changed)
         writer = open_metrics(workdir, first_step=first_step, num_steps=config.num_steps)
         try:
             if first_step >= config.num_steps:
                 writer.message(f"the run is complete: {first_step} of {config.num_steps} steps are in {workdir}")
                 return Outcome(0, state, method)
             if first_step:
-                writer.message(f"going on from step {first_step}")
+                writer.message(f"going on from step {first_step}" + _in_words(changed))
             observer = method.observer(Surroundings(workdir, writer), frozen)
             if observer.sample_every and observer.samples_at_start and not first_step and not stop.signal:
                 observer.sample(0, state)
@@ -90,15 +93,12 @@ def train(recipe: Recipe, config, workdir: Path, *, profile: bool = False) -> Ou
                 return assembly.dispatch(state, frozen, next(batches), jax.random.fold_in(key, step))
 
             def record() -> dict:
-                position = {"key": np.asarray(jax.random.key_data(key)).tolist(), "data": batches.get_state()}
-                return (
-                    {"format": FORMAT, "method": method.name, "main": method.main}
-                    | position
-                    | {
-                        "inputs": inputs,
-                        **method.record(),
-                    }
-                )
+                return {
+                    **{"format": FORMAT, "method": method.name, "main": method.main, "cycle": assembly.cycle()},
+                    **{"key": np.asarray(jax.random.key_data(key)).tolist(), "data": batches.get_state()},
+                    "inputs": inputs,
+                    **method.record(),
+                }
 
             driven = Driven(
                 config=config,
@@ -144,10 +144,26 @@ def _start(
         raise UserError(
             f"{where}: is of another architecture ({difference}); give its own init_from or another --workdir"
         )
+    if meta["cycle"] != assembly.cycle():
+        raise UserError(
+            f"{where}: the run trains {_updates(meta['cycle'])}, the config {_updates(assembly.cycle())}; which terms "
+            "have a weight decides networks and the order of the data: switch on the same, or take another --workdir"
+        )
     check_inputs(meta.get("inputs"), inputs, where)
     batches.set_state(meta["data"])
     key = jax.random.wrap_key_data(np.asarray(meta["key"], np.uint32))
     return checkpoints.restore(step, assembly.abstract), key, batches
+
+
+def _updates(cycle: Mapping) -> str:
+    updates = " and ".join(f"{network} {times} times" for network, times in cycle["updates"].items())
+    batches = " and ".join(f"{n} batches of {name}" for name, n in cycle["batches"].items())
+    return f"{updates} a cycle" + (f", from {batches}" if batches else "")
+
+
+def _in_words(changed: Mapping[str, list]) -> str:
+    shown = ", ".join(f"config.{name} {now!r} instead of {before!r}" for name, (before, now) in changed.items())
+    return f", with {shown}" if shown else ""
 
 
 def _together(metrics: Mapping[str, list[Mapping]]) -> dict:

@@ -1,52 +1,105 @@
 """A run's folder and the signals that stop it: what every training program does before and around its loop."""
 
+import contextlib
 import json
 import os
 import signal
-from collections.abc import Mapping, Set
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 from avd_jax.data.atomic import write_text
 from avd_jax.errors import UserError
-from avd_jax.parallel.hosts import barrier, is_first
+from avd_jax.parallel.hosts import barrier, from_first, is_first
 from avd_jax.training.fields import Fields, flatten
 
+CHANGES = "changes.jsonl"
+SEEN_WITHIN = 20.0  # seconds in which a file of one host must show on the others
 
-def record_config(config, workdir: Path, fields: Fields) -> None:
-    """Write the config to the workdir; one that holds a checkpoint must have the same, but for the changeable fields.
+
+def check_shared(workdir: Path) -> None:
+    """Check that all hosts see the same folder: the first one leaves a token there, and the others look for it.
 
     Raises:
-      UserError: naming the fields that differ.
+      UserError: on every host, if one of them does not find it.
+    """
+    if jax.process_count() == 1:
+        return
+    token = int(from_first(np.asarray(int.from_bytes(os.urandom(3), "big"))))
+    path = workdir / f".seen_by_all_{token}"
+    if is_first():
+        with _usable(path):
+            write_text(path, "")
+    barrier("token is written")
+    until = time.monotonic() + SEEN_WITHIN
+    while not (seen := path.exists()) and time.monotonic() < until:
+        time.sleep(0.5)
+    blind = np.flatnonzero(~np.asarray(multihost_utils.process_allgather(np.asarray(seen))).reshape(-1))
+    if is_first():
+        path.unlink(missing_ok=True)
+    if blind.size:
+        raise UserError(
+            f"{workdir}: is not the same folder on all hosts (what process 0 writes does not show on process "
+            f"{', '.join(map(str, blind))}); give a --workdir on a disk that all of them share"
+        )
+
+
+def changed_settings(config, workdir: Path, fields: Fields) -> dict[str, list]:
+    """Compare a config with that of the run in the workdir, if it holds a checkpoint.
+
+    Returns:
+      field -> [its value before, its value now] of those that differ, may do so, and decide what the run computes.
+
+    Raises:
+      UserError: naming the fields that differ and may not.
     """
     path, now = workdir / "config.json", jsonable(flatten(config))
-    changeable = {name for name, field in fields.items() if field.changeable}
-    try:
+    with _usable(path):
         # Until there is something to resume from, a setting that was wrong can be put right.
         started = any(child.name.isdigit() for child in (workdir / "checkpoints").glob("*"))
         before = json.loads(path.read_text()) if started and path.exists() else {}
-        _check_unchanged(workdir, before, now, changeable)
-        barrier("config is checked")
-        if is_first():
-            write_text(path, json.dumps(now, indent=2) + "\n")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be used ({error.strerror}); choose another --workdir") from error
-    except ValueError as error:
-        raise UserError(f"{path}: is no JSON ({error}); remove it or choose another --workdir") from error
+    changed = {name: [before[name], now[name]] for name in _differing(workdir, before, now, fields)}
+    barrier("config is checked")
+    return changed
 
 
-def _check_unchanged(workdir: Path, before: dict, now: dict, changeable: Set[str]) -> None:
-    changed = [name for name in now if name in before and before[name] != now[name] and name not in changeable]
-    if "method" in changed:
+def record_config(config, workdir: Path, *, step: int, changed: Mapping[str, list]) -> None:
+    """Write the config to the workdir, and what changed in it to `changes.jsonl`, with the step that it follows."""
+    path = workdir / "config.json"
+    with _usable(path):
+        if changed:
+            with (workdir / CHANGES).open("a") as file:
+                file.write(json.dumps({"step": step, "changed": changed}) + "\n")
+        write_text(path, json.dumps(jsonable(flatten(config)), indent=2) + "\n")
+
+
+def _differing(workdir: Path, before: dict, now: dict, fields: Fields) -> list[str]:
+    """Return which recorded fields differ; raises a UserError if others do that may not."""
+    differing = [name for name in now if name in before and before[name] != now[name] and not fields[name].changeable]
+    if "method" in differing:
         raise UserError(
             f"{workdir}: holds a run of the method {before['method']!r}, the config is of {now['method']!r}; use its "
             "own config, or another --workdir"
         )
-    if changed:
-        shown = ", ".join(f"config.{name} was {before[name]!r}, is {now[name]!r}" for name in changed)
+    refused = [name for name in differing if not fields[name].recorded]
+    if refused:
+        shown = ", ".join(f"config.{name} was {before[name]!r}, is {now[name]!r}" for name in refused)
         raise UserError(f"{workdir}: holds a run with other settings ({shown}); use them, or another --workdir")
+    return differing
+
+
+@contextlib.contextmanager
+def _usable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot be used ({error.strerror}); choose another --workdir") from error
+    except ValueError as error:
+        raise UserError(f"{path}: is no JSON ({error}); remove it or choose another --workdir") from error
 
 
 def check_inputs(before: Mapping[str, str] | None, now: Mapping[str, str], checkpoint: Path) -> None:

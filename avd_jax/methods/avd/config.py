@@ -55,7 +55,7 @@ FIELDS: Fields = {
         one_of(HALF_RATE_POSITIONS),
     ),
     "half_rate.interpolator": Field(
-        "", "weights that make the other frames, in any layout; they stay with the student"
+        "", "weights that make the other frames, in any layout; they stay with the student", changeable=True
     ),
     "score.shift": Field(
         5.0, "timestep shift of the random timesteps at which teacher and fake_score are compared", positive
@@ -66,29 +66,39 @@ FIELDS: Fields = {
         5.0, "guidance of the teacher, in Wan's convention uncond + scale * (cond - uncond)", finite
     ),
     "fake_score_updates": Field(5, "updates of fake_score before each update of the generator", not_negative),
-    "loss.distribution_matching": Field(1.0, "weight of L_KL, Eq. 4; 0 switches the term off", not_negative),
-    "loss.regression": Field(2.0, "weight of L_reg, Eq. 9; 0 switches the term off and its forward pass", not_negative),
+    "loss.distribution_matching": Field(
+        1.0, "weight of L_KL, Eq. 4; 0 switches the term off", not_negative, recorded=True
+    ),
+    "loss.regression": Field(
+        2.0, "weight of L_reg, Eq. 9; 0 switches the term off and its forward pass", not_negative, recorded=True
+    ),
     "loss.regression_weighting": Field(
         "adaptive", "'adaptive' (Eqs. 5-7) or 'fixed' (w = 1, the ablation)", one_of(("adaptive", "fixed"))
     ),
-    "loss.adaptive_k": Field(3.0, "steepness k of the adaptive weight", not_negative),
+    "loss.adaptive_k": Field(3.0, "steepness k of the adaptive weight", not_negative, recorded=True),
     "loss.adaptive_alpha": Field(0.95, "share of the old mean that stays in the loss history", below_one),
     "loss.adaptive_uses": Field(
         "before",
         "the weight uses the mean 'before' the update (paper) or 'after' it (authors)",
         one_of(("before", "after")),
     ),
-    "loss.temporal": Field(0.05, "weight of L_temp, Eq. 8; 0 switches the term off", not_negative),
-    "loss.temporal_clip": Field(0.6, "L_temp gives no gradient at or below this; -inf never truncates", not_nan),
-    "optimizer.learning_rate": Field(2e-6, "AdamW's learning rate of the generator", not_negative),
-    "optimizer.fake_score_learning_rate": Field(2e-6, "AdamW's learning rate of fake_score", not_negative),
+    "loss.temporal": Field(0.05, "weight of L_temp, Eq. 8; 0 switches the term off", not_negative, recorded=True),
+    "loss.temporal_clip": Field(
+        0.6, "L_temp gives no gradient at or below this; -inf never truncates", not_nan, recorded=True
+    ),
+    "optimizer.learning_rate": Field(2e-6, "AdamW's learning rate of the generator", not_negative, recorded=True),
+    "optimizer.fake_score_learning_rate": Field(
+        2e-6, "AdamW's learning rate of fake_score", not_negative, recorded=True
+    ),
     "optimizer.beta1": Field(0.9, "AdamW's decay of the first moment", below_one),
     "optimizer.beta2": Field(0.999, "AdamW's decay of the second moment", below_one),
     "optimizer.epsilon": Field(1e-8, "AdamW's epsilon", not_negative),
     "optimizer.weight_decay": Field(
-        0.01, "AdamW's decoupled weight decay (PyTorch's default; the paper names none)", not_negative
+        0.01, "AdamW's decoupled weight decay (PyTorch's default; the paper names none)", not_negative, recorded=True
     ),
-    "optimizer.max_grad_norm": Field(10.0, "gradients are scaled down to this global norm", not_negative),
+    "optimizer.max_grad_norm": Field(
+        10.0, "gradients are scaled down to this global norm", not_negative, recorded=True
+    ),
     "ema_decay": Field(0.0, "decay of the running mean of the generator's weights; 0 keeps none", below_one),
     "compute_dtype": Field("bfloat16", "dtype of matrix products; masters and moments are float32", DTYPES),
     "teacher_dtype": Field("bfloat16", "dtype in which the frozen teacher is stored and run", DTYPES),
