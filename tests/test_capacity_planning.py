@@ -45,4 +45,5 @@ def test_the_cheapest_that_fits_is_recommended():
     assert planning.recommend(reports) == (
         "--config.batch_size=8 --config.mesh.data=1 --config.mesh.fsdp=8 --config.mesh.seq=2"
     )
+    assert planning.recommend([report(16, None, 10), *reports]) == planning.recommend(reports), "it has no estimate"
     assert planning.recommend(reports[2:]).startswith("none: the smallest needs 20.0 GiB of 16")

@@ -1,5 +1,6 @@
 """Runs on tiny random weights: the files they write, what they skip, and what stops them."""
 
+import importlib.metadata
 import json
 import resource
 import signal
@@ -237,3 +238,17 @@ def test_killed_and_run_again(settings, tmp_path, monkeypatch):
     assert first.stat().st_mtime_ns == kept
     assert json.loads(second.with_suffix(".json").read_text())["seed"] == 1
     assert [len(list(tmp_path.glob(f"*.{suffix}"))) for suffix in ("mp4", "json", "png", "tmp")] == [3, 3, 1, 0]
+
+
+def test_code_that_is_not_installed_has_no_version(monkeypatch):
+    """It may be on PYTHONPATH alone."""
+
+    def version(package):
+        if package == "avd_jax":
+            raise importlib.metadata.PackageNotFoundError(package)
+        return "1.0"
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    versions = run._environment(make_mesh(devices=jax.devices()[:1]), 1)["versions"]
+    assert versions["avd_jax"] == "not installed"
+    assert versions["jax"] == "1.0"

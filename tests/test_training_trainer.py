@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -383,3 +384,8 @@ def test_samples(inputs, tmp_path, capsys):
 def test_samples_without_a_vae(inputs, tmp_path):
     with pytest.raises(UserError, match=r"^config.sample.vae: .*; or set sample_every=0 to train without samples"):
         train(settings(inputs, sample_every=1), tmp_path)
+
+
+def test_a_workdir_that_cannot_be_made(inputs):
+    with pytest.raises(UserError, match=r"^/dev/null/run/config.json: cannot be used .*; choose another --workdir$"):
+        train(settings(inputs), Path("/dev/null/run"))

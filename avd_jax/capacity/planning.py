@@ -1,5 +1,6 @@
 """Which mesh and batch size suit a TPU slice: the sensible ones are compiled, the cheapest that fits is recommended."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
@@ -70,6 +71,7 @@ def recommend(reports: Sequence[Report]) -> str:
             f"none: the smallest needs {least.total_gib:.1f} GiB of {least.limit_gib:g}; take a larger slice, or try "
             "--config.accumulation_steps=2 or --config.attention.fused_backward=False"
         )
-    best = min(fitting, key=lambda report: (report.cycles or 0) / report.batch_size)
+    # Without an estimate a plan is only taken if none has one.
+    best = min(fitting, key=lambda report: math.inf if report.cycles is None else report.cycles / report.batch_size)
     mesh = " ".join(f"--config.mesh.{axis}={size}" for axis, size in best.mesh.items())
     return f"--config.batch_size={best.batch_size} {mesh}"

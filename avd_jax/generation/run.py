@@ -196,8 +196,15 @@ def _encode_texts(settings: Settings, parts: Parts, jobs: Sequence[Job]) -> dict
 
 def _environment(mesh: Mesh, size: int) -> dict:
     devices = f"{mesh.devices.size} x {mesh.devices.flat[0].device_kind}"
-    versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    versions = {name: _version(name) for name in _PACKAGES}
     return {"versions": versions, "devices": devices, "batch_size": size}
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"  # the code is on PYTHONPATH
 
 
 class _Thumbnails(Sequence):

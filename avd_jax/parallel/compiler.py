@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from avd_jax.parallel.mesh import replicated
 
-# All of them let collectives run beside the arithmetic that does not need them.
+# Most of them let collectives run beside the arithmetic that does not need them.
 OPTIONS: Mapping[str, Mapping[str, object]] = {
     "tpu": {
         "xla_tpu_enable_async_collective_fusion": True,
@@ -18,6 +18,10 @@ OPTIONS: Mapping[str, Mapping[str, object]] = {
         "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
         "xla_tpu_overlap_compute_collective_tc": True,
         "xla_enable_async_all_gather": True,
+        # Else each product with a sharded weight becomes a loop over shards, a few columns at a time, which fill a
+        # quarter of the matrix units.
+        "xla_tpu_enable_windowed_einsum_for_reduce_scatter": False,
+        "xla_tpu_enable_windowed_einsum_for_all_gather": False,
     },
     "gpu": {"xla_gpu_enable_latency_hiding_scheduler": True},
 }

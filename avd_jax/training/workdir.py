@@ -59,6 +59,8 @@ def changed_settings(config, workdir: Path, fields: Fields) -> dict[str, list]:
     """
     path, now = workdir / "config.json", jsonable(flatten(config))
     with _usable(path):
+        if is_first():
+            workdir.mkdir(parents=True, exist_ok=True)
         # Until there is something to resume from, a setting that was wrong can be put right.
         started = any(child.name.isdigit() for child in (workdir / "checkpoints").glob("*"))
         before = json.loads(path.read_text()) if started and path.exists() else {}
