@@ -1,0 +1,268 @@
+"""Video files opened, their stream chosen, and its frames in the order of their times: sound, deinterlaced.
+
+What a frame looks like is `picture.py`'s matter, and which frames make a clip `video.py`'s.
+"""
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import av
+from av.filter import Graph
+from av.stream import Disposition
+
+from avd_jax.errors import UserError
+
+SEEK_MARGIN = 1.0  # seconds; containers seek by decoding time, which runs ahead of the time of display
+TAIL = 10.0  # seconds; the end of a file is looked for from here on
+STILL = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image
+COUNTED_PACKETS = 300  # of all video tracks together; a track with one picture by then is a cover
+# FFmpeg patches over damage by default and tells nobody; with these its decoders stop instead.
+STRICT = {"err_detect": "crccheck+bitstream+buffer+explode"}
+
+
+@dataclass(frozen=True)
+class Tags:
+    """What a container says of its colours, in FFmpeg's numbers (ITU-T H.273); 2 is unspecified, 0 as a range too."""
+
+    matrix: int
+    primaries: int
+    transfer: int
+    range: int
+
+
+class VideoFile:
+    """An open file and the video in it that a player shows.
+
+    Attributes:
+      path: the file, as messages name it.
+      tags: colours as the container states them.
+      pixel_aspect: width of a pixel over its height.
+      rate: frames per second, or None if the file does not tell.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        """Open the file; `opened` closes it, and turns FFmpeg's errors into a UserError."""
+        self.path = path
+        self._container = self._stream = None
+        self._open()
+        context = self._stream.codec_context
+        self.tags = Tags(context.colorspace, context.color_primaries, context.color_trc, context.color_range)
+        self.pixel_aspect = float(self._stream.sample_aspect_ratio or 1)
+        rate = self._stream.average_rate or self._stream.guessed_rate
+        self.rate = float(rate) if rate else None
+        if self._stream.metadata.get("alpha_mode") == "1" and self._stream.codec.name in ("vp8", "vp9"):
+            # Their alpha is a second video beside the first, which FFmpeg's own decoders pass over.
+            raise UserError(f"{path}: has transparency, which cannot be read; put it on a background first.")
+
+    def frames(self, start: float = 0.0) -> Iterator[tuple[float, av.VideoFrame]]:
+        """Yield (seconds after the first frame of the video, frame) in order, from shortly before `start` on.
+
+        Raises:
+          UserError: a frame is damaged or has no time stamp.
+        """
+        origin = self._origin()
+        late = True
+        if start > SEEK_MARGIN and self._seek(start - SEEK_MARGIN + (origin or 0.0)):
+            for time, frame in self._timed(self._decode(skip_leading=True), origin):
+                if late and time > start + SEEK_MARGIN:
+                    break
+                late = False
+                yield time, frame
+        if late:
+            # Nothing to seek to, or an index that is wrong: all of it is decoded.
+            self._open()
+            yield from self._timed(self._decode(skip_leading=False), origin)
+
+    def length(self) -> float:
+        """Return how many seconds the video lasts, from its first frame to the end of its last.
+
+        Without a length in the header (Matroska has none for a track, a live recording none at all), the time stamps
+        at the end of the file tell. 0 if it has no time stamps.
+        """
+        stream, container = self._stream, self._container
+        if stream.duration and stream.duration > 0 and not self._is_fragmented():
+            return float(stream.duration * stream.time_base)
+        origin = self._origin()
+        if container.duration and origin is not None and self._seek(container.duration / av.time_base - TAIL):
+            times = self._packet_times()
+            if times is not None and times[1] > origin:
+                return times[1] - origin
+        self._open()
+        times = self._packet_times()
+        return 0.0 if times is None else times[1] - (times[0] if origin is None else origin)
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._container is not None:
+            self._container.close()
+
+    def _open(self) -> None:
+        index = None if self._stream is None else self._stream.index
+        self.close()
+        self._container = _open(self.path)
+        self._stream = self._container.streams[_shown_stream(self._container, self.path) if index is None else index]
+        self._stream.thread_type = "AUTO"
+        self._stream.codec_context.options = STRICT
+
+    def _origin(self) -> float | None:
+        """Return the time stamp of the first frame, in seconds, or None if the header does not tell."""
+        stream = self._stream
+        return None if stream.start_time is None else float(stream.start_time * stream.time_base)
+
+    def _seek(self, time: float) -> bool:
+        try:
+            self._container.seek(int(time / self._stream.time_base), stream=self._stream)
+        except av.FFmpegError:
+            return False
+        return True
+
+    def _is_fragmented(self) -> bool:
+        """Whether it is an mp4 in fragments, whose header states the length of the first one, or none."""
+        return "mp4" in self._container.format.name and not self._stream.frames
+
+    def _packet_times(self) -> tuple[float, float] | None:
+        """Return the first time stamp and the end of the last one, in seconds, of what is left to read."""
+        unit, first, last, last_duration = self._stream.time_base, None, None, 0
+        for packet in self._container.demux(self._stream):
+            stamp = packet.dts if packet.pts is None else packet.pts
+            if stamp is None:
+                continue
+            first = stamp if first is None else min(first, stamp)
+            if last is None or stamp >= last:
+                last, last_duration = stamp, packet.duration or 0
+        if last is None:
+            return None
+        period = 1 / self.rate if self.rate else float(last_duration * unit)
+        return float(first * unit), float(last * unit) + period
+
+    def _decode(self, *, skip_leading: bool) -> Iterator[av.VideoFrame]:
+        """Yield sound frames; with `skip_leading` from the first key frame on.
+
+        Frames that come behind a key frame in the file and before it in time lean on what a seek has passed over.
+        """
+        key, seen = None, "at its beginning"
+        try:
+            for packet in self._container.demux(self._stream):
+                if skip_leading and packet.size:
+                    if key is None and packet.is_keyframe:
+                        key = packet.pts
+                    elif key is None or (packet.pts is not None and packet.pts < key):
+                        continue
+                for frame in packet.decode():
+                    if frame.time is not None:
+                        seen = f"near {frame.time:.2f} s"
+                    if frame.is_corrupt:
+                        raise UserError(f"{self.path}: damaged {seen}.")
+                    yield frame
+                if packet.is_corrupt:
+                    raise UserError(f"{self.path}: damaged {seen}.")
+        except (av.InvalidDataError, av.error.PatchWelcomeError) as error:
+            raise UserError(f"{self.path}: damaged {seen} ({error.strerror}).") from error
+
+    def _timed(self, frames: Iterable[av.VideoFrame], origin: float | None) -> Iterator[tuple[float, av.VideoFrame]]:
+        for frame in _deinterlaced(frames, self._stream, self.path):
+            if frame.time is None:
+                raise UserError(f"{self.path}: its frames have no time stamps; rewrite it as mp4.")
+            origin = frame.time if origin is None else origin
+            yield frame.time - origin, frame
+
+
+@contextmanager
+def opened(path: str | os.PathLike) -> Iterator[VideoFile]:
+    """Open a video file for as long as the context lasts.
+
+    Raises:
+      UserError: the file is missing, not a video, damaged, or what reading it raises.
+    """
+    file = None
+    try:
+        file = VideoFile(path)
+        yield file
+    except (av.FFmpegError, OSError) as error:
+        raise UserError(f"{path}: cannot be read as a video ({error.strerror or error}).") from error
+    finally:
+        if file is not None:
+            file.close()
+
+
+def _open(path: str | os.PathLike):
+    # Titles are not used, so an encoding that is not UTF-8 stops nothing. FFmpeg would take what stands before a colon
+    # in a relative name for a protocol.
+    return av.open(os.path.abspath(path), metadata_errors="replace")
+
+
+def _shown_stream(container, path: str | os.PathLike) -> int:
+    """Return the index of the video track that a player shows: no cover, marked as default, the largest picture."""
+    tracks = [track for track in container.streams.video if not track.disposition & STILL]
+    if not tracks:
+        covers = "only a cover picture" if container.streams.video else "no video stream"
+        raise UserError(f"{path}: has {covers}." if covers.startswith("no") else f"{path}: has no video, {covers}.")
+    tracks = [track for track in tracks if track.codec_context is not None]
+    if not tracks:
+        raise UserError(f"{path}: its video has a codec that FFmpeg does not know; convert it to H.264.")
+    if len(tracks) > 1:
+        moving = _moving(path, {track.index for track in tracks})
+        tracks = [track for track in tracks if track.index in moving] or tracks
+    return max(
+        tracks,
+        key=lambda track: (bool(track.disposition & Disposition.default), track.width * track.height, -track.index),
+    ).index
+
+
+def _moving(path: str | os.PathLike, indices: set[int]) -> set[int]:
+    """Return those of the tracks that have more than one picture."""
+    counts = dict.fromkeys(indices, 0)
+    with _open(path) as container:
+        tracks = [track for track in container.streams.video if track.index in indices]
+        for number, packet in enumerate(container.demux(*tracks)):
+            counts[packet.stream_index] += bool(packet.size)
+            if min(counts.values()) > 1 or number > COUNTED_PACKETS:
+                break
+    return {index for index, count in counts.items() if count > 1}
+
+
+def _deinterlaced(frames: Iterable[av.VideoFrame], stream, path: str | os.PathLike) -> Iterator[av.VideoFrame]:
+    """Pass frames on; from the first that is marked as interlaced on, fill up the lines of its first field.
+
+    The filter is FFmpeg's bwdif, a frame for a frame. Frames that are not marked keep every row.
+    """
+    graph, kind = None, None
+    for frame in frames:
+        if graph is None and not frame.interlaced_frame:
+            yield frame
+            continue
+        if stream.codec.name == "hevc":
+            raise UserError(f"{path}: interlaced HEVC, whose fields are pictures of their own; deinterlace it first.")
+        if kind != (kind := (frame.format.name, frame.width, frame.height)):
+            yield from _pushed(graph, None)
+            graph = _deinterlacer(frame, stream)
+        yield from _pushed(graph, frame)
+    yield from _pushed(graph, None)
+
+
+def _deinterlacer(frame: av.VideoFrame, stream) -> Graph:
+    graph = Graph()
+    source = graph.add(
+        "buffer",
+        f"video_size={frame.width}x{frame.height}:pix_fmt={frame.format.name}:time_base={frame.time_base}"
+        f":colorspace={frame.colorspace}:range={frame.color_range}",
+    )
+    graph.link_nodes(
+        source, graph.add("bwdif", "mode=send_frame:parity=auto:deint=interlaced"), graph.add("buffersink")
+    )
+    graph.configure()
+    return graph
+
+
+def _pushed(graph: Graph | None, frame: av.VideoFrame | None) -> Iterator[av.VideoFrame]:
+    """Give a frame to the graph, or None at the end, and yield what comes out."""
+    if graph is None:
+        return
+    graph.vpush(frame)
+    while True:
+        try:
+            yield graph.vpull()
+        except (av.error.BlockingIOError, av.error.EOFError):
+            return
