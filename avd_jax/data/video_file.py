@@ -15,11 +15,16 @@ from av.stream import Disposition
 from avd_jax.errors import UserError
 
 SEEK_MARGIN = 1.0  # seconds; containers seek by decoding time, which runs ahead of the time of display
+REORDERED = 16  # frames; decoders hold back fewer before they show one
 TAIL = 10.0  # seconds; the end of a file is looked for from here on
 STILL = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image
 COUNTED_PACKETS = 300  # of all video tracks together; a track with one picture by then is a cover
 # FFmpeg patches over damage by default and tells nobody; with these its decoders stop instead.
 STRICT = {"err_detect": "crccheck+bitstream+buffer+explode"}
+
+
+class Damaged(UserError):
+    """A frame is damaged, or seems so because decoding began in the middle."""
 
 
 @dataclass(frozen=True)
@@ -63,17 +68,26 @@ class VideoFile:
           UserError: a frame is damaged or has no time stamp.
         """
         origin = self._origin()
-        late = True
-        if start > SEEK_MARGIN and self._seek(start - SEEK_MARGIN + (origin or 0.0)):
-            for time, frame in self._timed(self._decode(skip_leading=True), origin):
-                if late and time > start + SEEK_MARGIN:
-                    break
-                late = False
-                yield time, frame
-        if late:
-            # Nothing to seek to, or an index that is wrong: all of it is decoded.
-            self._open()
-            yield from self._timed(self._decode(skip_leading=False), origin)
+        for first, judged in self._entries(start, origin):
+            ready, held = False, None
+            try:
+                for time, frame in self._timed(self._decode(first, judged), origin):
+                    # Of the frames before the start, the last one may be the nearest to it.
+                    if not ready and time < start:
+                        held = (time, frame)
+                        continue
+                    if held is not None:
+                        yield held
+                    ready, held = True, None
+                    yield time, frame
+            except Damaged:
+                if ready or first is None:
+                    raise
+            else:
+                if held is not None:
+                    yield held
+                if ready or held is not None:
+                    return
 
     def length(self) -> float:
         """Return how many seconds the video lasts, from its first frame to the end of its last.
@@ -85,7 +99,8 @@ class VideoFile:
         if stream.duration and stream.duration > 0 and not self._is_fragmented():
             return float(stream.duration * stream.time_base)
         origin = self._origin()
-        if container.duration and origin is not None and self._seek(container.duration / av.time_base - TAIL):
+        tail = (container.duration or 0) / av.time_base - TAIL
+        if origin is not None and tail > 0 and self._seek(int(tail / stream.time_base)):
             times = self._packet_times()
             if times is not None and times[1] > origin:
                 return times[1] - origin
@@ -98,22 +113,49 @@ class VideoFile:
         if self._container is not None:
             self._container.close()
 
-    def _open(self) -> None:
+    def _open(self, threads: str = "AUTO") -> None:
         index = None if self._stream is None else self._stream.index
         self.close()
         self._container = _open(self.path)
         self._stream = self._container.streams[_shown_stream(self._container, self.path) if index is None else index]
-        self._stream.thread_type = "AUTO"
+        self._stream.thread_type = threads
         self._stream.codec_context.options = STRICT
+        self._moved = self._decoding = False
 
     def _origin(self) -> float | None:
         """Return the time stamp of the first frame, in seconds, or None if the header does not tell."""
         stream = self._stream
         return None if stream.start_time is None else float(stream.start_time * stream.time_base)
 
-    def _seek(self, time: float) -> bool:
+    def _entries(self, start: float, origin: float | None) -> Iterator[tuple[int | None, int | None]]:
+        """Yield where to begin decoding for `start`: (key frame, key frame from which damage counts).
+
+        Both are time stamps in the stream's units; None is the beginning of the file. A decoder that begins in the
+        middle may miss pictures of before, and call that damage. So a failure is tried again from the key frame before,
+        whose errors do not count until all is as in one go, and at last from the beginning.
+        """
+        unit = self._stream.time_base
+        margin = SEEK_MARGIN if not self.rate else max(SEEK_MARGIN, REORDERED / self.rate)
+        latest = int((start + (origin or 0.0)) / unit)
+        if start > margin:
+            key = self._key_frame(latest - int(margin / unit))
+            if key is not None and key <= latest:
+                yield key, key
+                before = self._key_frame(key - 1)
+                if before is not None and before < key:
+                    yield before, key
+        yield None, None
+
+    def _key_frame(self, latest: int) -> int | None:
+        """Return the time stamp of the key frame that a seek to `latest` finds, or None."""
+        if not self._seek(latest):
+            return None
+        return next((packet.pts for packet in self._container.demux(self._stream) if packet.is_keyframe), None)
+
+    def _seek(self, stamp: int) -> bool:
+        self._moved = True
         try:
-            self._container.seek(int(time / self._stream.time_base), stream=self._stream)
+            self._container.seek(stamp, stream=self._stream)
         except av.FFmpegError:
             return False
         return True
@@ -137,29 +179,39 @@ class VideoFile:
         period = 1 / self.rate if self.rate else float(last_duration * unit)
         return float(first * unit), float(last * unit) + period
 
-    def _decode(self, *, skip_leading: bool) -> Iterator[av.VideoFrame]:
-        """Yield sound frames; with `skip_leading` from the first key frame on.
+    def _decode(self, first: int | None, judged: int | None) -> Iterator[av.VideoFrame]:
+        """Yield sound frames from the key frame `first` on; what comes before the key frame `judged` may be damaged.
 
-        Frames that come behind a key frame in the file and before it in time lean on what a seek has passed over.
+        Frames that come behind `first` in the file and before it in time lean on what the seek has passed over.
         """
-        key, seen = None, "at its beginning"
-        try:
-            for packet in self._container.demux(self._stream):
-                if skip_leading and packet.size:
-                    if key is None and packet.is_keyframe:
-                        key = packet.pts
-                    elif key is None or (packet.pts is not None and packet.pts < key):
-                        continue
-                for frame in packet.decode():
-                    if frame.time is not None:
-                        seen = f"near {frame.time:.2f} s"
-                    if frame.is_corrupt:
-                        raise UserError(f"{self.path}: damaged {seen}.")
+        # With a thread a frame, an error would be told of a later packet.
+        threads = "AUTO" if first == judged else "SLICE"
+        if self._decoding or threads != "AUTO" or (first is None and self._moved):
+            self._open(threads)
+        self._decoding = True
+        if first is not None and not self._seek(first):
+            raise Damaged(f"{self.path}: cannot be searched.")
+        begun, counts, seen = first is None, first == judged, "at its beginning"
+        for packet in self._container.demux(self._stream):
+            if packet.size and first is not None:
+                begun |= packet.is_keyframe
+                if not begun or (packet.pts is not None and packet.pts < first):
+                    continue
+                counts |= packet.is_keyframe and packet.pts >= judged
+            try:
+                frames = packet.decode()
+            except av.InvalidDataError as error:
+                if counts:
+                    raise Damaged(f"{self.path}: damaged {seen} ({error.strerror}).") from error
+                continue
+            for frame in frames:
+                seen = seen if frame.time is None else f"near {frame.time:.2f} s"
+                if not frame.is_corrupt:
                     yield frame
-                if packet.is_corrupt:
-                    raise UserError(f"{self.path}: damaged {seen}.")
-        except (av.InvalidDataError, av.error.PatchWelcomeError) as error:
-            raise UserError(f"{self.path}: damaged {seen} ({error.strerror}).") from error
+                elif judged is None or frame.pts is None or frame.pts >= judged:
+                    raise Damaged(f"{self.path}: damaged {seen}.")
+            if packet.is_corrupt and counts:
+                raise Damaged(f"{self.path}: damaged {seen}.")
 
     def _timed(self, frames: Iterable[av.VideoFrame], origin: float | None) -> Iterator[tuple[float, av.VideoFrame]]:
         for frame in _deinterlaced(frames, self._stream, self.path):
