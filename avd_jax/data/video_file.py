@@ -3,6 +3,7 @@
 What a frame looks like is `picture.py`'s matter, and which frames make a clip `video.py`'s.
 """
 
+import math
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from avd_jax.errors import UserError
 
 SEEK_MARGIN = 1.0  # seconds; containers seek by decoding time, which runs ahead of the time of display
 REORDERED = 16  # frames; decoders hold back fewer before they show one
+H264_SLICE, H264_IDR_SLICE = 1, 5  # ITU-T H.264, table 7-1
 TAIL = 10.0  # seconds; the end of a file is looked for from here on
 STILL = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image
 COUNTED_PACKETS = 300  # of all video tracks together; a track with one picture by then is a cover
@@ -150,7 +152,7 @@ class VideoFile:
         """Return the time stamp of the key frame that a seek to `latest` finds, or None."""
         if not self._seek(latest):
             return None
-        return next((packet.pts for packet in self._container.demux(self._stream) if packet.is_keyframe), None)
+        return next((_stamp(packet) for packet in self._container.demux(self._stream) if packet.is_keyframe), None)
 
     def _seek(self, stamp: int) -> bool:
         self._moved = True
@@ -168,7 +170,7 @@ class VideoFile:
         """Return the first time stamp and the end of the last one, in seconds, of what is left to read."""
         unit, first, last, last_duration = self._stream.time_base, None, None, 0
         for packet in self._container.demux(self._stream):
-            stamp = packet.dts if packet.pts is None else packet.pts
+            stamp = _stamp(packet)
             if stamp is None:
                 continue
             first = stamp if first is None else min(first, stamp)
@@ -182,9 +184,10 @@ class VideoFile:
     def _decode(self, first: int | None, judged: int | None) -> Iterator[av.VideoFrame]:
         """Yield sound frames from the key frame `first` on; what comes before the key frame `judged` may be damaged.
 
-        Frames that come behind `first` in the file and before it in time lean on what the seek has passed over.
+        Frames that come behind `first` in the file and before it in time lean on what the seek has passed over. So do
+        those at the beginning of a file that was cut out of a longer one there.
         """
-        # With a thread a frame, an error would be told of a later packet.
+        # With a thread a frame, an error would be told of a later packet, and take the frames behind it along.
         threads = "AUTO" if first == judged else "SLICE"
         if self._decoding or threads != "AUTO" or (first is None and self._moved):
             self._open(threads)
@@ -193,11 +196,18 @@ class VideoFile:
             raise Damaged(f"{self.path}: cannot be searched.")
         begun, counts, seen = first is None, first == judged, "at its beginning"
         for packet in self._container.demux(self._stream):
-            if packet.size and first is not None:
+            stamp = _stamp(packet)
+            if packet.size and stamp is not None:
+                if first is None:
+                    counts = not self._leans_back(packet)
+                    first, judged = (-math.inf, -math.inf) if counts else (stamp, math.inf)
+                    self._stream.thread_type = "AUTO" if counts else "SLICE"
+                elif packet.is_keyframe and judged == math.inf:
+                    judged = stamp
                 begun |= packet.is_keyframe
-                if not begun or (packet.pts is not None and packet.pts < first):
+                if not begun or stamp < first:
                     continue
-                counts |= packet.is_keyframe and packet.pts >= judged
+                counts |= packet.is_keyframe and stamp >= judged
             try:
                 frames = packet.decode()
             except av.InvalidDataError as error:
@@ -212,6 +222,21 @@ class VideoFile:
                     raise Damaged(f"{self.path}: damaged {seen}.")
             if packet.is_corrupt and counts:
                 raise Damaged(f"{self.path}: damaged {seen}.")
+
+    def _leans_back(self, packet: av.Packet) -> bool:
+        """Whether a key frame is one that pictures before it may be needed for: H.264 without an IDR slice."""
+        context = self._stream.codec_context
+        if context.name != "h264":
+            return False
+        data, header = bytes(packet), context.extradata or b""
+        if header[:1] != b"\x01":  # Annex B: each unit comes behind 00 00 01
+            kinds = [unit[0] & 31 for unit in data.split(b"\0\0\1")[1:] if unit]
+        else:  # ISO 14496-15: each unit comes behind its length
+            kinds, at, size = [], 0, (header[4] & 3) + 1
+            while at + size < len(data):
+                kinds.append(data[at + size] & 31)
+                at += size + int.from_bytes(data[at : at + size], "big")
+        return H264_SLICE in kinds and H264_IDR_SLICE not in kinds
 
     def _timed(self, frames: Iterable[av.VideoFrame], origin: float | None) -> Iterator[tuple[float, av.VideoFrame]]:
         for frame in _deinterlaced(frames, self._stream, self.path):
@@ -239,6 +264,10 @@ def opened(path: str | os.PathLike) -> Iterator[VideoFile]:
             file.close()
 
 
+def _stamp(packet: av.Packet) -> int | None:
+    return packet.dts if packet.pts is None else packet.pts
+
+
 def _open(path: str | os.PathLike):
     # Titles are not used, so an encoding that is not UTF-8 stops nothing. FFmpeg would take what stands before a colon
     # in a relative name for a protocol.
@@ -249,8 +278,7 @@ def _shown_stream(container, path: str | os.PathLike) -> int:
     """Return the index of the video track that a player shows: no cover, marked as default, the largest picture."""
     tracks = [track for track in container.streams.video if not track.disposition & STILL]
     if not tracks:
-        covers = "only a cover picture" if container.streams.video else "no video stream"
-        raise UserError(f"{path}: has {covers}." if covers.startswith("no") else f"{path}: has no video, {covers}.")
+        raise UserError(f"{path}: has no video{', only a cover' if container.streams.video else ' stream'}.")
     tracks = [track for track in tracks if track.codec_context is not None]
     if not tracks:
         raise UserError(f"{path}: its video has a codec that FFmpeg does not know; convert it to H.264.")
