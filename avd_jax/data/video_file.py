@@ -21,6 +21,7 @@ H264_SLICE, H264_IDR_SLICE = 1, 5  # ITU-T H.264, table 7-1
 TAIL = 10.0  # seconds; the end of a file is looked for from here on
 STILL = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image
 COUNTED_PACKETS = 300  # of all video tracks together; a track with one picture by then is a cover
+PREVIEW = 4  # a track with so many times fewer pixels than another is its preview
 # FFmpeg patches over damage by default and tells nobody; with these its decoders stop instead.
 STRICT = {"err_detect": "crccheck+bitstream+buffer+explode"}
 
@@ -285,9 +286,11 @@ def _shown_stream(container, path: str | os.PathLike) -> int:
     if len(tracks) > 1:
         moving = _moving(path, {track.index for track in tracks})
         tracks = [track for track in tracks if track.index in moving] or tracks
+    areas = {track.index: track.width * track.height for track in tracks}
+    # A player takes the default track; yet much smaller than another, it is a preview that was left the default.
+    shown = [track for track in tracks if areas[track.index] * PREVIEW > max(areas.values())] or tracks
     return max(
-        tracks,
-        key=lambda track: (bool(track.disposition & Disposition.default), track.width * track.height, -track.index),
+        shown, key=lambda track: (bool(track.disposition & Disposition.default), areas[track.index], -track.index)
     ).index
 
 
