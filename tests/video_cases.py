@@ -1,6 +1,9 @@
 """Small videos of the kinds that users bring, made with PyAV."""
 
+from fractions import Fraction
+
 import av
+import av.filter
 import numpy as np
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
@@ -10,9 +13,8 @@ def corners(frames=50, size=96):
     """Return uint8 [F H W 3]: corners red, green, blue, white in reading order, and frame i has a centre 16 + 4i."""
     images = np.full((frames, size, size, 3), 16, np.uint8)
     third = size // 3
-    for (row, column), colour in zip([(0, 0), (0, -third), (-third, 0), (-third, -third)], [RED, GREEN, BLUE, WHITE]):
-        rows = slice(row, row + third or None)
-        images[:, rows, slice(column, column + third or None)] = colour
+    images[:, :third, :third], images[:, :third, -third:] = RED, GREEN
+    images[:, -third:, :third], images[:, -third:, -third:] = BLUE, WHITE
     centre = np.minimum(16 + 4 * np.arange(frames), 255).astype(np.uint8)
     images[:, third : 2 * third, third : 2 * third] = centre[:, None, None, None]
     return images
@@ -50,6 +52,7 @@ class Track:
       display: nine integers of a display matrix.
       first: time stamp of the first frame, in frames.
       attached: whether it is marked as a cover.
+      fields: "tff" or "bff", which field of an interlaced frame comes first.
       options: the encoder's.
     """
 
@@ -66,11 +69,12 @@ class Track:
         display=None,
         first=0,
         attached=False,
+        fields=None,
         **options,
     ):
         self.images, self.codec, self.pix_fmt, self.rate = images, codec, pix_fmt, rate
         self.tags = (matrix, primaries or matrix, transfer or matrix) if matrix else None
-        self.display, self.first, self.attached = display, first, attached
+        self.display, self.first, self.attached, self.fields = display, first, attached, fields
         self.options = ({"crf": "1"} if codec in ("libx264", "libx265") else {}) | options
         if codec == "libx265":
             self.options["x265-params"] = "log-level=none"
@@ -100,4 +104,13 @@ class Track:
         if self.tags:
             frame.colorspace, frame.color_primaries, frame.color_trc = self.tags
         frame.pts = self.first + index
-        return frame
+        return frame if self.fields is None else _with_fields(frame, self.fields)
+
+
+def _with_fields(frame, fields):
+    """Mark a frame as interlaced, which only a filter can do."""
+    graph = av.filter.Graph()
+    source = graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=Fraction(1, 25))
+    graph.link_nodes(source, graph.add("setfield", fields), graph.add("buffersink")).configure()
+    graph.vpush(frame)
+    return graph.vpull()

@@ -25,7 +25,7 @@ PQ_PEAK = 10_000.0  # cd/m2
 HLG_SYSTEM_GAMMA = 1.2
 SDR_GAMMA = 2.4  # BT.1886
 CODES = 65_536  # code values of 16 bits
-STEPS = 4_096  # entries of the tables over light
+STEPS = 4_096  # entries of the table over light
 
 # Numbers of ITU-T H.273, which are FFmpeg's.
 PQ, HLG = 16, 18
@@ -126,8 +126,9 @@ def _display_light(codes: np.ndarray, transfer: int) -> np.ndarray:
 
 def _tone_gain(light: np.ndarray) -> np.ndarray:
     """Return what to multiply light by whose largest channel is `light` (cd/m2), so that it becomes 0..1."""
-    position = np.sqrt(np.minimum(light, PEAK) / PEAK) * (STEPS - 1)
-    return np.where(light > PEAK, 1 / np.maximum(light, PEAK), _gain_table()[(position + 0.5).astype(np.int32)])
+    root = np.sqrt(np.minimum(light, PEAK) / PEAK)
+    gain = np.interp(root, np.linspace(0, 1, STEPS), _gain_table()).astype(np.float32)
+    return np.where(light > PEAK, 1 / np.maximum(light, PEAK), gain)
 
 
 def _signals() -> np.ndarray:
@@ -151,8 +152,8 @@ def _sdr_table() -> np.ndarray:
 
 @cache
 def _gain_table() -> np.ndarray:
-    light = np.maximum(np.square(np.arange(STEPS) / (STEPS - 1)) * PEAK, 1e-4)
-    return (tone_curve(light) / light).astype(np.float32)
+    light = np.maximum(np.square(np.linspace(0, 1, STEPS)) * PEAK, 1e-4)
+    return tone_curve(light) / light
 
 
 @cache

@@ -188,8 +188,9 @@ class VideoFile:
         Frames that come behind `first` in the file and before it in time lean on what the seek has passed over. So do
         those at the beginning of a file that was cut out of a longer one there.
         """
-        # With a thread a frame, an error would be told of a later packet, and take the frames behind it along.
-        threads = "AUTO" if first == judged else "SLICE"
+        # With a thread a frame, an error would be told of a later packet, and take the frames behind it along; with a
+        # thread a slice, FFmpeg's H.264 decoder marks nothing.
+        threads = "AUTO" if first == judged else "NONE"
         if self._decoding or threads != "AUTO" or (first is None and self._moved):
             self._open(threads)
         self._decoding = True
@@ -202,7 +203,7 @@ class VideoFile:
                 if first is None:
                     counts = not self._leans_back(packet)
                     first, judged = (-math.inf, -math.inf) if counts else (stamp, math.inf)
-                    self._stream.thread_type = "AUTO" if counts else "SLICE"
+                    self._stream.thread_type = "AUTO" if counts else "NONE"
                 elif packet.is_keyframe and judged == math.inf:
                     judged = stamp
                 begun |= packet.is_keyframe
