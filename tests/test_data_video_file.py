@@ -115,7 +115,7 @@ def test_damage_that_is_marked_on_a_frame_between(tmp_path, sound):
             break
     else:
         pytest.skip("this build of x264 codes the file so that no flipped bit only marks a frame")
-    with pytest.raises(UserError, match=r"marked\.mp4: damaged near 0\.04 s\."):
+    with pytest.raises(UserError, match=r"marked\.mp4: damaged near 0\.04 s; get the file again\."):
         codes(path, fps=6.25)
 
 
@@ -205,9 +205,11 @@ def test_a_file_with_a_cover_only(tmp_path):
     ("name", "first", "options"),
     [
         ("late.mkv", 250, {}),
+        ("late.mp4", 250, {}),
         ("live.mkv", 0, {"live": "1"}),
         ("late_live.mkv", 250, {"live": "1"}),
         ("fragments.mp4", 0, {"movflags": "frag_keyframe+empty_moov"}),
+        ("late_fragments.mp4", 250, {"movflags": "frag_keyframe+empty_moov"}),
     ],
 )
 def test_clips_of_a_file_that_starts_late_or_states_no_length(tmp_path, name, first, options):

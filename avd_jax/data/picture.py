@@ -17,7 +17,7 @@ HD_WIDTH, SD_HEIGHT = 1280, 576  # untagged video from this width on, or above t
 UNIT = 1 << 16  # of a display matrix, whose numbers are 16.16 fixed point
 
 
-def shown(frame: av.VideoFrame, tags: Tags, path: str | os.PathLike, *, shrink: int = 1) -> np.ndarray:
+def shown(frame: av.VideoFrame, tags: Tags, path: str | os.PathLike, *, shrink: float = 1.0) -> np.ndarray:
     """Return uint8 [H W 3], the frame in BT.709 R'G'B', the right way up.
 
     HDR and wide gamuts are mapped (`colour_transfer.py`); what is transparent shows black. Untagged video is BT.709 if
@@ -27,7 +27,7 @@ def shown(frame: av.VideoFrame, tags: Tags, path: str | os.PathLike, *, shrink: 
       frame: as the decoder gives it.
       tags: of the container; what the frame itself says comes first.
       path: the file, as messages name it.
-      shrink: a whole number; HDR and wide gamuts may come so many times smaller, which saves most of their cost.
+      shrink: 1 or more; HDR and wide gamuts come so many times smaller, which saves most of their cost.
 
     Raises:
       UserError: colours are coded in a way that is not known here.
@@ -38,7 +38,7 @@ def shown(frame: av.VideoFrame, tags: Tags, path: str | os.PathLike, *, shrink: 
     depth, letter = (16, "le") if _is_mapped(primaries, transfer) else (8, "")
     size = {}
     if depth == 16 and shrink > 1:
-        size = {"width": max(1, frame.width // shrink), "height": max(1, frame.height // shrink)}
+        size = {"width": max(1, round(frame.width / shrink)), "height": max(1, round(frame.height / shrink))}
         size["interpolation"] = "AREA"
     transparent = frame.format.has_palette or any(component.is_alpha for component in frame.format.components)
     names = {(8, False): "rgb24", (8, True): "rgba", (16, False): "rgb48", (16, True): "rgba64"}

@@ -214,7 +214,7 @@ def _scaled(frame: av.VideoFrame, file: VideoFile, height: int, width: int) -> n
     on_its_side = is_on_its_side(display_matrix(frame))
     needed = (width, height) if on_its_side else (height, width)
     # Half as large again is left for the filter below.
-    shrink = max(1, int(min(frame.height / needed[0], frame.width / needed[1]) / 1.5))
+    shrink = max(1.0, min(frame.height / needed[0], frame.width / needed[1]) / 1.5)
     pixels = shown(frame, file.tags, file.path, shrink=shrink)
     pixel_aspect = 1 / file.pixel_aspect if on_its_side else file.pixel_aspect
     source_height, source_width = pixels.shape[:2]

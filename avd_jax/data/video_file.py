@@ -214,16 +214,16 @@ class VideoFile:
                 frames = packet.decode()
             except av.InvalidDataError as error:
                 if counts:
-                    raise Damaged(f"{self.path}: damaged {seen} ({error.strerror}).") from error
+                    raise Damaged(f"{self.path}: damaged {seen}; get the file again.") from error
                 continue
             for frame in frames:
                 seen = seen if frame.time is None else f"near {frame.time:.2f} s"
                 if not frame.is_corrupt:
                     yield frame
                 elif judged is None or frame.pts is None or frame.pts >= judged:
-                    raise Damaged(f"{self.path}: damaged {seen}.")
+                    raise Damaged(f"{self.path}: damaged {seen}; get the file again.")
             if packet.is_corrupt and counts:
-                raise Damaged(f"{self.path}: damaged {seen}.")
+                raise Damaged(f"{self.path}: damaged {seen}; get the file again.")
 
     def _leans_back(self, packet: av.Packet) -> bool:
         """Whether a key frame is one that pictures before it may be needed for: H.264 without an IDR slice."""
