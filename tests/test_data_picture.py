@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from video_cases import BLUE, GREEN, RED, WHITE, Track, corners, write
 
+from avd_jax.data import picture
 from avd_jax.data.picture import display_matrix, upright
 from avd_jax.data.video import frame_rate_and_size, read_video, read_whole_video
 from avd_jax.errors import UserError
@@ -129,13 +130,13 @@ def test_eight_orientations(tmp_path, matrix, expected):
 
 
 def test_every_pixel_goes_where_the_matrix_says():
-    picture = np.arange(6).reshape(2, 3, 1)
+    image = np.arange(6).reshape(2, 3, 1)
     for a, b, c, d in ORIENTATIONS:
         shown = {}
         for y, x in np.ndindex(2, 3):
-            shown[b * x + d * y, a * x + c * y] = picture[y, x, 0]
+            shown[b * x + d * y, a * x + c * y] = image[y, x, 0]
         expected = [shown[place] for place in sorted(shown)]
-        assert upright(picture, (a, b, c, d)).ravel().tolist() == expected
+        assert upright(image, (a, b, c, d)).ravel().tolist() == expected
 
 
 def test_the_size_is_that_which_is_shown(tmp_path):
@@ -180,3 +181,12 @@ def test_unknown_colours_are_refused(tmp_path):
         out.mux(stream.encode(None))
     with pytest.raises(UserError, match=r"ycgco\.mkv: its colours .*matrix 8 .*; convert it to BT\.709"):
         codes(tmp_path / "ycgco.mkv")
+
+
+def test_dolby_vision_without_another_layer_is_refused(tmp_path, monkeypatch):
+    track = Track(corners(2))
+    track.add_to = untagged(track.add_to)
+    path = write(tmp_path / "dv.mp4", track)
+    monkeypatch.setattr(picture, "_has_dolby_vision", lambda frame: True)
+    with pytest.raises(UserError, match=r"dv\.mp4: its colours .*Dolby Vision"):
+        codes(path)

@@ -7,9 +7,9 @@ Video models are trained on SDR video in BT.709, so this is what they must see. 
 
 - PQ: EOTF of BT.2100-2, table 4 (SMPTE ST 2084). HLG: inverse OETF and OOTF of BT.2100-2, table 5, on a display of
   1000 cd/m2, whose system gamma is 1.2.
-- Tone curve: the EETF of BT.2390-8, section 5.4.1, from 1000 cd/m2 to HDR reference white, 203 cd/m2 (BT.2408-4), which
-  becomes SDR's white. It leaves everything below 90 cd/m2 as it is and rolls off what lies above. It is applied to the
-  largest channel, and all three are scaled alike, so that hues stay.
+- Tone curve: the EETF of BT.2390-8, section 5.4.1, from 1000 cd/m2 to a display whose white is HDR's reference white,
+  203 cd/m2 (BT.2408-4). It leaves what is below 90 cd/m2 as it is and rolls off what is above: 203 cd/m2 becomes 230 of
+  255, 1000 becomes 255. It is applied to the largest channel, and all three are scaled alike, so that hues stay.
 - BT.2020 without HDR and Display P3: the inverse of BT.2087-0, with BT.1886's gamma and no tone curve.
 - Gamuts: matrices from the chromaticities of BT.709-6, BT.2020-2 and SMPTE EG 432-1, all with white D65; what BT.709
   cannot show is clipped.

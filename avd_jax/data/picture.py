@@ -10,8 +10,9 @@ from avd_jax.data.video_file import Tags
 from avd_jax.errors import UserError
 
 # Numbers of ITU-T H.273, which are FFmpeg's.
-RGB, BT709, UNSPECIFIED, RESERVED, BT470BG, SMPTE170M, BT2020_NCL = 0, 1, 2, 3, 5, 6, 9
-SHOWN_MATRICES = frozenset({RGB, BT709, 4, BT470BG, SMPTE170M, 7, BT2020_NCL, 10})  # that FFmpeg's scaler knows
+BT709, BT470BG, SMPTE170M, BT2020_NCL, IPT_C2 = 1, 5, 6, 9, 15
+UNSTATED = (2, 0, 3)  # unspecified, or reserved
+SHOWN_MATRICES = frozenset({BT709, 4, BT470BG, SMPTE170M, 7, BT2020_NCL, 10})  # that FFmpeg's scaler knows
 MATRIX_OF_PRIMARIES = {BT709: BT709, BT470BG: BT470BG, SMPTE170M: SMPTE170M, colour_transfer.BT2020: BT2020_NCL}
 HD_WIDTH, SD_HEIGHT = 1280, 576  # untagged video from this width on, or above this height, is HD, as players have it
 UNIT = 1 << 16  # of a display matrix, whose numbers are 16.16 fixed point
@@ -32,8 +33,8 @@ def shown(frame: av.VideoFrame, tags: Tags, path: str | os.PathLike, *, shrink: 
     Raises:
       UserError: colours are coded in a way that is not known here.
     """
-    primaries = tags.primaries if frame.color_primaries == UNSPECIFIED else frame.color_primaries
-    transfer = tags.transfer if frame.color_trc == UNSPECIFIED else frame.color_trc
+    primaries = tags.primaries if frame.color_primaries in UNSTATED else frame.color_primaries
+    transfer = tags.transfer if frame.color_trc in UNSTATED else frame.color_trc
     _tag(frame, tags, primaries, transfer, path)
     depth, letter = (16, "le") if _is_mapped(primaries, transfer) else (8, "")
     size = {}
@@ -86,16 +87,27 @@ def _is_mapped(primaries: int, transfer: int) -> bool:
     return colour_transfer.is_hdr(transfer) or colour_transfer.is_wide(primaries)
 
 
+def _has_dolby_vision(frame: av.VideoFrame) -> bool:
+    """Whether Dolby Vision's mapping comes with the frame; without other tags that is profile 5, coded in IPT."""
+    try:
+        return frame.side_data.get("DOVI_RPU_BUFFER") is not None
+    except ValueError:
+        return False
+
+
 def _tag(frame: av.VideoFrame, tags: Tags, primaries: int, transfer: int, path: str | os.PathLike) -> None:
     """Write the frame's matrix and range on it, for FFmpeg's scaler, where it does not state them."""
     if frame.color_range == 0 and tags.range:
         frame.color_range = tags.range
     if frame.format.is_rgb or frame.format.has_palette:
         return
-    matrix = tags.matrix if frame.colorspace in (UNSPECIFIED, RESERVED) else frame.colorspace
-    if matrix in (UNSPECIFIED, RESERVED, RGB):
+    # 0 is R'G'B', which a frame that is not cannot have.
+    matrix = tags.matrix if frame.colorspace in UNSTATED else frame.colorspace
+    if matrix in UNSTATED:
         if colour_transfer.is_hdr(transfer):
             matrix = BT2020_NCL
+        elif transfer in UNSTATED and _has_dolby_vision(frame):
+            matrix = IPT_C2
         elif primaries in MATRIX_OF_PRIMARIES:
             matrix = MATRIX_OF_PRIMARIES[primaries]
         else:
