@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from video_cases import Track, corners, noise, write
 
 from avd_jax.data import shapes_world
 from avd_jax.data.latents import EncodedSet, LatentsInfo, read_metadata
@@ -133,6 +134,32 @@ def test_videos_and_prompts(folder):
     assert [prompts[i]["text"] for i in range(3)] == ["one two", "three/four", "“five” six seven"]
     assert prompts.info.text_encoder == info.text_encoder
     assert len(list((folder / "prompts").glob("prompts-train*"))) == 1
+
+
+def test_videos_of_unusual_kinds(tmp_path):
+    """One that starts late, one whose title is not UTF-8, and one that is damaged between the frames of the clip."""
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    write(videos / "late.mkv", Track(corners(), g="10", first=250))
+    titled = write(videos / "titled.avi", Track(corners(), "mpeg4"), metadata={"title": "Caf\u00e9"})
+    titled.write_bytes(titled.read_bytes().replace(b"\xc3\xa9", b"\xe9 "))
+    damaged = write(videos / "damaged.mp4", Track(noise(), bf="0"))
+    data = bytearray(damaged.read_bytes())
+    data[len(data) // 3 : len(data) // 3 + 400] = bytes(400)
+    damaged.write_bytes(data)
+    names = ["late.mkv", "titled.avi", "damaged.mp4"]
+    lines = [json.dumps({"file": name, "caption": f"caption of {name}"}) for name in names]
+    (tmp_path / "captions.jsonl").write_text("\n".join(lines))
+    command = [f"--videos={videos}", f"--captions={tmp_path}/captions.jsonl", "--weights=w", "--clips_per_video=4"]
+    done = encode(*command, "--frames=5", "--fps=12.5", "--height=32", "--width=32", f"--out={tmp_path}/out")
+    first, *skipped = done.stdout.splitlines()
+    assert first.startswith(f"{tmp_path}/out: ")
+    assert all(f"{videos}/damaged.mp4: damaged near" in line for line in skipped)
+    encoded = EncodedSet(tmp_path / "out", "latents")
+    sources = [encoded[i]["source"] for i in range(len(encoded))]
+    assert (sources.count("late.mkv"), sources.count("titled.avi")) == (4, 4)
+    assert sources.count("damaged.mp4") + len(skipped) == 4
+    assert skipped
 
 
 def run_all(commands):

@@ -13,6 +13,7 @@ import numpy as np
 from avd_jax.data.video import duration, read_video
 from avd_jax.errors import UserError, closest
 
+ROUNDING = 0.0015  # seconds
 VIDEO_SUFFIXES = frozenset({".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi"})
 
 
@@ -124,9 +125,11 @@ def _starts(path: Path, length: float, most: int) -> list[float]:
         total = duration(path)
     except UserError:
         return [0.0]  # reading that one clip reports what is wrong with the file
-    count = max(1, min(most, math.floor(total / length + 1e-6)))
+    # Containers round time stamps to milliseconds, and the length is a difference of two.
+    count = max(1, min(most, math.floor((total + ROUNDING) / length)))
+    spare = max(0.0, total - length) / max(1, count - 1)
     # Whole milliseconds, so that the name of a clip says its start exactly.
-    return [math.floor(1000 * i * (total - length) / max(1, count - 1) + 1e-6) / 1000 for i in range(count)]
+    return [math.floor(1000 * i * spare + 1e-6) / 1000 for i in range(count)]
 
 
 def _read_lines(path: str | os.PathLike) -> list[str]:

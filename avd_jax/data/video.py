@@ -12,11 +12,12 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from avd_jax.data.atomic import replacing
+from avd_jax.data.picture import display_matrix, is_on_its_side, shown
+from avd_jax.data.video_file import VideoFile, opened
 from avd_jax.errors import UserError
 
 BT709 = 1  # FFmpeg's number of the HDTV matrix, primaries and transfer curve
 LIMITED_RANGE = 1
-SEEK_MARGIN = 1.0  # seconds; containers seek by decoding time, which runs ahead of the time of display
 TIE = 1e-6  # seconds; keeps the choice between two equally near frames free of rounding
 
 
@@ -26,8 +27,8 @@ def read_video(
     """Read one clip, resampled in time and space.
 
     Frame i is the source frame nearest to `start + i / fps`, the earlier one of two equally near. It is scaled to
-    cover `height` x `width` with its aspect ratio kept (non-square pixels and rotation flags are honoured) and the
-    centre is cut out.
+    cover `height` x `width` with its aspect ratio kept (non-square pixels and display matrices are honoured) and the
+    centre is cut out. Its colours are BT.709's, see `picture.shown`; interlaced video is deinterlaced.
 
     Args:
       path: a video file with at least one video stream.
@@ -41,25 +42,19 @@ def read_video(
       float32 [frames height width 3] in [-1, 1].
 
     Raises:
-      UserError: the file is missing, not a video, damaged, or ends before the clip does.
+      UserError: the file is missing, not a video, damaged in what is decoded for the clip, or ends before it does.
     """
     clip = np.empty((frames, height, width, 3), np.uint8)
     filled = 0
-    shown = pixels = None
-    try:
-        with av.open(os.fspath(path)) as container:
-            stream = _video_stream(container, path)
-            times = start + np.arange(frames) / fps
-            period = float(1 / stream.average_rate) if stream.average_rate else 1 / fps
-            for frame in _nearest(_decode(container, stream, path, start), times, period):
-                if frame is not shown:
-                    if frame.is_corrupt:
-                        raise UserError(f"{path}: damaged at {frame.time:.2f} s.")
-                    shown, pixels = frame, _scaled(frame, stream, height, width)
-                clip[filled] = pixels
-                filled += 1
-    except (av.FFmpegError, OSError) as error:
-        raise UserError(f"{path}: cannot be read as a video ({error.strerror or error}).") from error
+    last = pixels = None
+    with opened(path) as file:
+        times = start + np.arange(frames) / fps
+        period = 1 / (file.rate or fps)
+        for frame in _nearest(file.frames(start), times, period):
+            if frame is not last:
+                last, pixels = frame, _scaled(frame, file, height, width)
+            clip[filled] = pixels
+            filled += 1
     if filled < frames:
         raise UserError(
             f"{path}: too short: a clip of {frames} frames at {fps:g} fps from {start:g} s on "
@@ -73,50 +68,43 @@ def read_video(
 
 
 def read_whole_video(path: str | os.PathLike) -> tuple[np.ndarray, float]:
-    """Read every frame of a video at its own size and rate.
+    """Read every frame of a video at its own rate and size, the right way up; pixels that are not square stay so.
 
     Returns:
       float32 [F H W 3] in [-1, 1], and the frames per second.
 
     Raises:
-      UserError: the file is missing, not a video, or damaged.
+      UserError: the file is missing, not a video, damaged, or of frames of several sizes.
     """
-    try:
-        with av.open(os.fspath(path)) as container:
-            stream = _video_stream(container, path)
-            rate = float(stream.average_rate or 0)
-            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
-    except (av.FFmpegError, OSError) as error:
-        raise UserError(f"{path}: cannot be read as a video ({error.strerror or error}).") from error
+    with opened(path) as file:
+        frames = [shown(frame, file.tags, path) for _, frame in file.frames()]
+        rate = file.rate
     if not frames or not rate:
         raise UserError(f"{path}: has no frames, or does not state their rate; rewrite it as mp4.")
+    if len({frame.shape for frame in frames}) > 1:
+        raise UserError(f"{path}: its frames change their size; rewrite it with one size.")
     return np.stack(frames).astype(np.float32) / 127.5 - 1.0, rate
 
 
 def duration(path: str | os.PathLike) -> float:
-    """Return the length of the video stream in seconds, as its header states it (UserError if it states none)."""
-    try:
-        with av.open(os.fspath(path)) as container:
-            stream = _video_stream(container, path)
-            if stream.duration is not None:
-                return float(stream.duration * stream.time_base)
-            if container.duration is not None:
-                return container.duration / av.time_base
-    except (av.FFmpegError, OSError) as error:
-        raise UserError(f"{path}: cannot be read as a video ({error.strerror or error}).") from error
-    raise UserError(f"{path}: does not state how long it is; rewrite it as mp4, or take one clip a video.")
+    """Return the seconds from the first frame of the video to the end of the last (UserError if it has no times)."""
+    with opened(path) as file:
+        length = file.length()
+    if length <= 0:
+        raise UserError(f"{path}: its frames have no time stamps; rewrite it as mp4.")
+    return length
 
 
 def frame_rate_and_size(path: str | os.PathLike) -> tuple[float, int, int]:
-    """Return (frames per second, height, width) as the video's header states them (UserError if it states none)."""
-    try:
-        with av.open(os.fspath(path)) as container:
-            stream = _video_stream(container, path)
-            if stream.average_rate and stream.height and stream.width:
-                return float(stream.average_rate), stream.height, stream.width
-    except (av.FFmpegError, OSError) as error:
-        raise UserError(f"{path}: cannot be read as a video ({error.strerror or error}).") from error
-    raise UserError(f"{path}: does not state its frame rate and size; rewrite it as mp4.")
+    """Return (frames per second, height, width) of a video as it is shown: the right way up, of square pixels."""
+    with opened(path) as file:
+        frame = next((frame for _, frame in file.frames()), None)
+        if frame is None or not file.rate:
+            raise UserError(f"{path}: has no frames, or does not state their rate; rewrite it as mp4.")
+        height, width = frame.height, max(1, round(frame.width * file.pixel_aspect))
+        if is_on_its_side(display_matrix(frame)):
+            height, width = width, height
+        return file.rate, height, width
 
 
 def write_video(path: str | os.PathLike, video: np.ndarray, *, fps: float, quality: int = 8) -> None:
@@ -201,25 +189,6 @@ def contact_sheet(
         raise UserError(f"{path}: cannot be written ({error.strerror or error}).") from error
 
 
-def _video_stream(container, path):
-    if not container.streams.video:
-        raise UserError(f"{path}: has no video stream.")
-    stream = container.streams.video[0]
-    stream.thread_type = "AUTO"
-    return stream
-
-
-def _decode(container, stream, path, start: float) -> Iterator[tuple[float, av.VideoFrame]]:
-    """Yield (seconds after the first frame of the video, frame), from shortly before `start` on."""
-    origin = float((stream.start_time or 0) * stream.time_base)
-    if start > SEEK_MARGIN:
-        container.seek(int((start - SEEK_MARGIN + origin) / stream.time_base), stream=stream)
-    for frame in container.decode(stream):
-        if frame.time is None:
-            raise UserError(f"{path}: its frames have no time stamps; rewrite it as mp4.")
-        yield frame.time - origin, frame
-
-
 def _nearest(
     decoded: Iterator[tuple[float, av.VideoFrame]], times: np.ndarray, period: float
 ) -> Iterator[av.VideoFrame]:
@@ -240,13 +209,14 @@ def _nearest(
         filled += 1
 
 
-def _scaled(frame: av.VideoFrame, stream, height: int, width: int) -> np.ndarray:
-    pixels = frame.to_ndarray(format="rgb24")
-    pixel_aspect = float(stream.sample_aspect_ratio or 1)  # width of a pixel over its height
-    quarter_turns = round(frame.rotation / 90) % 4
-    if quarter_turns:
-        pixels = np.rot90(pixels, quarter_turns)
-        pixel_aspect = pixel_aspect if quarter_turns == 2 else 1 / pixel_aspect
+def _scaled(frame: av.VideoFrame, file: VideoFile, height: int, width: int) -> np.ndarray:
+    """Return uint8 [height width 3]: the frame as it is shown, scaled to cover this size, and the centre cut out."""
+    on_its_side = is_on_its_side(display_matrix(frame))
+    needed = (width, height) if on_its_side else (height, width)
+    # Half as large again is left for the filter below.
+    shrink = max(1.0, min(frame.height / needed[0], frame.width / needed[1]) / 1.5)
+    pixels = shown(frame, file.tags, file.path, shrink=shrink)
+    pixel_aspect = 1 / file.pixel_aspect if on_its_side else file.pixel_aspect
     source_height, source_width = pixels.shape[:2]
     box_width = min(source_width, source_height * (width / height) / pixel_aspect)
     box_height = min(source_height, source_width * pixel_aspect / (width / height))
