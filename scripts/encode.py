@@ -30,6 +30,7 @@ PROMPT_COUNT = flags.DEFINE_integer(
 )
 STYLE = flags.DEFINE_enum("style", None, shapes_world.STYLES, "How --shapes_world is drawn. Default: painted.")
 WEIGHTS = flags.DEFINE_string("weights", None, "Folder with the VAE, umT5 and its tokenizer, in any known layout.")
+WHICH = command_line.define_which()
 OUT = flags.DEFINE_string("out", None, "Folder of the encoded set; with --shapes_world of both sets.")
 FRAMES = flags.DEFINE_integer("frames", None, "Video frames of a clip, 4n+1. Default: 81; with --shapes_world 17.")
 FPS = flags.DEFINE_float("fps", 16.0, "Frames per second of a clip; videos are resampled.", lower_bound=0.1)
@@ -76,12 +77,13 @@ def main() -> None:
         work, uncaptioned = inputs.clips_from_folder(VIDEOS.value, captions, **size, clips_per_video=most)
     # As Wan runs it: umT5-XXL takes 11 GB in bfloat16. A CPU gains nothing from it, nor does the world's tiny encoder.
     dtype = jnp.float32 if SHAPES_WORLD.value or jax.default_backend() == "cpu" else jnp.bfloat16
-    text = encoding.text_encoder(convert.load_umt5(WEIGHTS.value, dtype), convert.load_tokenizer(WEIGHTS.value))
+    key = WHICH.value or ""
+    text = encoding.text_encoder(convert.load_umt5(WEIGHTS.value, dtype, key), convert.load_tokenizer(WEIGHTS.value))
     with tqdm(total=total if SHAPES_WORLD.value else len(work), unit=unit) as bar:
         how = {"text": text, "text_batch_size": TEXT_BATCH_SIZE.value, "shard_size": SHARD_SIZE.value}
         how["on_progress"] = bar.update
         if not PROMPTS.value:
-            vae = encoding.video_encoder(convert.load_vae(WEIGHTS.value))
+            vae = encoding.video_encoder(convert.load_vae(WEIGHTS.value, key=key))
             how |= {"vae": vae, "batch_size": BATCH_SIZE.value, **size}
         if SHAPES_WORLD.value:
             summaries = encoding.encode_shapes_world(out, **counts, style=STYLE.value or "painted", **how)

@@ -31,7 +31,7 @@ VIDEOS = flags.DEFINE_string("videos", None, "Folder of videos to measure, inste
 CAPTIONS = flags.DEFINE_string("captions", None, "Their captions. Default: captions.jsonl, or the JSON beside each.")
 WEIGHTS = flags.DEFINE_string("weights", None, "VAE, text encoder, tokenizer (and transformer), in any known layout.")
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Student: a training run or checkpoint, an export, a model.pt.")
-WHICH = flags.DEFINE_enum("which", None, ["generator", "ema"], "Network of a training run. Default: generator.")
+WHICH = command_line.define_which()
 BESIDE_TEACHER = flags.DEFINE_bool("beside_teacher", False, "Also the teacher: with --steps, and with the student's.")
 STEPS = flags.DEFINE_integer("steps", 50, "UniPC steps of the teacher.", lower_bound=1)
 GUIDANCE_SCALE = flags.DEFINE_float("guidance_scale", None, "The teacher's. Default: the student's training's, else 5.")
@@ -47,8 +47,10 @@ def check_flags() -> None:
         raise UserError("give either --videos with a folder of them, or --weights (and --checkpoint) to make some")
     if CAPTIONS.value and not VIDEOS.value:
         raise UserError("--captions: only goes with --videos; videos that are made have held-out captions")
-    if (BESIDE_TEACHER.value or WHICH.value) and not CHECKPOINT.value:
-        raise UserError("--checkpoint is missing: the student that --beside_teacher or --which is about")
+    if BESIDE_TEACHER.value and not CHECKPOINT.value:
+        raise UserError("--checkpoint is missing: the student that --beside_teacher is about")
+    if WHICH.value and not WEIGHTS.value:
+        raise UserError("--which: only goes with --weights; videos that are there have no network")
 
 
 def settings_of_sets() -> dict[str, Options]:
@@ -59,7 +61,7 @@ def settings_of_sets() -> dict[str, Options]:
     guidance = {name: student.get(name) if value is None else value for name, value in guidance.items()}
     teacher = {"solver": "unipc", **shared, **guidance}
     if not CHECKPOINT.value:
-        return {f"teacher, {STEPS.value}x2 steps": Options(**teacher, steps=STEPS.value)}
+        return {f"teacher, {STEPS.value}x2 steps": Options(**teacher, which=WHICH.value, steps=STEPS.value)}
     options = Options(**shared, checkpoint=CHECKPOINT.value, which=WHICH.value, solver="student")
     settings = resolve(options, note=print)
     sets = with_and_without_half_rate(options, settings)

@@ -17,6 +17,8 @@ SAFETENSORS = (".safetensors", ".sft")
 PICKLED = (".pth", ".pt", ".bin", ".ckpt")
 # What downloaders append to the name of a file, or of the notes beside it, until it is whole.
 UNFINISHED = (".aria2", ".incomplete", ".part", ".partial", ".crdownload", ".download", ".!qB", ".!ut")
+# What messages say of a file in that format.
+GGUF = "is a GGUF file, whose weights are quantised; get the bf16 or fp16 .safetensors of the model"
 # So many zero bytes in a row, from a multiple of that many on, are a hole that a downloader left; so are fewer if they
 # are all of a matrix. Unused rows of an embedding, the longest zeros that trained weights might have, are fewer.
 _HOLE_BYTES = 1 << 20
@@ -136,9 +138,7 @@ def open_file(path: Path) -> TensorFile:
     """
     check_complete(path)
     if path.suffix.lower() == ".gguf" or _begins_with(path, b"GGUF"):
-        raise UserError(
-            f"{path}: is a GGUF file, whose weights are quantised; get the bf16 or fp16 .safetensors of the model"
-        )
+        raise UserError(f"{path}: {GGUF}")
     if path.suffix.lower() in SAFETENSORS:
         return SafetensorsFile(path)
     if path.suffix.lower() in PICKLED:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from avd_jax.convert.architectures import UMT5, WAN_DIT, WAN_VAE, Architecture
-from avd_jax.convert.files import PICKLED, SAFETENSORS, UNFINISHED, check_complete, open_file
+from avd_jax.convert.files import GGUF, PICKLED, SAFETENSORS, UNFINISHED, check_complete, open_file
 from avd_jax.convert.networks import holds
 from avd_jax.errors import UserError
 
@@ -105,7 +105,7 @@ def snapshot_of(path: Path) -> Path:
 
 
 def check_one_expert(path: Path) -> None:
-    """Raise a UserError if `path` is Wan2.2 A14B or a part of it, which has a transformer for each of two noise ranges."""
+    """Raise a UserError if `path` is Wan2.2 A14B or a part of it: one transformer for high noise and one for low."""
     folder = path.parent if path.is_file() else path
     parts = {WAN_DIT.component, f"{WAN_DIT.component}_2", *_EXPERTS}
     places = [folder, folder.parent] if folder.name in parts else [folder]
@@ -124,9 +124,7 @@ def what_else(folder: Path) -> str | None:
             return f"{file}: is a LoRA, which changes a model and is none; merge it into its base model first"
     for file in sorted(folder.iterdir()):
         if file.suffix.lower() == ".gguf":
-            return (
-                f"{file}: is a GGUF file, whose weights are quantised; get the bf16 or fp16 .safetensors of the model"
-            )
+            return f"{file}: {GGUF}"
         if file.suffix in UNFINISHED:
             return f"{file}: is a download that has not finished; complete it"
         if file.is_symlink() and not file.exists():
@@ -150,9 +148,8 @@ def _has_experts(folder: Path) -> bool:
             if second is not None:
                 return False  # [null, null]: a newer diffusers says that there is none
     second_folder = folder / f"{WAN_DIT.component}_2"
-    return (second_folder.is_dir() and any(second_folder.iterdir())) or any(
-        (folder / name).is_dir() for name in _EXPERTS
-    )
+    experts = any((folder / name).is_dir() for name in _EXPERTS)
+    return experts or (second_folder.is_dir() and any(second_folder.iterdir()))
 
 
 def _check_shards(shards: list[Path]) -> None:

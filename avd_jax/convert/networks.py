@@ -20,12 +20,8 @@ DEFAULT = "generator"
 # Parts that wrappers put into keys, at the front or once a block: FSDP, activation checkpointing, torch.compile,
 # DeepSpeed, DistributedDataParallel. No key of a network has one of its own.
 _WRAPPERS = {
-    "_fsdp_wrapped_module",
-    "_fpw_module",
-    "_checkpoint_wrapped_module",
-    "_orig_mod",
-    "_forward_module",
-    "module",
+    *("_fsdp_wrapped_module", "_fpw_module", "_checkpoint_wrapped_module"),
+    *("_orig_mod", "_forward_module", "module"),
 }
 
 # Keys of adapters, in the spellings of kohya, PEFT, diffusers, ComfyUI, LyCORIS and DiffSynth.
@@ -34,16 +30,16 @@ _ADAPTER = re.compile(
     r"|dora_scale|\.diff(_b|_m)?$|\.(set|reshape)_weight$|vera_lambda|(^|\.)ia3_l",
     re.IGNORECASE,
 )
-# Of a float8 matrix `X.weight`: `X.scale_weight` (ComfyUI) or `X.weight_scale` (ComfyUI since 2025, compressed tensors).
+# Of a float8 matrix `X.weight`: `X.scale_weight` (ComfyUI), or `X.weight_scale` (later ComfyUI, compressed tensors).
 _SCALES = ("scale_weight", "weight_scale")
 # What lies beside such matrices and is not needed: marks of the format, and scales of activations.
 _BESIDE_FLOAT8 = re.compile(r"(^|\.)(scaled_fp8|comfy_quant|scale_input|input_scale)$")
 
 # A student that makes its frames one after another: what its config, its file's metadata or its path says.
-_CAUSAL_ENTRIES = ("num_frame_per_block", "local_attn_size", "sink_size", "independent_first_frame")
-_CAUSAL_NAME = re.compile(
-    r"causal|self[-_. ]?forcing|causvid|autoregressive|rolling[-_. ]?forcing|longlive", re.IGNORECASE
-)
+_CAUSAL_ENTRIES = ("num_frame_per_block", "local_attn_size", "sink_size", "independent_first_frame", "causal")
+_NAMING_ENTRIES = ("_class_name", "generator_name", "generator_type", "model_name")
+_CAUSAL_NAME = re.compile(r"causal|causvid|autoregressive|(self|rolling)[-_. ]?forcing|longlive", re.IGNORECASE)
+_NOT_CAUSAL_NAME = re.compile(r"bidirect|non[-_. ]?causal", re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,16 +95,15 @@ def is_causal(entries: Mapping, metadata: Mapping, path) -> bool:
 
     Args:
       entries: of its config.json.
-      metadata: that the file has of itself.
+      metadata: what its file says of itself or of its training.
       path: of its file, whose own and folder's name may say so.
     """
-    if "causal" in str(entries.get("_class_name", "")).lower() or entries.get("causal") is True:
-        return True
-    said = [entries, metadata]
-    if any(field in place and place[field] not in (-1, None, "-1") for place in said for field in _CAUSAL_ENTRIES):
-        return True
-    names = f"{path.parent.name}/{path.name}"
-    return bool(_CAUSAL_NAME.search(names)) and not re.search("bidirect|non[-_. ]?causal", names, re.IGNORECASE)
+    for said in (entries, metadata):
+        if any(said.get(field) not in (None, False, -1, 0, "-1") for field in _CAUSAL_ENTRIES):
+            return True
+    names = " ".join(str(said.get(field, "")) for said in (entries, metadata) for field in _NAMING_ENTRIES)
+    names += f" {path.parent.name}/{path.name}"
+    return bool(_CAUSAL_NAME.search(names)) and not _NOT_CAUSAL_NAME.search(names)
 
 
 def note_causal(name: str) -> None:

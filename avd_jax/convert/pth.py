@@ -65,6 +65,7 @@ class PthFile:
         self.path = path
         content, strays = _load(path)
         self._tensors = dict(_flat(content))
+        self._metadata = dict(_settings(content))
         inner = {home[0]: None for home, _ in self._tensors if home}
         self.groups = [] if any(not home for home, _ in self._tensors) else list(inner)
         if not self._tensors and strays:
@@ -76,9 +77,9 @@ class PthFile:
             raise UserError(f"{path}: holds no state dict (tensors by key); it has {_some(content)}")
 
     def state_dict(self, group: str | None = None) -> "StateDict":
-        """Return the state dict of that name, or all tensors of the file for None, those of groups under `group.key`."""
+        """Return the state dict of that name; for None all tensors of the file, those of groups under `group.key`."""
         if group is None:
-            return StateDict(self.path, self._tensors)
+            return StateDict(self.path, self._tensors, self._metadata)
         inside = {(home[1:], key): value for (home, key), value in self._tensors.items() if home[:1] == (group,)}
         return StateDict(self.path, inside)
 
@@ -88,10 +89,17 @@ class StateDict:
 
     Attributes:
       homes: key -> names of the mappings, outermost first, within which the file has the tensor.
+      metadata: settings that lie beside the tensors.
     """
 
-    def __init__(self, path: Path, tensors: Mapping[tuple[tuple[str, ...], str], "_Tensor"]):
+    def __init__(
+        self,
+        path: Path,
+        tensors: Mapping[tuple[tuple[str, ...], str], "_Tensor"],
+        metadata: Mapping[str, str | float] | None = None,
+    ):
         self.path = path
+        self.metadata = dict(metadata or {})
         self._tensors = {".".join((*home, key)): tensor for (home, key), tensor in tensors.items()}
         self.homes = {".".join((*home, key)): home for home, key in tensors}
         self.leaves = {
@@ -149,12 +157,14 @@ class _Tensor:
 
 
 class _Stray:
-    """What stands for an object that is no tensor: it takes everything that a pickle does to an object, and does nothing."""
+    """What stands for an object that is no tensor: it takes all that a pickle does to an object, and does nothing."""
 
     def __new__(cls, *args, **kwargs):
         """Make one, whatever the arguments."""
         del args, kwargs
-        return super().__new__(cls)
+        made = super().__new__(cls)
+        made.state = {}
+        return made
 
     def __init__(self, *args, **kwargs):
         del args, kwargs
@@ -162,7 +172,11 @@ class _Stray:
     def _nothing(self, *args, **kwargs) -> None:
         del args, kwargs
 
-    __setstate__ = __setitem__ = append = extend = add = _nothing
+    __setitem__ = append = extend = add = _nothing
+
+    def __setstate__(self, state) -> None:
+        """Keep what it is made of, such as the settings in argparse's Namespace."""
+        self.state = state if isinstance(state, Mapping) else {}
 
     def __call__(self, *args, **kwargs) -> "_Stray":
         """Return another, as when what a stray call returned is called."""
@@ -262,6 +276,15 @@ def _flat(content, home: tuple[str, ...] = ()) -> Iterator[tuple[tuple[tuple[str
             yield (home, str(key)), value
         elif isinstance(value, Mapping | list | tuple) and len(home) < _MOST_NESTED:
             yield from _flat(value, (*home, str(key)))
+
+
+def _settings(content, depth: int = 0) -> Iterator[tuple[str, str | float]]:
+    """Yield (name, value) of the texts, numbers and switches in nested mappings and in objects."""
+    for key, value in (content.state if isinstance(content, _Stray) else content).items():
+        if isinstance(value, str | int | float):
+            yield str(key), value
+        elif isinstance(value, Mapping | _Stray) and depth < _MOST_NESTED:
+            yield from _settings(value, depth + 1)
 
 
 def _load(path: Path) -> tuple[Mapping[str, Any], list[str]]:

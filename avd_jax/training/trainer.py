@@ -58,11 +58,12 @@ def train(recipe: Recipe, config, workdir: Path, *, profile: bool = False) -> Ou
       UserError: for what the user can put right.
     """
     recipe.validate(config)
-    record_config(config, workdir, recipe.fields)
+    record_config(config, workdir, recipe.fields, write=False)
     if is_first():
         print(describe(config, recipe.fields), flush=True)
     with StopSignals() as stop:
         method = recipe.build(config, workdir=workdir)
+        record_config(config, workdir, recipe.fields)  # once the weights are known to be there and to fit
         assembly = Assembly(method)
         cost = cycle_cost(assembly)
         if is_first():

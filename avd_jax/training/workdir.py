@@ -15,8 +15,14 @@ from avd_jax.parallel.hosts import barrier, is_first
 from avd_jax.training.fields import Fields, flatten
 
 
-def record_config(config, workdir: Path, fields: Fields) -> None:
+def record_config(config, workdir: Path, fields: Fields, *, write: bool = True) -> None:
     """Write the config to the workdir; one that holds a checkpoint must have the same, but for the changeable fields.
+
+    Args:
+      config: of the run.
+      workdir: its folder.
+      fields: of the config.
+      write: whether to write at all; False to check only.
 
     Raises:
       UserError: naming the fields that differ.
@@ -28,6 +34,8 @@ def record_config(config, workdir: Path, fields: Fields) -> None:
         started = any(child.name.isdigit() for child in (workdir / "checkpoints").glob("*"))
         before = json.loads(path.read_text()) if started and path.exists() else {}
         _check_unchanged(workdir, before, now, changeable)
+        if not write:
+            return
         barrier("config is checked")
         if is_first():
             write_text(path, json.dumps(now, indent=2) + "\n")

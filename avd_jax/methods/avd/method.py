@@ -12,6 +12,7 @@ from flax import nnx
 from avd_jax import convert
 from avd_jax.convert.architectures import INTERPOLATOR
 from avd_jax.convert.fingerprint import fingerprint
+from avd_jax.convert.networks import DEFAULT
 from avd_jax.convert.shipping import write_interpolator
 from avd_jax.convert.weights import open_weights
 from avd_jax.data.latents import EncodedSet, LatentsInfo, read_negative_prompt_embeds
@@ -81,7 +82,7 @@ def build(config, *, devices=None, workdir: Path | None = None, video: Mapping[s
         half_rate_positions=config.half_rate.positions,
         interpolator=interpolator,
     )
-    start = partial(_start, config.init_from, mesh)
+    start = partial(_start, config, mesh)
     settings = config.optimizer
     networks = {
         "generator": Trained(
@@ -121,7 +122,7 @@ def build(config, *, devices=None, workdir: Path | None = None, video: Mapping[s
 
 def _sizes(config, video: Mapping[str, int] | None) -> Sizes:
     if config.init_from:
-        model = convert.dit_config(config.init_from)
+        model = convert.dit_config(config.init_from, config.which or DEFAULT)
     elif config.model in WAN_MODELS:
         model = WAN_MODELS[config.model]
     else:
@@ -158,9 +159,9 @@ def _check_set(folder: str, model: WanDiTConfig, weights: str) -> None:
         )
 
 
-def _start(init_from: str, mesh, shardings) -> dict:
+def _start(config, mesh, shardings) -> dict:
     """Return the teacher's weights in float32, which generator and fake_score start from."""
-    return transformers.load_params(init_from, "float32", mesh)
+    return transformers.load_params(config.init_from, "float32", mesh, which=config.which)
 
 
 def _teacher(config, model: WanDiTConfig, teacher: Denoiser, mesh) -> dict[str, Frozen]:
@@ -177,7 +178,7 @@ def _teacher(config, model: WanDiTConfig, teacher: Denoiser, mesh) -> dict[str, 
     return {
         "teacher": Frozen(
             transformers.shaped_params(teacher.abstract_params(), mesh, memory),
-            lambda: transformers.load_params(config.init_from, config.teacher_dtype, mesh, memory),
+            lambda: transformers.load_params(config.init_from, config.teacher_dtype, mesh, memory, which=config.which),
         ),
         "negative": Frozen(negative, load_negative),
     }
@@ -220,7 +221,7 @@ def _record(config, model: WanDiTConfig, info: LatentsInfo | None) -> dict:
 
 
 def _inputs(config) -> dict[str, str]:
-    found = {"init_from": transformers.transformer_fingerprint(config.init_from)}
+    found = {"init_from": transformers.transformer_fingerprint(config.init_from, config.which)}
     found |= transformers.set_fingerprints(config.data.latents, config.data.prompts)
     if config.half_rate.interpolator:
         found["half_rate.interpolator"] = fingerprint(open_weights(config.half_rate.interpolator, INTERPOLATOR))
