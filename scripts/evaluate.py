@@ -38,6 +38,7 @@ GUIDANCE_SCALE = flags.DEFINE_float("guidance_scale", None, "The teacher's. Defa
 SHIFT = flags.DEFINE_float("shift", None, "The teacher's timestep shift. Default: the student's training's, else 5.")
 COUNT = flags.DEFINE_integer("count", 100, "Held-out captions.", lower_bound=1)
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 10, "Videos to sample together.", lower_bound=1)
+SHOWN = ("alignment", "instance_preservation", "saturation")
 OUT = flags.DEFINE_string("out", None, "Folder for metrics.json, report.html and the videos that are made.")
 
 
@@ -49,8 +50,8 @@ def check_flags() -> None:
         raise UserError("--captions: only goes with --videos; videos that are made have held-out captions")
     if BESIDE_TEACHER.value and not CHECKPOINT.value:
         raise UserError("--checkpoint is missing: the student that --beside_teacher is about")
-    if WHICH.value and not WEIGHTS.value:
-        raise UserError("--which: only goes with --weights; videos that are there have no network")
+    if WHICH.value and VIDEOS.value:
+        raise UserError("--which: only goes with --weights; leave it out")
 
 
 def settings_of_sets() -> dict[str, Options]:
@@ -67,7 +68,7 @@ def settings_of_sets() -> dict[str, Options]:
     sets = with_and_without_half_rate(options, settings)
     if BESIDE_TEACHER.value:
         made = dict.fromkeys((STEPS.value, settings.steps))
-        sets = {f"teacher, {n}x2 steps": Options(**teacher, steps=n) for n in made} | sets
+        return {f"teacher, {n}x2 steps": Options(**teacher, steps=n) for n in made} | sets
     return sets
 
 
@@ -91,10 +92,8 @@ def main() -> None:
     with tqdm(total=sum(map(len, sets.values())), desc="metrics", unit="video") as bar:
         means = compare(sets, out, title="Evaluation", about=about, run=run, on_progress=bar.update)
     for name, values in means.items():
-        shown = {
-            metric: values.get(metric, math.nan) for metric in ("alignment", "instance_preservation", "saturation")
-        }
-        print(f"{name}: {', '.join(f'{metric} {value:.3f}' for metric, value in shown.items() if value == value)}")
+        shown = {metric: values[metric] for metric in SHOWN if not math.isnan(values.get(metric, math.nan))}
+        print(f"{name}: {', '.join(f'{metric} {value:.3f}' for metric, value in shown.items())}")
     print(f"{out / 'report.html'}")
 
 

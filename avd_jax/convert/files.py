@@ -1,6 +1,7 @@
 """Files of weights, opened by what they are: their tensors under one flat set of keys, and why a file is not taken."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -22,6 +23,7 @@ GGUF = "is a GGUF file, whose weights are quantised; get the bf16 or fp16 .safet
 # So many zero bytes in a row, from a multiple of that many on, are a hole that a downloader left; so are fewer if they
 # are all of a matrix. Unused rows of an embedding, the longest zeros that trained weights might have, are fewer.
 _HOLE_BYTES = 1 << 20
+_END_SHARE, _LEAST_END = 8, 512  # what of the last matrix of a file is looked at before anything else is done
 
 TensorFile = SafetensorsFile | StateDict
 _FLOAT8 = (np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.float8_e5m2))
@@ -86,8 +88,9 @@ class Stored:
         return array.astype(self.leaf.dtype, copy=False)
 
     def ends_in_zeros(self) -> bool:
-        """Whether its last part is a hole; reads no more than that."""
-        tail = self.file.tail(self.key, _HOLE_BYTES)
+        """Whether it ends in a hole; reads no more than its last eighth, or mebibyte."""
+        size = math.prod(self.shape) * self.stored_dtype.itemsize
+        tail = self.file.tail(self.key, min(_HOLE_BYTES, max(size // _END_SHARE, _LEAST_END)))
         return tail.size > 0 and not tail.any()
 
     def hole(self) -> UserError:

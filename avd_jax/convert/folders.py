@@ -15,7 +15,7 @@ _STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 # `STEM.fp16.safetensors`, of a variant; those that come first are preferred.
 _VARIANTS = ("", "fp32", "bf16", "fp16")
 _SUFFIXES = ("safetensors", "bin")
-_WHOLE = re.compile(r"(?P<stem>\w+?)(\.(?P<variant>[\w-]+))?\.(?P<suffix>safetensors|bin)")
+_WHOLE = re.compile(r"(?P<stem>\w+?)(\.(?P<variant>\w+))?\.(?P<suffix>safetensors|bin)")
 _INDEX = re.compile(r"(?P<stem>\w+?)\.(?P<suffix>safetensors|bin)\.index(\.(?P<variant>\w+))?\.json")
 _SHARD = re.compile(
     r"(?P<stem>\w+?)(\.(?P<variant>\w+))?-(?P<number>\d+)-of-(?P<count>\d+)(\.(?P<variant2>\w+))?"

@@ -89,9 +89,11 @@ def find_weights(path: Path, architecture: Architecture, key: str) -> TorchFiles
     _check_folder(path)
     found = _in_folder(path, architecture, key)
     if found is None:
-        raise NotHereError(
-            _not_found(path, architecture.component, lambda folder: _in_folder(folder, architecture, key))
-        )
+
+        def within(folder):
+            return _in_folder(snapshot_of(folder), architecture, key)
+
+        raise NotHereError(_not_found(path, architecture.component, within))
     return found
 
 

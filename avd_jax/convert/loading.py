@@ -55,14 +55,18 @@ def dit_config(path: str | Path, key: str = DEFAULT) -> WanDiTConfig:
     return open_weights(path, WAN_DIT, key).config
 
 
-def load_vae(path: str | Path, dtype=jnp.float32, key: str = "", *, sharding: Sharding | None = None) -> WanVAE:
+def load_vae(
+    path: str | Path, dtype=jnp.float32, key: str | None = None, *, sharding: Sharding | None = None
+) -> WanVAE:
     """Load the video autoencoder; arguments and errors as in `load_dit`, `key` if its file holds several only."""
-    return load_module(open_weights(path, WAN_VAE, key, strict=False), dtype, sharding)
+    return load_module(open_weights(path, WAN_VAE, key or "", strict=False), dtype, sharding)
 
 
-def load_umt5(path: str | Path, dtype=jnp.float32, key: str = "", *, sharding: Sharding | None = None) -> UMT5Encoder:
+def load_umt5(
+    path: str | Path, dtype=jnp.float32, key: str | None = None, *, sharding: Sharding | None = None
+) -> UMT5Encoder:
     """Load the text encoder; arguments and errors as in `load_dit`, `key` if its file holds several only."""
-    return load_module(open_weights(path, UMT5, key, strict=False), dtype, sharding)
+    return load_module(open_weights(path, UMT5, key or "", strict=False), dtype, sharding)
 
 
 def load_interpolator(

@@ -172,7 +172,7 @@ def _choose(counts: Mapping[str, int], key: str, name: str, strict: bool) -> str
     asked = asked or [one for one in found if key and key in one.prefix.split(".")]
     if len(asked) == 1:
         return asked[0].prefix
-    if len(found) <= 1 and (key in (DEFAULT, "") or not strict):
+    if len(found) <= 1 and (key in (DEFAULT, "", *_WRAPPERS) or not strict):
         return found[0].prefix if found else ""
     held = ", ".join(one.name or "one without a name" for one in found)
     if key in (DEFAULT, ""):

@@ -115,9 +115,10 @@ class StateDict:
         """Return one tensor, in its own dtype; nothing else of the file is read."""
         tensor = self._tensors[key]
         storage = tensor.storage
-        values = self._bytes(storage.position, storage.count * storage.dtype.itemsize).view(storage.dtype)
-        strides = [stride * values.itemsize for stride in tensor.stride]
-        return np.lib.stride_tricks.as_strided(values[tensor.offset :], tensor.size, strides)
+        size = storage.dtype.itemsize
+        values = self._bytes(storage.position, storage.count * size).view(f"u{size}")  # no dtype that NumPy has not
+        strides = [stride * size for stride in tensor.stride]
+        return np.lib.stride_tricks.as_strided(values[tensor.offset :], tensor.size, strides).view(storage.dtype)
 
     def tail(self, key: str, most: int) -> np.ndarray:
         """Return the last bytes of a tensor's storage, `most` at most."""

@@ -64,7 +64,7 @@ class Smoother:
             raise UserError(
                 f"{place}: has no frame interpolator; make one with scripts/train_interpolator.py --out {place}"
             )
-        self._vae = convert.load_vae(weights, key=which or "")
+        self._vae = convert.load_vae(weights, key=which)
         channels = self._vae.config.z_dim
         if found.config.channels != channels:
             raise UserError(
