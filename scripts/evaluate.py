@@ -64,8 +64,7 @@ def settings_of_sets() -> dict[str, Options]:
     if not CHECKPOINT.value:
         return {f"teacher, {STEPS.value}x2 steps": Options(**teacher, which=WHICH.value, steps=STEPS.value)}
     options = Options(**shared, checkpoint=CHECKPOINT.value, which=WHICH.value, solver="student")
-    settings = resolve(options, note=print)
-    sets = with_and_without_half_rate(options, settings)
+    sets = with_and_without_half_rate(options, settings := resolve(options, note=print))
     if BESIDE_TEACHER.value:
         made = dict.fromkeys((STEPS.value, settings.steps))
         return {f"teacher, {n}x2 steps": Options(**teacher, steps=n) for n in made} | sets
@@ -82,7 +81,7 @@ def main() -> None:
     else:
         asked, sets = settings_of_sets(), {}
         for name, options in asked.items():
-            with tqdm(total=COUNT.value, desc=name, unit="video") as bar:
+            with tqdm(total=COUNT.value, desc=name, unit="video", delay=1) as bar:  # not before an error
                 make = partial(make_videos, batch_size=BATCH_SIZE.value, on_progress=bar.update)
                 sets[name] = make(options, COUNT.value, out / "videos").videos
         size = {name: getattr(next(iter(asked.values())), name) for name in WORLD_SIZE}

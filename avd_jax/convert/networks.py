@@ -51,7 +51,7 @@ class _Found:
 
 
 def network_in(
-    tensors: Mapping[str, Stored], architecture: Architecture, key: str, *, name: str, strict: bool
+    tensors: Mapping[str, Stored], architecture: Architecture, key: str, *, name: str, asked: str, strict: bool
 ) -> dict[str, Stored]:
     """Return the tensors of one network under its own keys.
 
@@ -61,6 +61,7 @@ def network_in(
       key: which, if there are several: "generator", which is also the only one by another name, or another name; ""
         for the only one.
       name: what messages call the source.
+      asked: the path that the user gave, for messages about `key`.
       strict: whether `key` must be there if there is only one.
 
     Raises:
@@ -72,7 +73,7 @@ def network_in(
     counts = _prefixes(plain, architecture)
     if not counts:
         _check_other(plain, architecture, name)
-    prefix = _choose(counts, key, name, strict)
+    prefix = _choose(counts, key, asked, strict)
     start = f"{prefix}." if prefix else ""
     inside = {k.removeprefix(start): tensor for k, tensor in plain.items() if k.startswith(start)}
     known = _known(architecture)

@@ -63,7 +63,7 @@ def open_weights(path: str | Path, architecture: Architecture, key: str = DEFAUL
         if key not in (DEFAULT, "") and strict and not found.several_networks:
             raise UserError(f"{path}: holds no {key!r}, but one network only; leave --which out")
         return OrbaxWeights(found, architecture)
-    return TorchWeights(found, architecture, key, strict=strict)
+    return TorchWeights(found, architecture, key, asked=str(path), strict=strict)
 
 
 def load_module(weights: Weights, dtype, sharding: Sharding | None = None, **options) -> nnx.Module:
@@ -115,11 +115,11 @@ class OrbaxWeights:
 class TorchWeights:
     """Weights under PyTorch's keys: Wan's own or diffusers', in .safetensors or .pth files."""
 
-    def __init__(self, found: TorchFiles, architecture: Architecture, key: str, *, strict: bool = True):
+    def __init__(self, found: TorchFiles, architecture: Architecture, key: str, *, asked: str, strict: bool):
         name = str(found.files[0] if found.single or len(found.files) == 1 else found.files[0].parent)
         self.architecture = architecture
         files = open_files(found.files)
-        self._tensors = network_in(tensors_of(files), architecture, key, name=name, strict=strict)
+        self._tensors = network_in(tensors_of(files), architecture, key, name=name, asked=asked, strict=strict)
         shapes = {key: tensor.shape for key, tensor in self._tensors.items()}
         tables = (architecture.native_rules, architecture.diffusers_rules)
         scores = [matching_keys(table(architecture.config_class()), shapes) for table in tables]
