@@ -147,12 +147,27 @@ def test_gguf_by_name_or_content(name, tmp_path):
             convert.load_dit(tmp_path)
 
 
-def test_folders_of_adapters(tmp_path):
-    for name in ("adapter_model.safetensors", "pytorch_lora_weights.safetensors"):
-        (tmp_path / name).touch()
-        with pytest.raises(UserError, match=rf"{name}: is a LoRA"):
-            convert.load_dit(tmp_path)
-        (tmp_path / name).unlink()
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("adapter_model.safetensors", "is a LoRA"),
+        ("pytorch_lora_weights.safetensors", "is a LoRA"),
+        ("transformer/wan-Q4_0.gguf", "is a GGUF file"),
+        ("transformer/diffusion_pytorch_model.safetensors.part", "a download that has not finished"),
+        (".cache/huggingface/download/transformer/x.0123.incomplete", "the download is incomplete: there is"),
+    ],
+)
+def test_folders_that_hold_something_else(name, message, tmp_path):
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).touch()
+    for load in (convert.load_dit, convert.find_components):
+        with pytest.raises(UserError, match=message):
+            load(tmp_path)
+    with pytest.raises(UserError, match="no text_encoder here"):  # it may lie in another place
+        convert.load_umt5(tmp_path)
+    (tmp_path / "umt5-xxl-Q5.gguf").touch()
+    with pytest.raises(UserError, match=r"umt5-xxl-Q5\.gguf: is a GGUF file"):
+        convert.load_umt5(tmp_path)
 
 
 @pytest.mark.parametrize("arguments", ["export --layout native --checkpoint", "convert --src"])

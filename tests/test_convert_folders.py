@@ -141,7 +141,7 @@ def test_comfyuis_folders(tensors, tmp_path):
     with pytest.raises(UserError, match=r"wan2\.1_t2v_fp32\.safetensors: the number of heads cannot be told"):
         convert.load_dit(tmp_path)
     shutil.copy(cases.NATIVE / "config.json", tmp_path / "diffusion_models")
-    same(tmp_path / "diffusion_models" / "wan2.1_t2v_fp32.safetensors", cases.leaves_of(convert.load_dit(cases.NATIVE)))
+    same(tmp_path, cases.leaves_of(convert.load_dit(cases.NATIVE)))
     np.testing.assert_array_equal(cases.leaves_of(convert.load_vae(tmp_path))["conv1.bias"], vae["conv1.bias"])
     embedding = cases.leaves_of(convert.load_umt5(tmp_path))["token_embedding.embedding"]
     np.testing.assert_array_equal(embedding, t5["shared.weight"])
@@ -151,6 +151,11 @@ def test_comfyuis_folders(tensors, tmp_path):
     np.testing.assert_array_equal(convert.load_tokenizer(file)(["ab a", "b"])[0], ids)
     with pytest.raises(UserError, match="no tokenizer"):
         convert.load_tokenizer(tmp_path / "vae" / "wan_2.1_vae.safetensors")
+    expert = tmp_path / "expert" / "unet"
+    shutil.copytree(tmp_path / "diffusion_models", expert)
+    (expert / "wan2.1_t2v_fp32.safetensors").rename(expert / "wan2.2_t2v_low_noise.safetensors")
+    with pytest.raises(UserError, match=r"wan2\.2_t2v_low_noise\.safetensors: is of Wan2\.2 A14B"):
+        convert.load_dit(tmp_path / "expert")
     cases.write_all(tmp_path / "text_encoders", t5, stem="umt5_other")
     with pytest.raises(UserError, match=r"several files hold a umT5 .*: umt5_other\.safetensors, umt5_xxl"):
         convert.load_umt5(tmp_path)

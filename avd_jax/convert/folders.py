@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from avd_jax.convert.architectures import UMT5, WAN_DIT, WAN_VAE, Architecture
-from avd_jax.convert.files import GGUF, PICKLED, SAFETENSORS, UNFINISHED, check_complete, open_file
+from avd_jax.convert.files import GGUF, PICKLED, SAFETENSORS, check_complete, open_file
 from avd_jax.convert.networks import holds
 from avd_jax.errors import UserError
 
@@ -68,7 +68,7 @@ def comfy_files(path: Path, architecture: Architecture) -> tuple[Path, ...]:
     """
     for name in _COMFY.get(architecture, ()):
         folder = path / name
-        if not folder.is_dir() or (folder / "config.json").exists():  # with a config.json it is diffusers'
+        if not folder.is_dir():
             continue
         files = [file for file in sorted(folder.iterdir()) if file.suffix.lower() in SAFETENSORS + PICKLED]
         if len(files) > 1:
@@ -77,6 +77,7 @@ def comfy_files(path: Path, architecture: Architecture) -> tuple[Path, ...]:
             names = ", ".join(file.name for file in files)
             raise UserError(f"{folder}: several files hold a {architecture.label}: {names}; name one of them itself")
         if files:
+            check_one_expert(files[0])
             return tuple(files)
     return ()
 
@@ -117,19 +118,27 @@ def check_one_expert(path: Path) -> None:
         )
 
 
-def what_else(folder: Path) -> str | None:
-    """Return what lies in a folder instead of weights that can be loaded, as a line that says what to do, or None."""
-    for pattern in _ADAPTERS:
-        for file in folder.glob(pattern):
-            return f"{file}: is a LoRA, which changes a model and is none; merge it into its base model first"
-    for file in sorted(folder.iterdir()):
+def check_nothing_else(folder: Path, architecture: Architecture) -> None:
+    """Raise a UserError if what lies in a folder, instead of a network's weights, says why they are not there.
+
+    Args:
+      folder: in which no weights were found.
+      architecture: the network that is wanted; a file is taken for umT5's if its name says so.
+    """
+    if architecture not in (WAN_DIT, UMT5):
+        return
+    part = "t5" if architecture is UMT5 else ""
+    for file in sorted(file for pattern in _ADAPTERS for file in folder.glob(pattern) if part in file.name.lower()):
+        raise UserError(f"{file}: is a LoRA, which changes a model and is none; merge it into its base model first")
+    for file in sorted(file for file in folder.iterdir() if part in file.name.lower() and not file.is_dir()):
         if file.suffix.lower() == ".gguf":
-            return f"{file}: {GGUF}"
-        if file.suffix in UNFINISHED:
-            return f"{file}: is a download that has not finished; complete it"
-        if file.is_symlink() and not file.exists():
-            return f"{file}: the download is incomplete: it links to a file that is not there; download it again"
-    return None
+            raise UserError(f"{file}: {GGUF}")
+        check_complete(file)
+    unfinished = [*folder.glob(".cache/huggingface/download/**/*.incomplete")]
+    if folder.parent.name == "snapshots":
+        unfinished += folder.parent.parent.glob("blobs/*.incomplete")
+    if unfinished and not part:
+        raise UserError(f"{folder}: the download is incomplete: there is {min(unfinished)}; complete the download")
 
 
 def _has_experts(folder: Path) -> bool:

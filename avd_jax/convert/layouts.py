@@ -10,7 +10,7 @@ import orbax.checkpoint as ocp
 
 from avd_jax.convert.architectures import INTERPOLATOR, UMT5, WAN_DIT, Architecture
 from avd_jax.convert.files import NotHereError, check_complete
-from avd_jax.convert.folders import check_one_expert, comfy_files, snapshot_of, weight_files, what_else
+from avd_jax.convert.folders import check_nothing_else, check_one_expert, comfy_files, snapshot_of, weight_files
 from avd_jax.convert.interpolator_rules import CLASS_NAME as INTERPOLATOR_CLASS
 from avd_jax.errors import UserError, closest
 
@@ -93,6 +93,9 @@ def find_weights(path: Path, architecture: Architecture, key: str) -> TorchFiles
         def within(folder):
             return _in_folder(snapshot_of(folder), architecture, key)
 
+        for folder in (path / architecture.component, path):
+            if folder.is_dir():
+                check_nothing_else(folder, architecture)
         raise NotHereError(_not_found(path, architecture.component, within))
     return found
 
@@ -200,7 +203,8 @@ def _in_folder(path: Path, architecture: Architecture, key: str) -> TorchFiles |
                 config = folder / "config.json"
                 return TorchFiles(files, config if config.is_file() else None, single=False)
     if files := comfy_files(path, architecture):
-        return TorchFiles(files, None, single=True)
+        config = files[0].with_name("config.json")
+        return TorchFiles(files, config if config.is_file() else None, single=True)
     if architecture.component in _NATIVE_NAMES:
         for suffix in (".safetensors", ".pth"):
             file = path / (_NATIVE_NAMES[architecture.component] + suffix)
@@ -285,8 +289,6 @@ def _check_folder(path: Path) -> None:
 
 
 def _not_found(path: Path, component: str, find) -> str:
-    if component in (WAN_DIT.component, UMT5.component) and (line := what_else(path)) is not None:
-        return line
     names = sorted(child.name for child in path.iterdir())
     for child in sorted(path.iterdir()):
         try:
