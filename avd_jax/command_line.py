@@ -32,6 +32,15 @@ def run(
     app.run(report_user_errors(checked(main, required)), flags_parser=report_user_errors(parse_flags))
 
 
+def define_which() -> flags.FlagHolder:
+    """Define --which, as every script has it that takes weights."""
+    flag = flags.DEFINE_string(
+        "which", None, "Network, where there are several: ema of a run, or its name in a file. Default: generator."
+    )
+    flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[flag.name])  # --help shows it as the script's
+    return flag
+
+
 def run_training(
     train: Callable[[Recipe, object, Path], int], *, method: str = "", required: Sequence[flags.FlagHolder] = ()
 ) -> None:
@@ -46,11 +55,20 @@ def run_training(
     """
     config = config_flags.DEFINE_config_file("config", None, "config file; set a field with --config.FIELD=VALUE")
     workdir = flags.DEFINE_string("workdir", None, "the folder of the run: config, checkpoints, metrics")
+    which = define_which()
     explain = flags.DEFINE_bool("explain", False, "print every field of the config with its help, and stop")
     coordinator = flags.DEFINE_string("coordinator", None, "of several processes: HOST:PORT of process 0")
     num_processes = flags.DEFINE_integer("num_processes", None, "of several processes: how many")
     process_id = flags.DEFINE_integer("process_id", None, "of several processes: the number of this one, from 0")
-    for flag in ("config", workdir.name, explain.name, coordinator.name, num_processes.name, process_id.name):
+    for flag in (
+        "config",
+        workdir.name,
+        which.name,
+        explain.name,
+        coordinator.name,
+        num_processes.name,
+        process_id.name,
+    ):
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[flag])  # --help shows them as the script's
     flags.mark_flag_as_required("config")
 
@@ -61,6 +79,10 @@ def run_training(
                 f"config.method={recipe.name!r}: this script is for {method!r}; run scripts/train.py, which takes any"
             )
         check_names(config.value, recipe.fields)
+        if which.value:
+            if "which" not in recipe.fields:
+                raise UserError(f"--which: the method {recipe.name!r} starts from no network; leave it out")
+            config.value.which = which.value  # as --config.which would
         if explain.value:
             print(describe(config.value, recipe.fields))
             return 0

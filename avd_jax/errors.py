@@ -1,4 +1,4 @@
-"""The one error class for what a user can do wrong, and its one-line report."""
+"""The one error class for what a user can do wrong, its one-line report, and notes on what is taken all the same."""
 
 import difflib
 import functools
@@ -15,6 +15,12 @@ def closest(name: str, candidates: Iterable[str]) -> str:
     """Return ` (did you mean 'x'?)` for the candidate most like `name`, or an empty string when none is close."""
     matches = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.6)
     return f" (did you mean {matches[0]!r}?)" if matches else ""
+
+
+@functools.cache
+def note(line: str) -> None:
+    """Print a line on stderr, once a process: on input that is taken, though in another way than it may be meant."""
+    print(f"note: {line}", file=sys.stderr, flush=True)
 
 
 def report_user_errors(main: Callable) -> Callable:

@@ -13,17 +13,19 @@ import numpy as np
 from absl import flags
 
 from avd_jax import command_line, convert
+from avd_jax.convert.networks import DEFAULT
 
 SRC = flags.DEFINE_string("src", None, "Weights to convert, in any known layout.")
 DST = flags.DEFINE_string("dst", None, "Folder for the converted weights.")
 DTYPE = flags.DEFINE_enum("dtype", "keep", ["keep", "float32", "bfloat16"], "Stored dtype; keep: the source's.")
 COMPONENTS = flags.DEFINE_list("components", None, "Of transformer, vae, text_encoder, tokenizer; default: all found.")
+WHICH = command_line.define_which()
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace components that --dst has from an earlier conversion.")
 
 
 def main() -> None:
     """Find and check all components first, then write them one by one."""
-    found, missing = convert.find_components(SRC.value, COMPONENTS.value)
+    found, missing = convert.find_components(SRC.value, COMPONENTS.value, WHICH.value or DEFAULT)
     for component in found:
         convert.check_writable(Path(DST.value) / component, overwrite=OVERWRITE.value)
     dtype = None if DTYPE.value == "keep" else jnp.dtype(DTYPE.value)

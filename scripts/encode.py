@@ -30,6 +30,7 @@ PROMPT_COUNT = flags.DEFINE_integer(
 )
 STYLE = flags.DEFINE_enum("style", None, shapes_world.STYLES, "How --shapes_world is drawn. Default: painted.")
 WEIGHTS = flags.DEFINE_string("weights", None, "Folder with the VAE, umT5 and its tokenizer, in any known layout.")
+WHICH = command_line.define_which()
 OUT = flags.DEFINE_string("out", None, "Folder of the encoded set; with --shapes_world of both sets.")
 FRAMES = flags.DEFINE_integer("frames", None, "Video frames of a clip, 4n+1. Default: 81; with --shapes_world 17.")
 FPS = flags.DEFINE_float("fps", 16.0, "Frames per second of a clip; videos are resampled.", lower_bound=0.1)
@@ -65,7 +66,7 @@ def main() -> None:
     size = {flag.name: usual[flag.name] if flag.value is None else flag.value for flag in (FRAMES, HEIGHT, WIDTH)}
     inputs.check_clip_size(**size, prefix="--")
     size["fps"] = FPS.value
-    out, uncaptioned, unit = OUT.value, [], "clip"
+    out, which, uncaptioned, unit = OUT.value, WHICH.value, [], "clip"
     if SHAPES_WORLD.value:
         counts, unit = {"clips": CLIPS.value, "prompts": PROMPT_COUNT.value or 0}, "record"
         total = counts["clips"] + len(world_clips.training_prompts(counts["prompts"], clips=counts["clips"]))
@@ -76,12 +77,12 @@ def main() -> None:
         work, uncaptioned = inputs.clips_from_folder(VIDEOS.value, captions, **size, clips_per_video=most)
     # As Wan runs it: umT5-XXL takes 11 GB in bfloat16. A CPU gains nothing from it, nor does the world's tiny encoder.
     dtype = jnp.float32 if SHAPES_WORLD.value or jax.default_backend() == "cpu" else jnp.bfloat16
-    text = encoding.text_encoder(convert.load_umt5(WEIGHTS.value, dtype), convert.load_tokenizer(WEIGHTS.value))
+    text = encoding.text_encoder(convert.load_umt5(WEIGHTS.value, dtype, which), convert.load_tokenizer(WEIGHTS.value))
     with tqdm(total=total if SHAPES_WORLD.value else len(work), unit=unit) as bar:
         how = {"text": text, "text_batch_size": TEXT_BATCH_SIZE.value, "shard_size": SHARD_SIZE.value}
         how["on_progress"] = bar.update
         if not PROMPTS.value:
-            vae = encoding.video_encoder(convert.load_vae(WEIGHTS.value))
+            vae = encoding.video_encoder(convert.load_vae(WEIGHTS.value, key=which))
             how |= {"vae": vae, "batch_size": BATCH_SIZE.value, **size}
         if SHAPES_WORLD.value:
             summaries = encoding.encode_shapes_world(out, **counts, style=STYLE.value or "painted", **how)

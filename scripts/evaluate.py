@@ -31,13 +31,14 @@ VIDEOS = flags.DEFINE_string("videos", None, "Folder of videos to measure, inste
 CAPTIONS = flags.DEFINE_string("captions", None, "Their captions. Default: captions.jsonl, or the JSON beside each.")
 WEIGHTS = flags.DEFINE_string("weights", None, "VAE, text encoder, tokenizer (and transformer), in any known layout.")
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Student: a training run or checkpoint, an export, a model.pt.")
-WHICH = flags.DEFINE_enum("which", None, ["generator", "ema"], "Network of a training run. Default: generator.")
+WHICH = command_line.define_which()
 BESIDE_TEACHER = flags.DEFINE_bool("beside_teacher", False, "Also the teacher: with --steps, and with the student's.")
 STEPS = flags.DEFINE_integer("steps", 50, "UniPC steps of the teacher.", lower_bound=1)
 GUIDANCE_SCALE = flags.DEFINE_float("guidance_scale", None, "The teacher's. Default: the student's training's, else 5.")
 SHIFT = flags.DEFINE_float("shift", None, "The teacher's timestep shift. Default: the student's training's, else 5.")
 COUNT = flags.DEFINE_integer("count", 100, "Held-out captions.", lower_bound=1)
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 10, "Videos to sample together.", lower_bound=1)
+SHOWN = ("alignment", "instance_preservation", "saturation")
 OUT = flags.DEFINE_string("out", None, "Folder for metrics.json, report.html and the videos that are made.")
 
 
@@ -47,8 +48,10 @@ def check_flags() -> None:
         raise UserError("give either --videos with a folder of them, or --weights (and --checkpoint) to make some")
     if CAPTIONS.value and not VIDEOS.value:
         raise UserError("--captions: only goes with --videos; videos that are made have held-out captions")
-    if (BESIDE_TEACHER.value or WHICH.value) and not CHECKPOINT.value:
-        raise UserError("--checkpoint is missing: the student that --beside_teacher or --which is about")
+    if BESIDE_TEACHER.value and not CHECKPOINT.value:
+        raise UserError("--checkpoint is missing: the student that --beside_teacher is about")
+    if WHICH.value and VIDEOS.value:
+        raise UserError("--which: only goes with --weights; leave it out")
 
 
 def settings_of_sets() -> dict[str, Options]:
@@ -59,13 +62,12 @@ def settings_of_sets() -> dict[str, Options]:
     guidance = {name: student.get(name) if value is None else value for name, value in guidance.items()}
     teacher = {"solver": "unipc", **shared, **guidance}
     if not CHECKPOINT.value:
-        return {f"teacher, {STEPS.value}x2 steps": Options(**teacher, steps=STEPS.value)}
+        return {f"teacher, {STEPS.value}x2 steps": Options(**teacher, which=WHICH.value, steps=STEPS.value)}
     options = Options(**shared, checkpoint=CHECKPOINT.value, which=WHICH.value, solver="student")
-    settings = resolve(options, note=print)
-    sets = with_and_without_half_rate(options, settings)
+    sets = with_and_without_half_rate(options, settings := resolve(options, note=print))
     if BESIDE_TEACHER.value:
         made = dict.fromkeys((STEPS.value, settings.steps))
-        sets = {f"teacher, {n}x2 steps": Options(**teacher, steps=n) for n in made} | sets
+        return {f"teacher, {n}x2 steps": Options(**teacher, steps=n) for n in made} | sets
     return sets
 
 
@@ -79,7 +81,7 @@ def main() -> None:
     else:
         asked, sets = settings_of_sets(), {}
         for name, options in asked.items():
-            with tqdm(total=COUNT.value, desc=name, unit="video") as bar:
+            with tqdm(total=COUNT.value, desc=name, unit="video", delay=1) as bar:  # not before an error
                 make = partial(make_videos, batch_size=BATCH_SIZE.value, on_progress=bar.update)
                 sets[name] = make(options, COUNT.value, out / "videos").videos
         size = {name: getattr(next(iter(asked.values())), name) for name in WORLD_SIZE}
@@ -89,10 +91,8 @@ def main() -> None:
     with tqdm(total=sum(map(len, sets.values())), desc="metrics", unit="video") as bar:
         means = compare(sets, out, title="Evaluation", about=about, run=run, on_progress=bar.update)
     for name, values in means.items():
-        shown = {
-            metric: values.get(metric, math.nan) for metric in ("alignment", "instance_preservation", "saturation")
-        }
-        print(f"{name}: {', '.join(f'{metric} {value:.3f}' for metric, value in shown.items() if value == value)}")
+        shown = {metric: values[metric] for metric in SHOWN if not math.isnan(values.get(metric, math.nan))}
+        print(f"{name}: {', '.join(f'{metric} {value:.3f}' for metric, value in shown.items())}")
     print(f"{out / 'report.html'}")
 
 

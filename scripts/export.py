@@ -12,24 +12,32 @@ import jax.numpy as jnp
 from absl import flags
 
 from avd_jax import command_line, convert
+from avd_jax.convert.networks import DEFAULT
+from avd_jax.errors import UserError
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Training run or checkpoint, or weights in any known layout.")
 LAYOUT = flags.DEFINE_enum("layout", None, convert.LAYOUTS, "Wan's own layout, or diffusers'.")
 DST = flags.DEFINE_string("dst", None, "Folder for the export.")
 DTYPE = flags.DEFINE_enum("dtype", "keep", ["keep", "float32", "bfloat16"], "Stored dtype; keep: the checkpoint's.")
-WHICH = flags.DEFINE_enum("which", "generator", ["generator", "ema"], "Which weights of a training checkpoint.")
+WHICH = command_line.define_which()
+INSIDE = flags.DEFINE_bool(
+    "interpolator_inside", False, "With native: the interpolator in the same file, as AVD has it."
+)
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace an earlier export in --dst.")
 
 
 def main() -> None:
     """Open, check and write."""
+    if INSIDE.value and LAYOUT.value != "native":
+        raise UserError("--interpolator_inside: only goes with --layout native; leave it out")
     student = convert.export_dit(
         CHECKPOINT.value,
         Path(DST.value),
         layout=LAYOUT.value,
         dtype=None if DTYPE.value == "keep" else jnp.dtype(DTYPE.value),
-        key=WHICH.value,
+        key=WHICH.value or DEFAULT,
         overwrite=OVERWRITE.value,
+        interpolator_inside=INSIDE.value,
     )
     kind = f"a student of {len(student['timesteps'])} steps" if student else "weights of no student"
     print(f"{DST.value}: {kind} in {LAYOUT.value} layout; README.md there says how to load it")

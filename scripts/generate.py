@@ -41,7 +41,7 @@ BATCH_SIZE = flags.DEFINE_integer("batch_size", 1, "Videos to sample together, a
 FSDP = flags.DEFINE_integer("fsdp", 1, "Devices that share one copy of the transformer.")
 # These decide the video, and have no default here: it depends on the weights.
 flags.DEFINE_enum("solver", None, SOLVERS, "Default: student with a --checkpoint, else unipc.")
-flags.DEFINE_enum("which", None, ["generator", "ema"], "Network of a training run. Default: generator.")
+command_line.define_which()
 flags.DEFINE_integer("steps", None, "Steps of unipc. Default: 50.")
 flags.DEFINE_float("shift", None, "Timestep shift of unipc. Default: 5.")
 flags.DEFINE_float("guidance_scale", None, "Guidance of unipc, Wan's convention. Default: 5.")

@@ -18,6 +18,7 @@ from avd_jax.generation.smoothing import Smoother, sources
 SRC = flags.DEFINE_string("src", None, "Video, folder of videos, or .npy of latents.")
 WEIGHTS = flags.DEFINE_string("weights", None, "VAE, and the interpolator if no --checkpoint has one.")
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Student with its interpolator, or an interpolator.")
+WHICH = command_line.define_which()
 OUT = flags.DEFINE_string("out", None, "Folder for the videos.")
 FPS = flags.DEFINE_float("fps", None, "Frames per second of what the latents of a .npy show; a video says its own.")
 
@@ -27,7 +28,7 @@ def main() -> None:
     if FPS.value is not None and FPS.value <= 0:
         raise UserError(f"--fps {FPS.value}: give a number above 0")
     found = sources(Path(SRC.value), fps=FPS.value)
-    smoother = Smoother(weights=WEIGHTS.value, checkpoint=CHECKPOINT.value)
+    smoother = Smoother(weights=WEIGHTS.value, checkpoint=CHECKPOINT.value, which=WHICH.value)
     for source in tqdm(found, unit="video"):
         smoother.double(source, Path(OUT.value) / f"{source.path.stem}.mp4")
     print(f"{OUT.value}: {len(found)} made, at twice the frame rate")

@@ -82,3 +82,19 @@ def random_tensors(rules, architecture, config) -> dict[str, np.ndarray]:
 def leaves_of(module) -> dict[str, np.ndarray]:
     """Return dotted path -> array of a loaded module."""
     return {path: np.asarray(leaf) for path, leaf in convert.flat_state(nnx.state(module)).items()}
+
+
+def spiece_model(*, end: str = "</s>") -> bytes:
+    """Return a SentencePiece model: a protocol buffer of the pieces <pad> </s> <unk> _a _ab _b, each of its kind."""
+
+    def field(number: int, value: bytes | int) -> bytes:
+        if isinstance(value, int):
+            return bytes([number << 3, value]) if number < 16 else bytes([number << 3 & 127 | 128, number >> 4, value])
+        return bytes([number << 3 | 2, len(value)]) + value
+
+    pieces = [("<pad>", 0.0, 3), (end, 0.0, 3), ("<unk>", 0.0, 2), ("\u2581a", -2.0, 1), ("\u2581ab", -3.0, 1)]
+    model = b""
+    for text, score, kind in [*pieces, ("\u2581b", -4.0, 1)]:
+        scored = bytes([2 << 3 | 5]) + np.float32(score).tobytes()
+        model += field(1, field(1, text.encode()) + scored + field(3, kind))
+    return model + field(2, field(3, 1) + field(40, 2))

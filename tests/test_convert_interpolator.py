@@ -129,14 +129,25 @@ def test_exports_hold_the_authors_keys_and_the_transformer_alone_is_still_found(
     weights = {key: array for key, array in tensors.items() if not key.endswith("num_batches_tracked")}
     native = cases.read_all(cases.NATIVE / cases.WEIGHTS)
 
+    # ComfyUI and others know Wan's model by its keys, so there are no further ones.
     convert.export_dit(student, tmp_path / "native", layout="native")
-    written = cases.read_all(tmp_path / "native" / FILE)
+    assert cases.read_all(tmp_path / "native" / FILE).keys() == native.keys()
+    alone = cases.read_all(tmp_path / "native" / "interpolator" / FILE)
+    assert alone.keys() == {key.removeprefix(PREFIX) for key in weights}
+    for place in (tmp_path / "native", tmp_path / "native" / FILE):
+        kernel = convert.open_interpolator_of(place).array("out_conv.kernel")
+        np.testing.assert_array_equal(kernel, open_weights(student, INTERPOLATOR).array("out_conv.kernel"))
+    convert.export_dit(student, tmp_path / "native", layout="native", overwrite=True)
+
+    convert.export_dit(student, tmp_path / "inside", layout="native", interpolator_inside=True)
+    written = cases.read_all(tmp_path / "inside" / FILE)
     assert written.keys() == native.keys() | weights.keys()
     for key, array in weights.items():
         np.testing.assert_array_equal(written[key], array)
     dit = cases.leaves_of(convert.load_dit(cases.NATIVE))
-    for key, array in cases.leaves_of(convert.load_dit(tmp_path / "native")).items():
-        np.testing.assert_array_equal(array, dit[key])
+    for folder in ("native", "inside"):
+        for key, array in cases.leaves_of(convert.load_dit(tmp_path / folder)).items():
+            np.testing.assert_array_equal(array, dit[key])
 
     convert.export_dit(student, tmp_path / "diffusers", layout="diffusers")
     assert (
@@ -147,9 +158,10 @@ def test_exports_hold_the_authors_keys_and_the_transformer_alone_is_still_found(
     assert alone.keys() == {key.removeprefix(PREFIX) for key in weights}
     convert.export_dit(student, tmp_path / "diffusers", layout="diffusers", overwrite=True)
 
-    convert.export_dit(tmp_path / "diffusers", tmp_path / "again", layout="native")
+    convert.export_dit(tmp_path / "diffusers", tmp_path / "again", layout="native", interpolator_inside=True)
     assert cases.read_all(tmp_path / "again" / FILE).keys() == written.keys()
-    convert.export_dit(student, tmp_path / "half", layout="native", dtype=ml_dtypes.bfloat16)
+    half = {"layout": "native", "dtype": ml_dtypes.bfloat16, "interpolator_inside": True}
+    convert.export_dit(student, tmp_path / "half", **half)
     assert {str(array.dtype) for array in cases.read_all(tmp_path / "half" / FILE).values()} == {"bfloat16"}
 
 

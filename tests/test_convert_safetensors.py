@@ -81,7 +81,7 @@ def test_the_writer_holds_one_tensor_at_a_time(tmp_path):
 @pytest.mark.parametrize(
     ("header", "message"),
     [
-        ({"a": {"dtype": "F8_E4M3", "shape": [4], "data_offsets": [0, 4]}}, "a has the dtype F8_E4M3"),
+        ({"a": {"dtype": "F4", "shape": [4], "data_offsets": [0, 4]}}, "a has the dtype F4"),
         ({"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 4]}}, "damaged: a has 4 bytes"),
         ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}, "truncated: "),
         ({"a": {"dtype": "F32", "shape": [1]}}, "its header is damaged"),

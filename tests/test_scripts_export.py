@@ -10,6 +10,7 @@ import convert_cases as cases
 import ml_dtypes
 import numpy as np
 import pytest
+from pth_cases import write_pth
 
 from avd_jax import convert
 from avd_jax.convert.architectures import WAN_DIT
@@ -108,3 +109,33 @@ def test_a_network_that_is_not_there_is_one_line(tmp_path):
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith(f"error: {cases.NATIVE}: holds no 'ema'")
     assert not (tmp_path / "out").exists()
+
+
+def test_one_of_several_networks(tmp_path):
+    """As trainers' files hold them; the flag is the same in every script."""
+    tensors = cases.read_all(cases.NATIVE / cases.WEIGHTS)
+    content = {}
+    for name, factor in (("critic", 4), ("generator_ema", 2)):
+        content[name] = {key: array * np.float32(factor) for key, array in tensors.items()}
+    path = write_pth(tmp_path / "several.pt", content)
+    (tmp_path / "config.json").write_text((cases.NATIVE / "config.json").read_text())
+    out = tmp_path / "out"
+    done = run("--checkpoint", path, "--layout=native", "--dst", out)
+    assert (done.returncode, done.stdout) == (1, "")
+    expected = f"error: {path}: holds several networks: critic, generator_ema; choose one with --which NAME\n"
+    assert done.stderr == expected
+    assert not out.exists()
+    done = run("--checkpoint", path, "--layout=native", "--which=generator_ema", "--dst", out)
+    assert done.returncode == 0, done.stderr
+    same_tensors(cases.read_all(out / cases.WEIGHTS), content["generator_ema"])
+
+
+SCRIPTS = ("convert", "export", "generate", "encode", "evaluate", "interpolate", "train", "pretrain")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_script_that_takes_weights_has_the_flag(script):
+    command = [sys.executable, str(ROOT / "scripts" / f"{script}.py"), "--help"]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert "--which: Network, where there are several" in done.stdout

@@ -26,7 +26,7 @@ def points(size, number):
     return {"x": x, "y": 2 * x - 1}
 
 
-def build(config, *, devices=None, workdir=None, video=None) -> Method:
+def build(config, *, devices=None, video=None) -> Method:
     mesh, adam = make_mesh(devices=devices), optax.adam(config.rate)
     rows = batch_rows(mesh, config.batch_size).rows
     field = BatchField(jax.ShapeDtypeStruct((config.batch_size,), jnp.float32))

@@ -37,7 +37,8 @@ class Architecture:
       config_from_json: `(entries, name)` reads the config.json that lies beside the weights.
       config_from_shapes: `(native key -> shape, name)` reads the sizes off the weights, if no config.json gives them.
       ignored: prefixes of keys that a file may have and this network does not need.
-      within: prefixes that this network's keys may have in a file of another network, which the others do not have.
+      aliases: (key, own key): what stands for an own key that a file does not have, in the order of preference.
+      zero_at_first: ends of the paths of matrices that are all zero in a model that has not been trained; no other is.
     """
 
     name: str
@@ -50,7 +51,8 @@ class Architecture:
     config_from_json: Callable[[dict, str], Any]
     config_from_shapes: Callable[[Shapes, str], Any]
     ignored: tuple[str, ...] = ()
-    within: tuple[str, ...] = ()
+    aliases: tuple[tuple[str, str], ...] = ()
+    zero_at_first: tuple[str, ...] = ()
 
     def abstract(self, config, dtype=jnp.float32, **options) -> nnx.Module:
         """Return the module without arrays."""
@@ -163,6 +165,7 @@ WAN_DIT = Architecture(
     config_from_json=_dit_from_json,
     config_from_shapes=_dit_from_shapes,
     ignored=interpolator_rules.PREFIXES,  # AVD has its frame interpolator inside the generator
+    zero_at_first=("head.head.kernel",),  # Wan's own code starts so
 )
 WAN_VAE = Architecture(
     name="wan_vae",
@@ -174,6 +177,7 @@ WAN_VAE = Architecture(
     diffusers_rules=vae_rules.diffusers_rules,
     config_from_json=lambda entries, name: vae_rules.config_from_diffusers(entries, name=name),
     config_from_shapes=lambda shapes, name: vae_rules.config_from_native(shapes, name=name),
+    zero_at_first=("conv2.kernel", "proj.kernel"),  # residual branches; Wan's own code and methods/vae start so
 )
 UMT5 = Architecture(
     name="umt5",
@@ -185,6 +189,8 @@ UMT5 = Architecture(
     diffusers_rules=umt5_rules.diffusers_rules,
     config_from_json=lambda entries, name: umt5_rules.config_from_diffusers(entries),
     config_from_shapes=lambda shapes, name: umt5_rules.config_from_native(shapes),
+    ignored=umt5_rules.DECODER,
+    aliases=umt5_rules.TIED,
 )
 INTERPOLATOR = Architecture(
     name="interpolator",
@@ -196,7 +202,7 @@ INTERPOLATOR = Architecture(
     diffusers_rules=interpolator_rules.rules,
     config_from_json=lambda entries, name: interpolator_rules.config_from_json(entries, name=name),
     config_from_shapes=lambda shapes, name: interpolator_rules.config_from_shapes(shapes, name=name),
-    within=interpolator_rules.PREFIXES,
+    zero_at_first=("out_conv.kernel",),
 )
 ARCHITECTURES = (WAN_DIT, WAN_VAE, UMT5, INTERPOLATOR)
 

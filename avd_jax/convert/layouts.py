@@ -9,6 +9,8 @@ from typing import Any
 import orbax.checkpoint as ocp
 
 from avd_jax.convert.architectures import INTERPOLATOR, UMT5, WAN_DIT, Architecture
+from avd_jax.convert.files import NotHereError, check_complete
+from avd_jax.convert.folders import check_nothing_else, check_one_expert, comfy_files, snapshot_of, weight_files
 from avd_jax.convert.interpolator_rules import CLASS_NAME as INTERPOLATOR_CLASS
 from avd_jax.errors import UserError, closest
 
@@ -19,7 +21,6 @@ STUDENT_FILE = "avd_student.json"
 # What a step's folder holds whatever was trained, in checkpoints of this format or of the one before it.
 _STEP_ITEMS = ("progress", "generator")
 
-_STEMS = ("diffusion_pytorch_model", "model")
 _NATIVE_NAMES = {
     "vae": "Wan2.1_VAE",
     "text_encoder": "models_t5_umt5-xxl-enc-bf16",
@@ -36,16 +37,12 @@ _EXPECTED = {
 }
 
 
-class NotHereError(UserError):
-    """There is no such component at the path; it may hold others."""
-
-
 @dataclasses.dataclass(frozen=True)
 class TorchFiles:
     """Weights with PyTorch's keys.
 
     Attributes:
-      files: .safetensors files, or one index of shards, or one .pth file.
+      files: .safetensors, .bin or .pth files, or one index of shards.
       config: the config.json beside them, if any.
       single: the user named the file itself, so that the config.json beside it may be another model's.
     """
@@ -81,22 +78,32 @@ def find_weights(path: Path, architecture: Architecture, key: str) -> TorchFiles
       key: for training checkpoints: "generator", "ema" or "critic".
 
     Raises:
-      UserError: nothing there; says what is expected and what is closest.
+      UserError: nothing there; says what is expected and what is closest. Or it is Wan2.2, of which one part alone
+        makes no video.
     """
+    path = snapshot_of(path)
+    check_one_expert(path)
     if path.is_file():
         config = path.parent / "config.json"
         return TorchFiles((path,), config if config.is_file() else None, single=True)
     _check_folder(path)
     found = _in_folder(path, architecture, key)
     if found is None:
-        raise NotHereError(
-            _not_found(path, architecture.component, lambda folder: _in_folder(folder, architecture, key))
-        )
+
+        def within(folder):
+            return _in_folder(snapshot_of(folder), architecture, key)
+
+        for folder in (path / architecture.component, path):
+            if folder.is_dir():
+                check_nothing_else(folder, architecture)
+        raise NotHereError(_not_found(path, architecture.component, within))
     return found
 
 
 def find_tokenizer(path: Path) -> Path:
     """Return the folder of the tokenizer at `path`; raises UserError if there is none."""
+    path = snapshot_of(path)
+    check_one_expert(path)
     if path.is_file():
         if path.name not in _TOKENIZER_FILES:
             raise NotHereError(f"{path}: no tokenizer; give a folder of weights, or {_TOKENIZER_FILES[0]}")
@@ -105,6 +112,8 @@ def find_tokenizer(path: Path) -> Path:
     found = _tokenizer_in(path)
     if found is None:
         raise NotHereError(_not_found(path, "tokenizer", _tokenizer_in))
+    for name in _TOKENIZER_FILES:
+        check_complete(found / name)
     return found
 
 
@@ -117,7 +126,7 @@ def student_settings(path: str | Path) -> dict | None:
     Returns:
       The settings, or None for weights that are no student's.
     """
-    path = Path(path)
+    path = snapshot_of(Path(path))
     folder = path.parent if path.is_file() else path
     folders = [folder, folder / WAN_DIT.component]
     if folder.name == WAN_DIT.component:
@@ -132,7 +141,7 @@ def student_settings(path: str | Path) -> dict | None:
 
 def training_settings(path: str | Path) -> dict | None:
     """Return what a training checkpoint records of its run, beside architecture and student; None for other weights."""
-    path = Path(path)
+    path = snapshot_of(Path(path))
     if not path.is_dir() or (step := training_step(path)) is None:
         return None
     meta = read_json(step / "meta" / "metadata")
@@ -189,10 +198,13 @@ def _in_folder(path: Path, architecture: Architecture, key: str) -> TorchFiles |
             raise UserError(f"{folder}: an Orbax checkpoint without its config.json; convert the weights again")
     for folder in (path / architecture.component, path):
         if folder.is_dir() and (folder != path or _is_own_folder(path, architecture)):
-            files = _weight_files(folder)
+            files = weight_files(folder)
             if files:
                 config = folder / "config.json"
                 return TorchFiles(files, config if config.is_file() else None, single=False)
+    if files := comfy_files(path, architecture):
+        config = files[0].with_name("config.json")
+        return TorchFiles(files, config if config.is_file() else None, single=True)
     if architecture.component in _NATIVE_NAMES:
         for suffix in (".safetensors", ".pth"):
             file = path / (_NATIVE_NAMES[architecture.component] + suffix)
@@ -222,7 +234,7 @@ def _student_files(path: Path) -> tuple[Path, ...]:
         return (path / "model.pt",)
     config = path / "config.json"
     native = config.is_file() and read_json(config).get("_class_name") == "WanModel"
-    return _weight_files(path) if native else ()
+    return weight_files(path) if native else ()
 
 
 def _is_own_folder(path: Path, architecture: Architecture) -> bool:
@@ -238,22 +250,6 @@ def _is_own_folder(path: Path, architecture: Architecture) -> bool:
     if "d_model" in entries or str(entries.get("model_type", "")).endswith("t5"):
         return architecture is UMT5
     return architecture is WAN_DIT
-
-
-def _weight_files(folder: Path) -> tuple[Path, ...]:
-    for stem in _STEMS:
-        for name in (f"{stem}.safetensors", f"{stem}.safetensors.index.json"):
-            if (folder / name).is_file():
-                return (folder / name,)
-        shards = sorted(folder.glob(f"{stem}-*-of-*.safetensors"))
-        if shards:
-            count = int(shards[0].stem.rsplit("-", 1)[1])
-            for i in range(1, count + 1):
-                shard = folder / f"{stem}-{i:05d}-of-{count:05d}.safetensors"
-                if not shard.is_file():
-                    raise UserError(f"{shard}: this shard is missing beside {shards[0].name}; download it again")
-            return tuple(shards)
-    return ()
 
 
 def _checkpoint_item(step: Path, key: str) -> OrbaxTree:

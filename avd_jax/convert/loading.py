@@ -6,13 +6,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax.numpy as jnp
+import numpy as np
 
 from avd_jax.convert.architectures import ARCHITECTURES, INTERPOLATOR, UMT5, WAN_DIT, WAN_VAE
-from avd_jax.convert.layouts import NotHereError, find_tokenizer
+from avd_jax.convert.files import NotHereError, Stored, open_files, tensors_of
+from avd_jax.convert.layouts import TorchFiles, find_tokenizer, find_weights
+from avd_jax.convert.networks import DEFAULT
+from avd_jax.convert.spiece import tokenizer_json
 from avd_jax.convert.weights import Sharding, Weights, load_module, open_weights
 
 # The one import from data/: a tokenizer comes with the weights, and its file imports nothing else of ours.
-from avd_jax.data.tokenizer import Tokenizer
+from avd_jax.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from avd_jax.errors import UserError, closest
 from avd_jax.models.interpolator import Interpolator
 from avd_jax.models.umt5 import UMT5Encoder
@@ -23,7 +27,7 @@ from avd_jax.models.wan_vae import WanVAE
 def load_dit(
     path: str | Path,
     dtype=jnp.float32,
-    key: str = "generator",
+    key: str = DEFAULT,
     *,
     remat: str = "none",
     sharding: Sharding | None = None,
@@ -34,7 +38,8 @@ def load_dit(
       path: Wan's folder, a diffusers folder, one .safetensors or .pth file, an AVD checkpoint (`model.pt`), our own
         Orbax folder, or a training run (its latest checkpoint) or one of its checkpoints.
       dtype: of the stored parameters and of the computation.
-      key: which network of a training checkpoint: "generator", "ema" (ours only) or "critic".
+      key: which network, if there are several: its name in the file, or "generator", "ema" or "critic" of a training
+        run. By default the generator, or the only one there, whatever its name.
       remat: what the backward pass keeps, see `WanDiT`.
       sharding: `(dotted path, shape) -> jax.sharding.Sharding`; each process then reads leaf by leaf what its own
         devices hold. Default: whole on the default device.
@@ -45,23 +50,27 @@ def load_dit(
     return load_module(open_weights(path, WAN_DIT, key), dtype, sharding, remat=remat)
 
 
-def dit_config(path: str | Path, key: str = "generator") -> WanDiTConfig:
+def dit_config(path: str | Path, key: str = DEFAULT) -> WanDiTConfig:
     """Return the sizes of the transformer at `path` (as in `load_dit`) without reading its weights."""
     return open_weights(path, WAN_DIT, key).config
 
 
-def load_vae(path: str | Path, dtype=jnp.float32, *, sharding: Sharding | None = None) -> WanVAE:
-    """Load the video autoencoder; arguments and errors as in `load_dit`."""
-    return load_module(open_weights(path, WAN_VAE, key=""), dtype, sharding)
+def load_vae(
+    path: str | Path, dtype=jnp.float32, key: str | None = None, *, sharding: Sharding | None = None
+) -> WanVAE:
+    """Load the video autoencoder; arguments and errors as in `load_dit`, `key` if its file holds several only."""
+    return load_module(open_weights(path, WAN_VAE, key or "", strict=False), dtype, sharding)
 
 
-def load_umt5(path: str | Path, dtype=jnp.float32, *, sharding: Sharding | None = None) -> UMT5Encoder:
-    """Load the text encoder; arguments and errors as in `load_dit`."""
-    return load_module(open_weights(path, UMT5, key=""), dtype, sharding)
+def load_umt5(
+    path: str | Path, dtype=jnp.float32, key: str | None = None, *, sharding: Sharding | None = None
+) -> UMT5Encoder:
+    """Load the text encoder; arguments and errors as in `load_dit`, `key` if its file holds several only."""
+    return load_module(open_weights(path, UMT5, key or "", strict=False), dtype, sharding)
 
 
 def load_interpolator(
-    path: str | Path, dtype=jnp.float32, key: str = "generator", *, sharding: Sharding | None = None
+    path: str | Path, dtype=jnp.float32, key: str = DEFAULT, *, sharding: Sharding | None = None
 ) -> Interpolator:
     """Load a frame interpolator.
 
@@ -69,7 +78,7 @@ def load_interpolator(
       path: a student that has one (an AVD checkpoint `model.pt`, a training run, an export), the training run of an
         interpolator, or its own file or folder in any layout.
       dtype, sharding: as in `load_dit`.
-      key: which weights of a training run: "generator" or "ema".
+      key: which weights of a training run, "generator" or "ema", or of a file with several students.
 
     Raises:
       UserError: as in `load_dit`.
@@ -77,11 +86,12 @@ def load_interpolator(
     return load_module(open_weights(path, INTERPOLATOR, key), dtype, sharding)
 
 
-def open_interpolator_of(*paths: str | Path | None) -> Weights | None:
+def open_interpolator_of(*paths: str | Path | None, key: str = DEFAULT) -> Weights | None:
     """Open the interpolator that lies with the student at the first of `paths` (as in `load_dit`) that has one.
 
     Args:
       paths: places to look at; None is passed over.
+      key: which student of a file that holds several has it.
 
     Returns:
       None if there is none.
@@ -94,23 +104,52 @@ def open_interpolator_of(*paths: str | Path | None) -> Weights | None:
             places = [path, folder] if path.is_file() else [path]
         for place in places:
             with contextlib.suppress(NotHereError):
-                return open_weights(place, INTERPOLATOR, "generator")
+                return open_weights(place, INTERPOLATOR, key, strict=False)
     return None
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Load umT5's tokenizer from a folder of weights in any layout, or from its own folder; errors as in `load_dit`."""
-    return Tokenizer.from_path(find_tokenizer(Path(path)))
+    """Load umT5's tokenizer from weights in any layout, or from its own folder; errors as in `load_dit`.
+
+    It is `tokenizer.json`, or is made from `spiece.model`, or from what ComfyUI's file of umT5 has of it.
+    """
+    path = Path(path)
+    try:
+        folder = find_tokenizer(path)
+    except NotHereError:
+        inside = _tokenizer_inside(path)
+        if inside is None:
+            raise
+        model, name = inside.read().tobytes(), f"{inside.file.path}: {inside.key}"
+        return Tokenizer(tokenizer_json(model, name=name), name=name)
+    model = folder / "spiece.model"
+    if model.is_file() and not (folder / TOKENIZER_FILE).is_file():
+        return Tokenizer(tokenizer_json(model.read_bytes(), name=str(model)), name=str(model))
+    return Tokenizer.from_path(folder)
+
+
+def _tokenizer_inside(path: Path) -> Stored | None:
+    """Return the tensor in which a text encoder's file holds the tokenizer's bytes, or None."""
+    try:
+        found = find_weights(path, UMT5, "")
+    except NotHereError:
+        return None
+    if not isinstance(found, TorchFiles):
+        return None
+    tensors = tensors_of(open_files(found.files))
+    inside = (tensor for key, tensor in tensors.items() if key.split(".")[-1] == "spiece_model")
+    return next((tensor for tensor in inside if tensor.stored_dtype in (np.uint8, np.int8)), None)
 
 
 def find_components(
-    path: str | Path, wanted: Sequence[str] | None = None
+    path: str | Path, wanted: Sequence[str] | None = None, key: str = DEFAULT
 ) -> tuple[dict[str, Weights | Tokenizer], list[str]]:
     """Open everything that can be converted at `path`.
 
     Args:
       path: as in `load_dit`.
       wanted: components to look for, each of which must be there; None for all, of which one must be.
+      key: as in `load_dit`, of the transformer; of others if their file holds several.
 
     Returns:
       component -> opened weights (the tokenizer: itself), and the names of those that are not there.
@@ -119,9 +158,7 @@ def find_components(
       UserError: nothing there, or what is there is damaged.
     """
     openers = {
-        architecture.component: functools.partial(
-            open_weights, path, architecture, "generator" if architecture in (WAN_DIT, INTERPOLATOR) else ""
-        )
+        architecture.component: functools.partial(open_weights, path, architecture, key, strict=architecture is WAN_DIT)
         for architecture in ARCHITECTURES
     } | {"tokenizer": functools.partial(load_tokenizer, path)}
     for name in wanted or ():

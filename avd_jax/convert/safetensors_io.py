@@ -8,8 +8,9 @@ with all of it resident, and writes a file from all its tensors at once; here no
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import ml_dtypes
@@ -22,6 +23,8 @@ _DTYPES = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
     "I64": np.dtype(np.int64),
     "I32": np.dtype(np.int32),
     "I16": np.dtype(np.int16),
@@ -37,6 +40,9 @@ _MAX_HEADER_BYTES = 100_000_000
 class SafetensorsFile:
     """One .safetensors file: `leaves` maps each key to its shape and dtype, `read(key)` returns the tensor.
 
+    Attributes:
+      metadata: what the file says of itself, text by name.
+
     Raises:
       UserError: the file is missing, truncated, or no safetensors file, or holds a dtype that is not known here.
     """
@@ -50,7 +56,7 @@ class SafetensorsFile:
                     raise ValueError("its header length is not plausible")
                 header = json.loads(file.read(header_bytes))
                 size = os.fstat(file.fileno()).st_size
-            header.pop("__metadata__", None)
+            self.metadata = header.pop("__metadata__", None) or {}
             entries = {
                 key: (entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"]) for key, entry in header.items()
             }
@@ -84,9 +90,23 @@ class SafetensorsFile:
         except (OSError, ValueError) as error:
             raise UserError(f"{self.path}: cannot read {key}: {error}") from None
 
+    @property
+    def last(self) -> list[str]:
+        """The keys, from that whose bytes are last in the file."""
+        return sorted(self._offsets, key=lambda key: -self._offsets[key])
+
+    def tail(self, key: str, most: int) -> np.ndarray:
+        """Return the last bytes of a tensor, `most` at most."""
+        size = _nbytes(self.leaves[key])
+        try:
+            with open(self.path, "rb") as file:
+                return np.fromfile(file, np.uint8, min(size, most), offset=self._offsets[key] + max(0, size - most))
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot read {key}: {error}") from None
+
 
 def read_index(path: Path) -> dict[str, list[str]]:
-    """Read a `*.safetensors.index.json`; returns shard file name -> its keys."""
+    """Read an index of shards, such as `*.safetensors.index.json`; returns shard file name -> its keys."""
     try:
         weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         shards: dict[str, list[str]] = {}
@@ -99,14 +119,14 @@ def read_index(path: Path) -> dict[str, list[str]]:
         raise UserError(f"{path}: no index of shards (JSON with 'weight_map'); download it again") from None
 
 
-def open_shards(index: Path) -> list[SafetensorsFile]:
-    """Open all shards that an index names, and check that each holds what the index says."""
+def open_shards(index: Path, open_file: Callable[[Path], Any] = SafetensorsFile) -> list:
+    """Open all shards that an index names, each by `open_file`, and check that each holds what the index says."""
     files = []
     for shard, keys in sorted(read_index(index).items()):
         path = index.parent / shard
         if not path.is_file():
             raise UserError(f"{path}: this shard is named by {index.name} but missing; download it again")
-        file = SafetensorsFile(path)
+        file = open_file(path)
         lost = [key for key in keys if key not in file.leaves]
         if lost:
             raise UserError(

@@ -70,12 +70,13 @@ def export_dit(
     dtype=None,
     key: str = "generator",
     overwrite: bool = False,
+    interpolator_inside: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> dict | None:
     """Write a transformer as safetensors with its config.json and a model card.
 
-    An interpolator that lies with the transformer comes along: in the native layout in the same file, under the keys of
-    an AVD checkpoint, else as a folder `interpolator/` of its own.
+    An interpolator that lies with the transformer comes along, as a folder `interpolator/` of its own: other programs
+    know Wan's model by its keys, and take a file with further ones for another.
 
     Args:
       path: a training run, one of its checkpoints, or weights in any other layout, as for `load_dit`.
@@ -83,8 +84,10 @@ def export_dit(
       layout: "native" (`WanModel.from_pretrained(folder)`) or "diffusers"
         (`WanTransformer3DModel.from_pretrained(folder, subfolder="transformer")`).
       dtype: None keeps each tensor's.
-      key: which network of a training checkpoint.
+      key: which network, if there are several, as in `load_dit`.
       overwrite: replace a folder that holds an earlier export and nothing else.
+      interpolator_inside: in the native layout, write the interpolator into the same file, under the keys that it has
+        in an AVD checkpoint.
       max_shard_bytes: larger weights are split into shards with an index.
 
     Returns:
@@ -99,8 +102,9 @@ def export_dit(
     rules = (dit_rules.native_rules if native else dit_rules.diffusers_rules)(weights.config)
     config = (dit_rules.config_to_native if native else dit_rules.config_to_diffusers)(weights.config)
     tensors, stream = _as_torch(weights, rules, dtype)
-    interpolator = open_interpolator_of(path)
-    if interpolator is not None and native:
+    interpolator = open_interpolator_of(path, key=key)
+    inside = native and interpolator_inside
+    if interpolator is not None and inside:
         prefix = interpolator_rules.PREFIX
         more, more_stream = _as_torch(interpolator, interpolator_rules.rules(interpolator.config), dtype)
         tensors |= {prefix + name: leaf for name, leaf in more.items()}
@@ -110,7 +114,7 @@ def export_dit(
         model.mkdir(parents=True)
         write_safetensors(model, tensors, stream, stem=_STEM, max_shard_bytes=max_shard_bytes)
         _write_json(model / "config.json", config)
-        if interpolator is not None and not native:
+        if interpolator is not None and not inside:
             write_interpolator(interpolator, temporary / INTERPOLATOR.component, dtype)
         if student is not None:
             _write_json(temporary / STUDENT_FILE, student)

@@ -36,6 +36,11 @@ _KEYS = {
     },
 }
 
+# The token embedding is tied: a file may hold it under any of these, in the place of `shared.weight`.
+TIED = (("encoder.embed_tokens.weight", "shared.weight"), ("decoder.embed_tokens.weight", "shared.weight"))
+# Keys of the whole T5 that its encoder does without.
+DECODER = ("decoder.", "lm_head.")
+
 # UMT5Config field -> field of transformers' config.json.
 _CONFIG_FIELDS = {
     "vocab_size": "vocab_size",

@@ -11,18 +11,13 @@ import numpy as np
 from flax import nnx
 
 from avd_jax.convert import orbax_io
-from avd_jax.convert.architectures import ARCHITECTURES, Architecture, in_native_names, matching_keys
+from avd_jax.convert.architectures import WAN_DIT, Architecture, in_native_names, matching_keys
 from avd_jax.convert.engine import leaf_from_torch, read_shards, resolve, source_shapes
-from avd_jax.convert.layouts import NotHereError, OrbaxTree, TorchFiles, find_weights, read_json
-from avd_jax.convert.pth import PthFile
-from avd_jax.convert.safetensors_io import SafetensorsFile, open_shards
+from avd_jax.convert.files import TensorFile, is_matrix, open_files, tensors_of
+from avd_jax.convert.layouts import OrbaxTree, TorchFiles, find_weights, read_json
+from avd_jax.convert.networks import DEFAULT, is_causal, network_in, note_causal
 from avd_jax.convert.state import from_flat
 from avd_jax.errors import UserError, closest
-
-# Prefixes under which a single file may have all its keys: the second is AVD's, the others are of repackaged files.
-_PREFIXES = ("model.diffusion_model.", "model.", "diffusion_model.")
-
-_PICKLED = (".pth", ".pt", ".bin")
 
 Sharding = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 
@@ -50,19 +45,25 @@ class Weights(Protocol):
         """Return path -> array in `dtype`, laid out as `sharding(path, shape)` says."""
 
 
-def open_weights(path: str | Path, architecture: Architecture, key: str = "generator") -> Weights:
+def open_weights(path: str | Path, architecture: Architecture, key: str = DEFAULT, *, strict: bool = True) -> Weights:
     """Open the weights of one network at `path` (any layout), checking every key and shape but reading no array.
+
+    Args:
+      path: as in `load_dit`.
+      architecture: the network that is wanted.
+      key: which, if there are several: its name in the file, or "generator", "ema" or "critic" of a training run. By
+        default the generator, which is also the only one there, whatever its name; likewise for "".
+      strict: whether another `key` must be there if there is only one network.
 
     Raises:
       UserError: one line that names the file, key or field.
     """
-    found = find_weights(Path(path), architecture, key)
-    several = found.several_networks if isinstance(found, OrbaxTree) else found.files[0].suffix in _PICKLED
-    if key not in ("generator", "") and not several:
-        raise UserError(f"{path}: holds no {key!r}, but one network only; only a training checkpoint has more")
+    found = find_weights(Path(path), architecture, key if strict else DEFAULT)
     if isinstance(found, OrbaxTree):
+        if key not in (DEFAULT, "") and strict and not found.several_networks:
+            raise UserError(f"{path}: holds no {key!r}, but one network only; leave --which out")
         return OrbaxWeights(found, architecture)
-    return TorchWeights(found, architecture, key)
+    return TorchWeights(found, architecture, key, asked=str(path), strict=strict)
 
 
 def load_module(weights: Weights, dtype, sharding: Sharding | None = None, **options) -> nnx.Module:
@@ -114,14 +115,14 @@ class OrbaxWeights:
 class TorchWeights:
     """Weights under PyTorch's keys: Wan's own or diffusers', in .safetensors or .pth files."""
 
-    def __init__(self, found: TorchFiles, architecture: Architecture, key: str):
+    def __init__(self, found: TorchFiles, architecture: Architecture, key: str, *, asked: str, strict: bool):
         name = str(found.files[0] if found.single or len(found.files) == 1 else found.files[0].parent)
         self.architecture = architecture
-        self._tensors = _open_tensors(found, architecture, key, name)
-        shapes = {key: tensor.shape for key, (_, _, tensor) in self._tensors.items()}
+        files = open_files(found.files)
+        self._tensors = network_in(tensors_of(files), architecture, key, name=name, asked=asked, strict=strict)
+        shapes = {key: tensor.shape for key, tensor in self._tensors.items()}
         tables = (architecture.native_rules, architecture.diffusers_rules)
         scores = [matching_keys(table(architecture.config_class()), shapes) for table in tables]
-        _check_component(architecture, shapes, max(scores), name)
         native = scores[0] >= scores[1]
         self.config = _config(found, architecture, shapes, native, name)
         rules = tables[0 if native else 1](self.config)
@@ -129,8 +130,18 @@ class TorchWeights:
         self._pieces = resolve(rules, shapes, targets, name=name)
         self.leaves = {}
         for path, pieces in self._pieces.items():
-            dtype = jnp.result_type(*(self._tensors[piece.key][2].dtype for piece in pieces))
+            dtype = jnp.result_type(*(self._tensors[piece.key].leaf.dtype for piece in pieces))
             self.leaves[path] = jax.ShapeDtypeStruct(targets[path].shape, dtype)
+        self._may_be_zero = {
+            piece.key
+            for path, pieces in self._pieces.items()
+            for piece in pieces
+            if path.endswith(architecture.zero_at_first)
+        }
+        for file in files:
+            self._check_end(file)
+        if architecture is WAN_DIT and _is_causal(found, files):
+            note_causal(name)
 
     def array(self, path: str, dtype=None) -> np.ndarray:
         """Return one leaf, in `dtype` or as stored."""
@@ -149,8 +160,21 @@ class TorchWeights:
         }
 
     def _read(self, key: str) -> np.ndarray:
-        file, stored_key, _ = self._tensors[key]
-        return file.read(stored_key)
+        return self._tensors[key].read(may_be_zero=key in self._may_be_zero)
+
+    def _check_end(self, file: TensorFile) -> None:
+        """Raise a UserError if the last matrix of a file ends in zeros, as that of a download that broke off.
+
+        Elsewhere in the file they are seen when the matrices are read; the end is looked at before anything is done.
+        """
+        own = {
+            tensor.key: tensor
+            for key, tensor in self._tensors.items()
+            if tensor.file is file and key not in self._may_be_zero and is_matrix(tensor.shape)
+        }
+        last = next((own[key] for key in file.last if key in own), None)
+        if last is not None and last.ends_in_zeros():
+            raise last.hole()
 
 
 def _sharded_leaf(pieces, leaf: jax.ShapeDtypeStruct, read, sharding: jax.sharding.Sharding) -> jax.Array:
@@ -168,55 +192,13 @@ def _cast(leaves: dict[str, jax.ShapeDtypeStruct], dtype) -> dict[str, jax.Shape
     return {path: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)) for path, leaf in leaves.items()}
 
 
-def _open_tensors(found: TorchFiles, architecture: Architecture, key: str, name: str) -> dict[str, tuple]:
-    """Return key without prefix -> (file, key in the file, shape and dtype)."""
-    first = found.files[0]
-    if first.name.endswith(".safetensors.index.json"):
-        files = open_shards(first)
-    elif first.suffix == ".safetensors":
-        files = [SafetensorsFile(path) for path in found.files]
-    elif first.suffix in _PICKLED:
-        files = [_state_dict(PthFile(first), key)]
-    else:
-        raise UserError(f"{first}: not a file of weights; known are .safetensors, .pth and .pt, and folders of them")
-    tensors: dict[str, tuple] = {}
-    for file in files:
-        for stored_key, leaf in file.leaves.items():
-            if stored_key in tensors:
-                raise UserError(f"{file.path}: {stored_key} is also in {tensors[stored_key][0].path.name}; keep one")
-            tensors[stored_key] = (file, stored_key, leaf)
-    if not tensors:
-        raise UserError(f"{name}: holds no tensor")
-    for prefix in architecture.within:
-        inside = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-        if inside:
-            return inside
-    for prefix in _PREFIXES:
-        if all(stored_key.startswith(prefix) for stored_key in tensors):
-            tensors = {stored_key.removeprefix(prefix): value for stored_key, value in tensors.items()}
-            break
-    return {key: value for key, value in tensors.items() if not key.startswith(architecture.ignored)}
-
-
-def _state_dict(file: PthFile, key: str):
-    if key in file.groups:
-        return file.state_dict(key)
-    held = ", ".join(file.groups)
-    if file.groups and not key:
-        raise NotHereError(f"{file.path}: a training checkpoint; it holds {held} only")
-    if file.groups or key not in ("generator", ""):
-        raise UserError(f"{file.path}: holds no {key!r}, but {held or 'one network only'}{closest(key, file.groups)}")
-    return file.state_dict(None)
-
-
-def _check_component(architecture: Architecture, shapes: dict, score: int, name: str) -> None:
-    """Say so when the weights are another network's, rather than list every key as unknown."""
-    if 2 * score >= len(shapes):
-        return
-    for other in ARCHITECTURES:
-        for table in (other.native_rules, other.diffusers_rules):
-            if other is not architecture and 2 * matching_keys(table(other.config_class()), shapes) > len(shapes):
-                raise NotHereError(f"{name}: holds a {other.label}, not a {architecture.label}")
+def _is_causal(found: TorchFiles, files: list[TensorFile]) -> bool:
+    entries = {}
+    if found.config is not None:
+        with contextlib.suppress(UserError):
+            entries = read_json(found.config)
+    metadata = {name: value for file in files for name, value in getattr(file, "metadata", {}).items()}
+    return is_causal(entries, metadata, found.files[0])
 
 
 def _config(found: TorchFiles, architecture: Architecture, shapes: dict, native: bool, name: str):

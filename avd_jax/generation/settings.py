@@ -14,6 +14,7 @@ from beartype.door import is_bearable
 from avd_jax.convert.architectures import WAN_VAE
 from avd_jax.convert.layouts import read_json, student_settings
 from avd_jax.convert.loading import open_interpolator_of
+from avd_jax.convert.networks import DEFAULT
 from avd_jax.convert.weights import open_weights
 from avd_jax.data.prompts import WAN_NEGATIVE_PROMPT, read_prompts
 from avd_jax.diffusion.student import (
@@ -43,7 +44,7 @@ class Options:
     Attributes:
       weights: VAE, text encoder, tokenizer, and the transformer if there is no checkpoint.
       checkpoint: a student transformer: training run, export, or AVD's model.pt.
-      which: network of a training checkpoint, "generator" or "ema".
+      which: network of a training run or of a file that holds several, as `key` of `convert.load_dit`.
       solver: one of SOLVERS.
       steps, shift, guidance_scale, negative_prompt: of the unipc solver only.
       half_rate_steps: first steps of a student at half the frame rate; by default those that its training made so,
@@ -156,7 +157,7 @@ def resolve(options: Options, *, note: Callable[[str], object] = print) -> Setti
     shared = {
         "weights": options.weights,
         "checkpoint": options.checkpoint,
-        "which": options.which or "generator",
+        "which": options.which or DEFAULT,
         "solver": solver,
         "dtype": dtype,
         **size,
@@ -279,7 +280,7 @@ def _half_rate(options: Options, student: Mapping, num_steps: int, frames: int, 
     asked = options.half_rate_steps
     if asked == 0:
         return {}
-    weights = open_interpolator_of(options.checkpoint, options.weights)
+    weights = open_interpolator_of(options.checkpoint, options.weights, key=options.which or DEFAULT)
     if weights is None:
         if asked is None:
             return {}

@@ -9,6 +9,7 @@ import numpy as np
 from flax import nnx
 
 from avd_jax import convert
+from avd_jax.convert.networks import DEFAULT
 from avd_jax.convert.weights import load_module
 from avd_jax.data.inputs import VIDEO_SUFFIXES
 from avd_jax.data.video import duration, frame_rate_and_size, read_video, write_video
@@ -49,19 +50,21 @@ def sources(path: Path, *, fps: float | None) -> list[Source]:
 class Smoother:
     """The VAE and the interpolator, compiled once for each size."""
 
-    def __init__(self, *, weights: str, checkpoint: str | None):
+    def __init__(self, *, weights: str, checkpoint: str | None, which: str | None = None):
         """Load the VAE of `weights`, and the interpolator of `checkpoint` or else of `weights`.
+
+        `which` names the network of a file with several.
 
         Raises:
           UserError: one of them is missing, or they do not go together.
         """
-        found = convert.open_interpolator_of(checkpoint, weights)
+        found = convert.open_interpolator_of(checkpoint, weights, key=which or DEFAULT)
         if found is None:
             place = checkpoint or weights
             raise UserError(
                 f"{place}: has no frame interpolator; make one with scripts/train_interpolator.py --out {place}"
             )
-        self._vae = convert.load_vae(weights)
+        self._vae = convert.load_vae(weights, key=which)
         channels = self._vae.config.z_dim
         if found.config.channels != channels:
             raise UserError(

@@ -65,7 +65,7 @@ def open_parts(settings: Settings) -> Parts:
 
 
 def _open_interpolator(settings: Settings) -> Weights:
-    weights = open_interpolator_of(settings.checkpoint, settings.weights)
+    weights = open_interpolator_of(settings.checkpoint, settings.weights, key=settings.which)
     if weights is None:
         raise UserError(
             f"half_rate_steps={settings.half_rate_steps}: {settings.checkpoint or settings.weights} has no frame "

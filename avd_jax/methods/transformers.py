@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from avd_jax import convert
 from avd_jax.convert.architectures import WAN_DIT
 from avd_jax.convert.fingerprint import fingerprint
+from avd_jax.convert.networks import DEFAULT
 from avd_jax.convert.weights import open_weights
 from avd_jax.data.latents import LatentsInfo, read_metadata, set_fingerprint
 from avd_jax.data.pipeline import training_batches
@@ -29,6 +30,11 @@ from avd_jax.parallel.mesh import BATCH_AXES, batch_shards, make_mesh
 from avd_jax.training.fields import Field, Fields, one_of
 from avd_jax.training.method import BatchField
 
+WHICH_FIELDS: Fields = {
+    "which": Field(
+        "", "network of init_from, where there are several: ema of a run, or its name in a file", changeable=True
+    ),
+}
 DTYPES = one_of(("float32", "bfloat16"))
 REMAT = one_of(REMAT_POLICIES)
 ATTENTION_FIELDS: Fields = {
@@ -71,10 +77,13 @@ def batch_mesh(sizes: Mapping[str, int], batch_size: int, devices=None) -> Mesh:
     return mesh
 
 
-def load_params(path: str, dtype: str, mesh: Mesh, memory: str = "device") -> Params:
-    """Read a transformer's parameters into their shards; `memory` is where its layers wait."""
+def load_params(path: str, dtype: str, mesh: Mesh, memory: str = "device", *, which: str = "") -> Params:
+    """Read a transformer's parameters into their shards; `memory` is where its layers wait.
+
+    `which` names it, if `path` has several; "" for the usual one.
+    """
     sharding = partial(parameter_sharding, mesh=mesh, memory=memory)
-    dit = convert.load_dit(path, dtype=jnp.dtype(dtype), sharding=sharding)
+    dit = convert.load_dit(path, jnp.dtype(dtype), which or DEFAULT, sharding=sharding)
     return nnx.to_pure_dict(nnx.state(dit))
 
 
@@ -89,9 +98,9 @@ def shaped_params(abstract: Params, mesh: Mesh, memory: str = "device") -> Param
     return jax.tree_util.tree_map_with_path(shaped, abstract)
 
 
-def transformer_fingerprint(path: str) -> str:
-    """Return what identifies the weights of a transformer."""
-    return fingerprint(open_weights(path, WAN_DIT, "generator"))
+def transformer_fingerprint(path: str, which: str) -> str:
+    """Return what identifies the weights of a transformer; `which` as in `load_params`."""
+    return fingerprint(open_weights(path, WAN_DIT, which or DEFAULT))
 
 
 def architecture(model: WanDiTConfig) -> dict:

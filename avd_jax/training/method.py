@@ -271,7 +271,7 @@ class Recipe:
       fields: of its config.
       validate_values: raises a UserError for a value that is not what its field may be, or does not go with the others.
       validate: as `validate_values`, and for weights or data that are not named.
-      build: (config, devices, workdir, video) -> the method. `devices` None are those that are here; `video`, the size
+      build: (config, devices, video) -> the method. `devices` None are those that are here; `video`, the size
         `{"frames", "height", "width"}`, stands in for a set that is not there, when nothing but compiling is wanted.
     """
 

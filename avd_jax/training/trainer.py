@@ -23,7 +23,15 @@ from avd_jax.training.loop import Driven, run_steps
 from avd_jax.training.method import Batches, Method, Recipe, Surroundings
 from avd_jax.training.metrics import open_metrics
 from avd_jax.training.state import TrainState
-from avd_jax.training.workdir import StopSignals, changed_settings, check_inputs, check_shared, jsonable, record_config
+from avd_jax.training.workdir import (
+    StopSignals,
+    changed_settings,
+    check_inputs,
+    check_shared,
+    jsonable,
+    make_workdir,
+    record_config,
+)
 
 # Of the checkpoints: 1 had a state for distillation and another for everything else.
 FORMAT = 2
@@ -63,10 +71,11 @@ def train(recipe: Recipe, config, workdir: Path, *, profile: bool = False) -> Ou
     if is_first():
         print(describe(config, recipe.fields), flush=True)
     with StopSignals() as stop:
-        method = recipe.build(config, workdir=workdir)
+        method = recipe.build(config)
         assembly = Assembly(method)
         cost = cycle_cost(assembly)
         if is_first():
+            make_workdir(workdir)
             _print_layout(assembly)
             print(cost.as_text(), flush=True)
             overview = parameter_overview.get_parameter_overview(method.main_network.abstract, include_stats=False)

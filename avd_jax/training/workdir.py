@@ -59,14 +59,18 @@ def changed_settings(config, workdir: Path, fields: Fields) -> dict[str, list]:
     """
     path, now = workdir / "config.json", jsonable(flatten(config))
     with _usable(path):
-        if is_first():
-            workdir.mkdir(parents=True, exist_ok=True)
         # Until there is something to resume from, a setting that was wrong can be put right.
         started = any(child.name.isdigit() for child in (workdir / "checkpoints").glob("*"))
         before = json.loads(path.read_text()) if started and path.exists() else {}
     changed = {name: [before[name], now[name]] for name in _differing(workdir, before, now, fields)}
     barrier("config is checked")
     return changed
+
+
+def make_workdir(workdir: Path) -> None:
+    """Make the folder of a run, once it is known that there is something to run; raises a UserError if it cannot."""
+    with _usable(workdir):
+        workdir.mkdir(parents=True, exist_ok=True)
 
 
 def record_config(config, workdir: Path, *, step: int, changed: Mapping[str, list]) -> None:

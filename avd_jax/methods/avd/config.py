@@ -9,7 +9,7 @@ import ml_collections
 from avd_jax.diffusion.student import DEFAULT_HALF_RATE_POSITIONS, HALF_RATE_POSITIONS, StudentSchedule
 from avd_jax.errors import UserError
 from avd_jax.methods.avd import terms
-from avd_jax.methods.transformers import ATTENTION_FIELDS, DTYPES, REMAT
+from avd_jax.methods.transformers import ATTENTION_FIELDS, DTYPES, REMAT, WHICH_FIELDS
 from avd_jax.models.wan_dit import REMAT_POLICIES, WAN_MODELS
 from avd_jax.parallel.memory import MEMORIES
 from avd_jax.training.config import ACCUMULATION_FIELDS, MESH_FIELDS, RUN_FIELDS
@@ -38,6 +38,7 @@ FIELDS: Fields = {
     "init_from": Field(
         "", "weights of the teacher, which all networks start from, in any layout; sets the sizes", changeable=True
     ),
+    **WHICH_FIELDS,
     "model": Field("", f"what aot_compile.py compiles if init_from is empty: {', '.join(WAN_MODELS)}"),
     "data.latents": Field(
         "", "folder of encoded videos (scripts/encode.py --videos), for the regression loss", changeable=True

@@ -12,7 +12,7 @@ from flax import nnx
 from avd_jax import convert
 from avd_jax.convert.architectures import INTERPOLATOR
 from avd_jax.convert.fingerprint import fingerprint
-from avd_jax.convert.shipping import write_interpolator
+from avd_jax.convert.networks import DEFAULT
 from avd_jax.convert.weights import open_weights
 from avd_jax.data.latents import EncodedSet, LatentsInfo, read_negative_prompt_embeds
 from avd_jax.diffusion.student import StudentSchedule, check_half_rate
@@ -28,7 +28,6 @@ from avd_jax.models.attention import check_heads
 from avd_jax.models.functional import Denoiser, Functional, functional, make_denoiser
 from avd_jax.models.interpolator import Interpolator, InterpolatorConfig
 from avd_jax.models.wan_dit import WAN_MODELS, WanDiTConfig
-from avd_jax.parallel.hosts import is_first
 from avd_jax.parallel.mesh import make_mesh, replicated
 from avd_jax.training.method import Frozen, Method, Trained
 from avd_jax.training.optimizers import constant
@@ -49,13 +48,12 @@ class Sizes:
     interpolator: InterpolatorConfig | None
 
 
-def build(config, *, devices=None, workdir: Path | None = None, video: Mapping[str, int] | None = None) -> Method:
+def build(config, *, devices=None, video: Mapping[str, int] | None = None) -> Method:
     """Check a config against weights, data and devices, and put the method together; nothing is compiled yet.
 
     Args:
       config: of `config.FIELDS`.
       devices: to run on; None: all that are here.
-      workdir: folder of the run, which keeps a copy of the interpolator; None if nothing is to be written.
       video: frames, height and width of the videos if config.data.latents is empty, to compile ahead of time.
 
     Raises:
@@ -70,9 +68,6 @@ def build(config, *, devices=None, workdir: Path | None = None, video: Mapping[s
     network = make(dtype=config.compute_dtype, param_dtype="float32", remat=config.remat)
     teacher = make(dtype=config.teacher_dtype, param_dtype=config.teacher_dtype, remat="none")
     interpolator = _interpolator(sizes.interpolator) if config.half_rate.steps else None
-    if config.half_rate.interpolator and workdir is not None and is_first():
-        # A copy stays with the run, for its student to find.
-        write_interpolator(convert.load_interpolator(config.half_rate.interpolator), workdir)
     student = Student(
         network=network,
         timesteps=StudentSchedule(tuple(config.student.timesteps)).timesteps,
@@ -81,7 +76,7 @@ def build(config, *, devices=None, workdir: Path | None = None, video: Mapping[s
         half_rate_positions=config.half_rate.positions,
         interpolator=interpolator,
     )
-    start = partial(_start, config.init_from, mesh)
+    start = partial(_start, config, mesh)
     settings = config.optimizer
     networks = {
         "generator": Trained(
@@ -121,7 +116,7 @@ def build(config, *, devices=None, workdir: Path | None = None, video: Mapping[s
 
 def _sizes(config, video: Mapping[str, int] | None) -> Sizes:
     if config.init_from:
-        model = convert.dit_config(config.init_from)
+        model = convert.dit_config(config.init_from, config.which or DEFAULT)
     elif config.model in WAN_MODELS:
         model = WAN_MODELS[config.model]
     else:
@@ -158,9 +153,9 @@ def _check_set(folder: str, model: WanDiTConfig, weights: str) -> None:
         )
 
 
-def _start(init_from: str, mesh, shardings) -> dict:
+def _start(config, mesh, shardings) -> dict:
     """Return the teacher's weights in float32, which generator and fake_score start from."""
-    return transformers.load_params(init_from, "float32", mesh)
+    return transformers.load_params(config.init_from, "float32", mesh, which=config.which)
 
 
 def _teacher(config, model: WanDiTConfig, teacher: Denoiser, mesh) -> dict[str, Frozen]:
@@ -177,7 +172,7 @@ def _teacher(config, model: WanDiTConfig, teacher: Denoiser, mesh) -> dict[str, 
     return {
         "teacher": Frozen(
             transformers.shaped_params(teacher.abstract_params(), mesh, memory),
-            lambda: transformers.load_params(config.init_from, config.teacher_dtype, mesh, memory),
+            lambda: transformers.load_params(config.init_from, config.teacher_dtype, mesh, memory, which=config.which),
         ),
         "negative": Frozen(negative, load_negative),
     }
@@ -220,7 +215,7 @@ def _record(config, model: WanDiTConfig, info: LatentsInfo | None) -> dict:
 
 
 def _inputs(config) -> dict[str, str]:
-    found = {"init_from": transformers.transformer_fingerprint(config.init_from)}
+    found = {"init_from": transformers.transformer_fingerprint(config.init_from, config.which)}
     found |= transformers.set_fingerprints(config.data.latents, config.data.prompts)
     if config.half_rate.interpolator:
         found["half_rate.interpolator"] = fingerprint(open_weights(config.half_rate.interpolator, INTERPOLATOR))

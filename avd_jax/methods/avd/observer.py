@@ -2,8 +2,11 @@
 
 from collections.abc import Mapping
 
+from avd_jax import convert
+from avd_jax.convert.shipping import write_interpolator
 from avd_jax.methods.avd.meters import BINS, Meters
 from avd_jax.methods.avd.samples import SampleWriter
+from avd_jax.parallel.hosts import is_first
 from avd_jax.training.method import Observer, Surroundings
 
 
@@ -15,6 +18,9 @@ class AVDObserver(Observer):
     def __init__(self, config, student, teacher, teacher_parts, model, info, mesh, surroundings: Surroundings, frozen):
         """Choose the prompts to sample; arguments up to `mesh` as in `SampleWriter`."""
         self._writer = surroundings.writer
+        if config.half_rate.interpolator and is_first():
+            # A copy stays with the run, for its student to find.
+            write_interpolator(convert.load_interpolator(config.half_rate.interpolator), surroundings.workdir)
         self.sample_every = config.sample_every
         self._meters = Meters(
             config.meters, config.student.timesteps, self._writer.message, batch_size=config.batch_size

@@ -1,7 +1,7 @@
 """Every field of a training or fine-tuning by flow matching."""
 
 from avd_jax.errors import UserError
-from avd_jax.methods.transformers import ATTENTION_FIELDS, DTYPES, REMAT
+from avd_jax.methods.transformers import ATTENTION_FIELDS, DTYPES, REMAT, WHICH_FIELDS
 from avd_jax.models.wan_dit import REMAT_POLICIES
 from avd_jax.training.config import MESH_FIELDS, RUN_FIELDS, SCHEDULE_FIELDS
 from avd_jax.training.fields import Field, Fields, at_least, check_values, one_of, require, share, with_defaults
@@ -13,6 +13,7 @@ FIELDS: Fields = {
     "init_from": Field(
         "", "weights to fine-tune, in any layout; empty: a new model of the sizes below", changeable=True
     ),
+    **WHICH_FIELDS,
     "model.dim": Field(128, "width of the tokens, without init_from", at_least(1)),
     "model.ffn_dim": Field(512, "hidden width of the feed-forward layers, without init_from", at_least(1)),
     "model.num_heads": Field(4, "attention heads, without init_from", at_least(1)),

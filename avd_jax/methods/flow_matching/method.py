@@ -16,6 +16,7 @@ import optax.contrib
 from flax import nnx
 
 from avd_jax import convert
+from avd_jax.convert.networks import DEFAULT
 from avd_jax.data.latents import read_negative_prompt_embeds
 from avd_jax.diffusion.flow import add_noise, sample_timesteps, sigma_of_timestep
 from avd_jax.errors import UserError
@@ -30,7 +31,7 @@ from avd_jax.training.method import Frozen, Method, Term, Trained, Update
 from avd_jax.training.optimizers import growing_decay, scheduled
 
 
-def build(config, *, devices=None, workdir: Path | None = None, video: Mapping[str, int] | None = None) -> Method:
+def build(config, *, devices=None, video: Mapping[str, int] | None = None) -> Method:
     """Put the method together; arguments and errors as in `methods/avd/method.py`."""
     mesh = transformers.batch_mesh(config.mesh, config.batch_size, devices)
     model = _model_config(config)
@@ -152,7 +153,7 @@ def _model_config(config) -> WanDiTConfig:
     if not config.init_from:
         sizes = {**config.model, "patch_size": tuple(config.model.patch_size)}
         return WanDiTConfig(**sizes, in_dim=channels, out_dim=channels, text_dim=text_dim)
-    model = convert.dit_config(config.init_from)
+    model = convert.dit_config(config.init_from, config.which or DEFAULT)
     if folder and (model.in_dim, model.text_dim) != (channels, text_dim):
         raise UserError(
             f"{folder}: has {channels} channels and text_dim {text_dim}, the model of init_from="
@@ -163,7 +164,7 @@ def _model_config(config) -> WanDiTConfig:
 
 def _start(config, model: WanDiTConfig, mesh, shardings) -> Params:
     if config.init_from:
-        return transformers.load_params(config.init_from, "float32", mesh)
+        return transformers.load_params(config.init_from, "float32", mesh, which=config.which)
 
     def new():
         return nnx.to_pure_dict(nnx.state(WanDiT(model, rngs=nnx.Rngs(config.seed))))
@@ -174,5 +175,5 @@ def _start(config, model: WanDiTConfig, mesh, shardings) -> Params:
 def _inputs(config) -> dict[str, str]:
     found = transformers.set_fingerprints(config.data.latents)
     if config.init_from:
-        found["init_from"] = transformers.transformer_fingerprint(config.init_from)
+        found["init_from"] = transformers.transformer_fingerprint(config.init_from, config.which)
     return found

@@ -1,6 +1,7 @@
 """Every field of a training of the frame interpolator; the defaults are the paper's."""
 
 from avd_jax.errors import UserError
+from avd_jax.methods.transformers import WHICH_FIELDS
 from avd_jax.models.interpolator import InterpolatorConfig
 from avd_jax.training.config import MESH_FIELDS, RUN_FIELDS, SCHEDULE_FIELDS
 from avd_jax.training.fields import Field, Fields, at_least, check_values, with_defaults
@@ -14,6 +15,7 @@ FIELDS: Fields = {
         "weights to start from, such as an AVD checkpoint, which set the sizes; empty: a new network",
         changeable=True,
     ),
+    **WHICH_FIELDS,
     "model.widths": Field(
         (64, 128, 256), "channels of the three levels, without init_from; the authors' are 32, 64, 128"
     ),

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from avd_jax import convert
 from avd_jax.convert.architectures import INTERPOLATOR
 from avd_jax.convert.fingerprint import fingerprint
+from avd_jax.convert.networks import DEFAULT
 from avd_jax.convert.weights import open_weights
 from avd_jax.data.atomic import write_text
 from avd_jax.data.encoding import video_decoder
@@ -38,7 +39,7 @@ from avd_jax.training.optimizers import growing_decay, scheduled
 from avd_jax.training.state import TrainState
 
 
-def build(config, *, devices=None, workdir: Path | None = None, video=None) -> Method:
+def build(config, *, devices=None, video=None) -> Method:
     """Put the method together; arguments and errors as in `methods/avd/method.py`."""
     mesh = transformers.batch_mesh(config.mesh, config.batch_size, devices)
     folder, shape = config.data.latents, transformers.clip_shape(config.data.latents, video, WanDiTConfig())
@@ -186,7 +187,7 @@ class HeldOut(Observer):
 def _start(config, channels: int) -> Interpolator:
     if not config.init_from:
         return new_interpolator(InterpolatorConfig(channels, tuple(config.model.widths)), config.seed)
-    unet = convert.load_interpolator(config.init_from)
+    unet = convert.load_interpolator(config.init_from, key=config.which or DEFAULT)
     if unet.config.channels != channels:
         raise UserError(
             f"config.init_from={config.init_from}: takes latents of {unet.config.channels} channels, the set has "
@@ -198,5 +199,5 @@ def _start(config, channels: int) -> Interpolator:
 def _inputs(config) -> dict[str, str]:
     found = transformers.set_fingerprints(config.data.latents)
     if config.init_from:
-        found["init_from"] = fingerprint(open_weights(config.init_from, INTERPOLATOR))
+        found["init_from"] = fingerprint(open_weights(config.init_from, INTERPOLATOR, config.which or DEFAULT))
     return found

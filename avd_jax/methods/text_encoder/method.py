@@ -9,7 +9,6 @@ import dataclasses
 import hashlib
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +44,7 @@ UNASKED = -1
 NEW_CAPTIONS = 1024  # that no update sees, on which the accuracy is measured
 
 
-def build(config, *, devices=None, workdir: Path | None = None, video=None) -> Method:
+def build(config, *, devices=None, video=None) -> Method:
     """Put the method together; arguments and errors as in `methods/avd/method.py`."""
     devices = jax.devices() if devices is None else devices
     mesh = make_mesh(devices=devices[: math.gcd(config.batch_size, len(devices))])

@@ -8,7 +8,6 @@ crops of few frames are enough: the network is convolutional, and a step costs a
 
 import dataclasses
 import math
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -143,7 +142,7 @@ def crops(config, number: int) -> np.ndarray:
     return out
 
 
-def build(config, *, devices=None, workdir: Path | None = None, video=None) -> Method:
+def build(config, *, devices=None, video=None) -> Method:
     """Put the method together; arguments as in `methods/avd/method.py`."""
     devices = jax.devices() if devices is None else devices
     mesh = make_mesh(devices=devices[: math.gcd(config.batch_size, len(devices))])
