@@ -14,8 +14,8 @@ from absl import flags
 
 from avd_jax import command_line, convert
 
-SRC = flags.DEFINE_string("src", None, "Weights to convert, in any known layout.")
-DST = flags.DEFINE_string("dst", None, "Folder for the converted weights.")
+SRC = command_line.path_flag("src", None, "Weights to convert, in any known layout.")
+DST = command_line.path_flag("dst", None, "Folder for the converted weights.")
 DTYPE = flags.DEFINE_enum("dtype", "keep", ["keep", "float32", "bfloat16"], "Stored dtype; keep: the source's.")
 COMPONENTS = flags.DEFINE_list("components", None, "Of transformer, vae, text_encoder, tokenizer; default: all found.")
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace components that --dst has from an earlier conversion.")

@@ -13,9 +13,9 @@ from absl import flags
 
 from avd_jax import command_line, convert
 
-CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Training run or checkpoint, or weights in any known layout.")
+CHECKPOINT = command_line.path_flag("checkpoint", None, "Training run or checkpoint, or weights in any known layout.")
 LAYOUT = flags.DEFINE_enum("layout", None, convert.LAYOUTS, "Wan's own layout, or diffusers'.")
-DST = flags.DEFINE_string("dst", None, "Folder for the export.")
+DST = command_line.path_flag("dst", None, "Folder for the export.")
 DTYPE = flags.DEFINE_enum("dtype", "keep", ["keep", "float32", "bfloat16"], "Stored dtype; keep: the checkpoint's.")
 WHICH = flags.DEFINE_enum("which", "generator", ["generator", "ema"], "Which weights of a training checkpoint.")
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace an earlier export in --dst.")

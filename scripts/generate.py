@@ -29,12 +29,12 @@ from avd_jax.generation.run import generate, make_plan
 from avd_jax.generation.settings import DTYPES, SOLVERS, Options, from_record_file, make_jobs, resolve
 from avd_jax.parallel.mesh import make_mesh
 
-WEIGHTS = flags.DEFINE_string("weights", None, "VAE, text encoder, tokenizer (and transformer), in any known layout.")
-CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Student: a training run or checkpoint, an export, a model.pt.")
+WEIGHTS = command_line.path_flag("weights", None, "VAE, text encoder, tokenizer (and transformer), in any layout.")
+CHECKPOINT = command_line.path_flag("checkpoint", None, "Student: a training run or checkpoint, an export, a model.pt.")
 PROMPT = flags.DEFINE_string("prompt", None, "What to show.")
-PROMPTS = flags.DEFINE_string("prompts", None, "File of prompts: text with one a line, .jsonl or .csv.")
-FROM_JSON = flags.DEFINE_string("from_json", None, "The .json beside a video, to make that video again.")
-OUT = flags.DEFINE_string("out", None, "Folder for the videos.")
+PROMPTS = command_line.path_flag("prompts", None, "Prompts: text with one a line, JSON, JSON lines, CSV or TSV.")
+FROM_JSON = command_line.path_flag("from_json", None, "The .json beside a video, to make that video again.")
+OUT = command_line.path_flag("out", None, "Folder for the videos.")
 SEED = flags.DEFINE_list("seed", ["0"], "Seeds, separated by commas; every prompt is sampled with each.")
 SAMPLES = flags.DEFINE_integer("samples", 1, "Videos for each seed s: the seeds s, s+1, ... so many.")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 1, "Videos to sample together, at least one on every device.")

@@ -10,14 +10,12 @@ scripts/export.py and scripts/generate.py. `--explain` prints every field of the
 
 from pathlib import Path
 
-from absl import flags
-
 from avd_jax import command_line
 from avd_jax.convert.shipping import write_dit
 from avd_jax.methods.flow_matching.method import trained_dit
 from avd_jax.training.trainer import train
 
-OUT = flags.DEFINE_string("out", None, "folder that gets transformer/, the mean weights, once the run is complete")
+OUT = command_line.path_flag("out", None, "folder that gets transformer/, the mean weights, once the run is complete")
 
 
 def pretrain(recipe, config, workdir: Path) -> int:

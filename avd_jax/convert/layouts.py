@@ -11,6 +11,7 @@ import orbax.checkpoint as ocp
 from avd_jax.convert.architectures import INTERPOLATOR, UMT5, WAN_DIT, Architecture
 from avd_jax.convert.interpolator_rules import CLASS_NAME as INTERPOLATOR_CLASS
 from avd_jax.errors import UserError, closest
+from avd_jax.paths import local_path
 
 # The component's record in the config.json of our own layout is under this key.
 OUR_KEY = "avd_jax"
@@ -117,7 +118,7 @@ def student_settings(path: str | Path) -> dict | None:
     Returns:
       The settings, or None for weights that are no student's.
     """
-    path = Path(path)
+    path = local_path(path)
     folder = path.parent if path.is_file() else path
     folders = [folder, folder / WAN_DIT.component]
     if folder.name == WAN_DIT.component:
@@ -132,7 +133,7 @@ def student_settings(path: str | Path) -> dict | None:
 
 def training_settings(path: str | Path) -> dict | None:
     """Return what a training checkpoint records of its run, beside architecture and student; None for other weights."""
-    path = Path(path)
+    path = local_path(path)
     if not path.is_dir() or (step := training_step(path)) is None:
         return None
     meta = read_json(step / "meta" / "metadata")

@@ -18,6 +18,7 @@ from avd_jax.models.interpolator import Interpolator
 from avd_jax.models.umt5 import UMT5Encoder
 from avd_jax.models.wan_dit import WanDiT, WanDiTConfig
 from avd_jax.models.wan_vae import WanVAE
+from avd_jax.paths import local_path
 
 
 def load_dit(
@@ -86,7 +87,7 @@ def open_interpolator_of(*paths: str | Path | None) -> Weights | None:
     Returns:
       None if there is none.
     """
-    for path in map(Path, filter(None, paths)):
+    for path in map(local_path, filter(None, paths)):
         folder = path.parent if path.is_file() else path
         if folder.name == WAN_DIT.component:  # of diffusers' layout or ours: the interpolator's folder is beside it
             places = [folder.parent]
@@ -100,7 +101,7 @@ def open_interpolator_of(*paths: str | Path | None) -> Weights | None:
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Load umT5's tokenizer from a folder of weights in any layout, or from its own folder; errors as in `load_dit`."""
-    return Tokenizer.from_path(find_tokenizer(Path(path)))
+    return Tokenizer.from_path(find_tokenizer(local_path(path)))
 
 
 def find_components(

@@ -18,6 +18,7 @@ from avd_jax.convert.pth import PthFile
 from avd_jax.convert.safetensors_io import SafetensorsFile, open_shards
 from avd_jax.convert.state import from_flat
 from avd_jax.errors import UserError, closest
+from avd_jax.paths import local_path
 
 # Prefixes under which a single file may have all its keys: the second is AVD's, the others are of repackaged files.
 _PREFIXES = ("model.diffusion_model.", "model.", "diffusion_model.")
@@ -56,7 +57,7 @@ def open_weights(path: str | Path, architecture: Architecture, key: str = "gener
     Raises:
       UserError: one line that names the file, key or field.
     """
-    found = find_weights(Path(path), architecture, key)
+    found = find_weights(local_path(path), architecture, key)
     several = found.several_networks if isinstance(found, OrbaxTree) else found.files[0].suffix in _PICKLED
     if key not in ("generator", "") and not several:
         raise UserError(f"{path}: holds no {key!r}, but one network only; only a training checkpoint has more")

@@ -40,7 +40,7 @@ def videos_in(folder: Path, captions: Path | None = None) -> list[CaptionedVideo
         captions = folder / CAPTIONS_FILE
     if captions is None:
         return [CaptionedVideo(file, _recorded_prompt(file)) for file in files]
-    texts = read_captions(captions)
+    texts = read_captions(captions, folder)
     missing = [name for name in texts if not (folder / name).is_file()]
     if missing:
         raise UserError(f"{captions}: names {missing[0]}, which is not in {folder}")

@@ -15,6 +15,7 @@ from avd_jax.data.atomic import write_text
 from avd_jax.errors import UserError
 from avd_jax.parallel.hosts import is_first
 from avd_jax.parallel.rules import sharding_table
+from avd_jax.paths import local_path
 from avd_jax.training.assembly import Assembly
 from avd_jax.training.checkpoint import Checkpoints
 from avd_jax.training.cost import cycle_cost, seconds_at_peak
@@ -58,6 +59,7 @@ def train(recipe: Recipe, config, workdir: Path, *, profile: bool = False) -> Ou
       UserError: for what the user can put right.
     """
     recipe.validate(config)
+    workdir = local_path(workdir)
     record_config(config, workdir, recipe.fields)
     if is_first():
         print(describe(config, recipe.fields), flush=True)
