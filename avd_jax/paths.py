@@ -35,7 +35,7 @@ def local_path(path: str | os.PathLike) -> Path:
             text = f"/{rest}"
         text = unquote(text)
     try:
-        local = Path(text).expanduser()
+        local = Path(text).expanduser() if text.startswith("~") else Path(text)
     except RuntimeError:
         name = Path(text).parts[0]
         raise UserError(

@@ -4,10 +4,9 @@
   python scripts/encode.py --prompts=prompts.txt --weights=Wan2.1-T2V-1.3B --out=runs/prompts
   python scripts/encode.py --shapes_world --weights=weights/tiny --clips=128 --prompt_count=256 --out=runs/tiny/data
 
-captions.jsonl holds one {"file": "a.mp4", "caption": "..."} a line (docs/data.md: other layouts); without it a.txt is the
-caption of a.mp4. Videos that cannot be used are reported and left out. The third command needs no files, and writes
-OUT/latents and OUT/prompts. The same command resumes after an interruption; what it left out stays out, so to try
-mended videos give a new --out.
+captions.jsonl holds one {"file": "a.mp4", "caption": "..."} a line (docs/data.md: other layouts); without it a.txt is
+the caption of a.mp4. Videos that cannot be used are reported and left out. The third command needs no files and writes
+OUT/latents and OUT/prompts. The same command resumes after an interruption; to try mended videos give a new --out.
 """
 
 import jax
@@ -33,10 +32,8 @@ WEIGHTS = command_line.path_flag("weights", None, "Folder with the VAE, umT5 and
 OUT = command_line.path_flag("out", None, "Folder of the encoded set; with --shapes_world of both sets.")
 FRAMES = flags.DEFINE_integer("frames", None, "Video frames of a clip, 4n+1. Default: 81; with --shapes_world 17.")
 FPS = flags.DEFINE_float("fps", 16.0, "Frames per second of a clip; videos are resampled.", lower_bound=0.1)
-HEIGHT = flags.DEFINE_integer(
-    "height", None, "Pixels, a multiple of 16; videos are scaled and cut. Default: 480; with --shapes_world 64."
-)
-WIDTH = flags.DEFINE_integer("width", None, "Pixels, a multiple of 16. Default: 832; with --shapes_world 64.")
+HEIGHT = flags.DEFINE_integer("height", None, "Pixels, a multiple of 16. Default: 480; with --shapes_world 64.")
+WIDTH = flags.DEFINE_integer("width", None, "Likewise; videos are scaled and cut. Default: 832, with --shapes_world 64")
 CLIPS_PER_VIDEO = flags.DEFINE_integer("clips_per_video", 1, "Most clips to cut from one video.", lower_bound=1)
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 1, "Clips that the VAE encodes at once.", lower_bound=1)
 TEXT_BATCH_SIZE = flags.DEFINE_integer("text_batch_size", 8, "Texts that umT5 encodes at once.", lower_bound=1)

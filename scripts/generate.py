@@ -48,10 +48,10 @@ flags.DEFINE_float("guidance_scale", None, "Guidance of unipc, Wan's convention.
 flags.DEFINE_string("negative_prompt", None, "What unipc's guidance avoids. Default: Wan's.")
 flags.DEFINE_integer("half_rate_steps", None, "First steps of a student on every second frame. Default: see above.")
 flags.DEFINE_enum("half_rate_positions", None, HALF_RATE_POSITIONS, "Of their frames. Default: as it was trained.")
-flags.DEFINE_integer("frames", None, "Frames of a video, 4n+1. Default: what a student was trained at, else 81.")
-flags.DEFINE_integer("height", None, "Pixels, a multiple of 16. Default: what a student was trained at, else 480.")
-flags.DEFINE_integer("width", None, "Pixels, a multiple of 16. Default: what a student was trained at, else 832.")
-flags.DEFINE_float("fps", None, "Frames per second. Default: what a student was trained at, else 16.")
+flags.DEFINE_integer("frames", None, "Frames of a video, 4n+1. Default: what the weights were made for, else 81.")
+flags.DEFINE_integer("height", None, "Pixels, a multiple of 16. Default: what the weights were made for, else 480.")
+flags.DEFINE_integer("width", None, "Pixels, a multiple of 16. Default: what the weights were made for, else 832.")
+flags.DEFINE_float("fps", None, "Frames per second. Default: what the weights were made for, else 16.")
 flags.DEFINE_enum("dtype", None, DTYPES, "Of the networks, VAE excepted. Default: bfloat16, on a CPU float32.")
 
 DECISIVE = ("solver", "which", "steps", "shift", "guidance_scale", "negative_prompt")
@@ -79,7 +79,7 @@ def main() -> None:
         jobs, fingerprints = make_jobs(**asked), None
         settings = resolve(Options(weights=WEIGHTS.value, checkpoint=CHECKPOINT.value, **given), note=notes.append)
     plan = make_plan(settings, jobs, Path(OUT.value), fingerprints=fingerprints)
-    for note in notes:
+    for note in [*notes, *plan.notes]:
         print(note)
     there = len(jobs) - len(plan.todo)
     with tqdm(total=len(jobs), initial=there, unit="video") as bar:

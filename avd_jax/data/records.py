@@ -127,10 +127,10 @@ def _json_lines(path: str | os.PathLike, text: str) -> list[Record]:
             records.append(Record(where, json.loads(line)))
         except json.JSONDecodeError as error:
             raise UserError(
-                f"{where}: is not JSON ({error.msg}, column {error.colno}); write one list, or one object a line"
+                f"{where}: is not JSON ({error.msg}, column {error.colno}); write a list, or one object a line, or text"
             ) from error
         except RecursionError:
-            raise UserError(f"{where}: is no list of texts; write one list, or one object a line") from None
+            raise UserError(f"{where}: is no list of texts; write a list, or one object a line, or text") from None
     return records
 
 
