@@ -69,11 +69,12 @@ def read_records(path: str | os.PathLike, columns: Sequence[str]) -> list[Record
       UserError: it cannot be read, or is of none of these kinds and not clearly plain text; names the line.
     """
     text, suffix = read_text(path), local_path(path).suffix.lower()
-    if suffix in _TABLE_SUFFIXES or (suffix not in _JSON_SUFFIXES and _delimiter(text, columns, least=2)):
-        return list(_rows(path, text, _delimiter(text, columns) or ","))
+    delimiter = _delimiter(text, columns, least=1 if suffix in _TABLE_SUFFIXES else 2)
+    if delimiter and suffix not in _JSON_SUFFIXES:
+        return list(_rows(path, text, delimiter))
     if suffix in _JSON_SUFFIXES or _looks_like_json(text):
         return _json_values(path, text)
-    return None
+    return list(_rows(path, text, ",")) if suffix in _TABLE_SUFFIXES else None
 
 
 def check_text(where: str, what: str, text: str) -> None:
@@ -152,8 +153,14 @@ def _rows(path: str | os.PathLike, text: str, delimiter: str) -> Iterator[Record
         raise UserError(f"{path}:{first}: is not CSV ({error}); put texts into double quotes") from error
 
 
-def _delimiter(text: str, columns: Sequence[str], *, least: int = 1) -> str | None:
-    """Return what separates the names of a header that has one of `columns`; None if the first line is no header."""
+def _delimiter(text: str, columns: Sequence[str], *, least: int) -> str | None:
+    """Return what separates the names of a header that has one of `columns`; None if the first line is no header.
+
+    Args:
+      text: of the file.
+      columns: see `read_records`.
+      least: names that a header has; with 2 each is a word, as in prose few lines are.
+    """
     first = next((line for line in text.split("\n") if line.strip()), "")
     for delimiter in _DELIMITERS:
         names = [name.strip().strip('"').lower() for name in first.split(delimiter)]

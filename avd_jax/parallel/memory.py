@@ -33,7 +33,7 @@ def parameter_sharding(path: str, shape: tuple[int, ...], mesh: Mesh, *, memory:
 
 @contextlib.contextmanager
 def fitting(what: str, hint: str, mesh: Mesh | None = None) -> Iterator[None]:
-    """Turn the backend's report that it has no memory left into a UserError.
+    """Turn the backend's report that it has no memory left into a UserError, and so its other failures.
 
     Args:
       what: is computed, with its size.
@@ -41,13 +41,13 @@ def fitting(what: str, hint: str, mesh: Mesh | None = None) -> Iterator[None]:
       mesh: of the devices; None for the default one.
 
     Raises:
-      UserError: it does not fit; other errors pass as they are.
+      UserError: it does not fit, or the backend failed; it does not always say that memory is the reason.
     """
     try:
         yield
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
-        if isinstance(error, jax.errors.JaxRuntimeError) and not _EXHAUSTED.search(str(error)):
-            raise
-        devices = jax.devices()[:1] if mesh is None else mesh.devices.flat
-        place = f"{len(devices)} x {devices[0].device_kind}"
-        raise UserError(f"{what}: does not fit into the memory of {place}; {hint}") from None
+        devices = jax.devices()[:1] if mesh is None else list(mesh.devices.flat)
+        place, text = f"{len(devices)} x {devices[0].device_kind}", " ".join(str(error).split())[:200]
+        if isinstance(error, MemoryError) or _EXHAUSTED.search(text):
+            raise UserError(f"{what}: does not fit into the memory of {place}; {hint}") from error
+        raise UserError(f"{what}: failed on {place} ({text}), likely for want of memory; {hint}") from error
