@@ -218,7 +218,7 @@ def test_messages(folder):
             videos,
             weights,
             out,
-        ): f"{folder}/videos: no video has a caption; give --captions, or write a.txt beside a.mp4.",
+        ): f"{folder}/videos: no video has a caption; give --captions, or write",
         (prompts, weights, "--out=gs://bucket/x"): "--out gs://bucket/x: gs:// is not supported, only local paths are;",
         ("--prompts=s3://bucket/x", weights, out): "--prompts s3://bucket/x: s3:// is not supported",
         (prompts, "--weights=hf://a/b", out): "--weights hf://a/b: hf:// is not supported",

@@ -193,11 +193,13 @@ class SetWriter:
 def _reporting(folder: Path) -> Iterator[None]:
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except (OSError, RuntimeError) as error:
+        if any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT)):
             raise UserError(
                 f"{folder}: the disk is full; free some space, then the same command goes on where it stopped"
             ) from error
+        if isinstance(error, RuntimeError):  # ArrayRecord's, which says in words what the system said
+            raise
         raise UserError(f"{folder}: cannot be written ({error.strerror or error}); give another folder") from error
 
 

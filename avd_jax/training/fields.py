@@ -181,7 +181,10 @@ def flags_parser(fields_of: Callable[[str], Fields]) -> Callable[[Sequence[str]]
                 continue
             name, assigned, value = argument.lstrip("-").partition("=")
             if name == "config":
-                path = str(local_path(value if assigned else following))
+                try:
+                    path = str(local_path(value if assigned else following))
+                except UserError as error:
+                    raise UserError(f"--config {error}") from None
                 if not Path(path).is_file():
                     raise UserError(f"--config {path}: there is no such file")
                 # ml_collections opens the file itself, and knows nothing of `~`.
