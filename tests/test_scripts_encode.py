@@ -133,6 +133,16 @@ def test_videos_and_prompts(folder):
     assert other.stderr.splitlines()[-1].startswith(f"error: {folder}/latents: holds a set encoded from other weights")
     assert "Traceback" not in other.stderr
 
+    # Captions beside the videos, one of them too long.
+    (folder / "videos" / "a.txt").write_text("a long caption")
+    done = encode(f"--videos={folder}/videos", "--weights=w", *size, f"--out={folder}/beside")
+    assert done.stdout.splitlines()[:3] == [
+        "cut off: a long caption",
+        f"{folder}/beside: 1 written, 4 skipped",
+        "  skipped b.mp4: has no caption in a .txt beside it.",
+    ]
+    assert EncodedSet(folder / "beside", "latents")[0]["caption"] == "a long caption"
+
     done = encode(f"--prompts={folder}/prompts.txt", "--weights=w", f"--out={folder}/prompts")
     assert done.stdout == f"{folder}/prompts: 3 written, 0 skipped\n"
     prompts = EncodedSet(folder / "prompts", "prompts")
@@ -214,11 +224,7 @@ def test_messages(folder):
         (): "--weights is missing",
         (weights, out): "give either --prompts, or --videos (and --captions).",
         (prompts, videos, captions, weights, out): "give either --prompts, or --videos (and --captions).",
-        (
-            videos,
-            weights,
-            out,
-        ): f"{folder}/videos: no video has a caption; give --captions, or write",
+        (videos, weights, out): f"{folder}/videos: no video has a caption; give --captions",
         (prompts, weights, "--out=gs://bucket/x"): "--out gs://bucket/x: gs:// is not supported, only local paths are;",
         ("--prompts=s3://bucket/x", weights, out): "--prompts s3://bucket/x: s3:// is not supported",
         (prompts, "--weights=hf://a/b", out): "--weights hf://a/b: hf:// is not supported",

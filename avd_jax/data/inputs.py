@@ -102,7 +102,7 @@ def read_sidecars(folder: str | os.PathLike) -> dict[str, str]:
     Raises:
       UserError: none has one, or a file or a name is not UTF-8.
     """
-    folder = local_path(folder)
+    folder = _video_folder(folder)
     found = _files_in(folder)
     texts = {_composed(name.with_suffix("")): name for name in found if name.suffix.lower() == ".txt"}
     captions = {}
@@ -141,7 +141,7 @@ def clips_from_folder(
       width: pixels.
       clips_per_video: the most clips to take from one video.
     """
-    folder = local_path(folder)
+    folder = _video_folder(folder)
     uncaptioned = sorted({str(name) for name in filter(_is_video, _files_in(folder))} - set(captions))
     clips = []
     for name, caption in captions.items():
@@ -168,7 +168,7 @@ class _Names:
     """Which file a name means."""
 
     def __init__(self, folder: str | os.PathLike | None):
-        self._folder = None if folder is None else local_path(folder)
+        self._folder = None if folder is None else _video_folder(folder)
         self._root = self._folder and Path(os.path.realpath(self._folder))
         self._real_folder = functools.lru_cache(os.path.realpath)
 
@@ -208,10 +208,15 @@ class _Names:
         return {_composed(name): str(name) for name in _files_in(self._folder)}
 
 
-def _files_in(folder: Path) -> list[Path]:
-    """Return the files below a folder, relative to it (UserError if it is none)."""
+def _video_folder(path: str | os.PathLike) -> Path:
+    folder = local_path(path)
     if not folder.is_dir():
         raise UserError(f"{folder}: is not a folder of videos.")
+    return folder
+
+
+def _files_in(folder: Path) -> list[Path]:
+    """Return the files below a folder, relative to it."""
     return [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
 
 
