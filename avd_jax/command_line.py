@@ -11,8 +11,34 @@ from avd_jax import methods
 from avd_jax.errors import UserError, report_user_errors
 from avd_jax.parallel.compiler import keep_programs
 from avd_jax.parallel.hosts import connect, leaving_at_once
+from avd_jax.paths import local_path
 from avd_jax.training.fields import check_names, describe, flags_parser
 from avd_jax.training.method import Recipe
+
+flags.disclaim_key_flags()  # a flag that a script defines through this module is the script's, so --help shows it
+
+
+class _PathParser(flags.ArgumentParser):
+    """Reads a path of a flag as a local one."""
+
+    syntactic_help = "a local path"
+
+    def __init__(self, name: str):
+        self._name = name
+
+    def parse(self, argument: str) -> str:
+        try:
+            return str(local_path(argument)) if argument else argument
+        except UserError as error:
+            raise UserError(f"--{self._name} {error}") from None
+
+    def flag_type(self) -> str:
+        return "string"
+
+
+def path_flag(name: str, default: str | None, help: str) -> flags.FlagHolder[str]:
+    """Define a flag for a file or folder; its value is the path as a text, with `~` expanded (see `local_path`)."""
+    return flags.DEFINE(_PathParser(name), name, default, help)
 
 
 def run(
@@ -54,7 +80,7 @@ def run_training(
       required: further flags that must be given to train.
     """
     config = config_flags.DEFINE_config_file("config", None, "config file; set a field with --config.FIELD=VALUE")
-    workdir = flags.DEFINE_string("workdir", None, "the folder of the run: config, checkpoints, metrics")
+    workdir = path_flag("workdir", None, "the folder of the run: config, checkpoints, metrics")
     which = define_which()
     explain = flags.DEFINE_bool("explain", False, "print every field of the config with its help, and stop")
     coordinator = flags.DEFINE_string("coordinator", None, "of several processes: HOST:PORT of process 0")

@@ -33,7 +33,7 @@ HEIGHT = flags.DEFINE_integer("height", 480, "likewise, in pixels")
 WIDTH = flags.DEFINE_integer("width", 832, "likewise, in pixels")
 PLAN = flags.DEFINE_bool("plan", False, "try meshes and batch sizes with the main network's step, and recommend one")
 JSON = flags.DEFINE_bool("json", False, "print one JSON object a program on a line of its own, and nothing else")
-DUMP_HLO = flags.DEFINE_string("dump_hlo", "", "folder for the compiled HLO text, <program>.hlo")
+DUMP_HLO = command_line.path_flag("dump_hlo", "", "folder for the compiled HLO text, <program>.hlo")
 
 
 def main() -> int:

@@ -14,9 +14,10 @@ from absl import flags
 
 from avd_jax import command_line, convert
 from avd_jax.convert.networks import DEFAULT
+from avd_jax.convert.video_size import video_size, write_video_size
 
-SRC = flags.DEFINE_string("src", None, "Weights to convert, in any known layout.")
-DST = flags.DEFINE_string("dst", None, "Folder for the converted weights.")
+SRC = command_line.path_flag("src", None, "Weights to convert, in any known layout.")
+DST = command_line.path_flag("dst", None, "Folder for the converted weights.")
 DTYPE = flags.DEFINE_enum("dtype", "keep", ["keep", "float32", "bfloat16"], "Stored dtype; keep: the source's.")
 COMPONENTS = flags.DEFINE_list("components", None, "Of transformer, vae, text_encoder, tokenizer; default: all found.")
 WHICH = command_line.define_which()
@@ -40,6 +41,8 @@ def main() -> None:
         size = sum(int(np.prod(leaf.shape)) for leaf in source.leaves.values())
         dtypes = sorted({str(np.dtype(dtype or leaf.dtype)) for leaf in source.leaves.values()})
         print(f"{component}: {size:,} parameters, {' and '.join(dtypes)} -> {folder}", flush=True)
+    if size := video_size(SRC.value):
+        write_video_size(DST.value, size)
     for component in missing:
         print(f"{component}: not found in {SRC.value}")
 

@@ -4,10 +4,9 @@
   python scripts/encode.py --prompts=prompts.txt --weights=Wan2.1-T2V-1.3B --out=runs/prompts
   python scripts/encode.py --shapes_world --weights=weights/tiny --clips=128 --prompt_count=256 --out=runs/tiny/data
 
-captions.jsonl holds one {"file": "a.mp4", "caption": "..."} a line, files relative to --videos. Videos that cannot be
-used are reported and left out. The third command needs no files: it draws the clips of avd_jax/data/shapes_world.py
-and writes OUT/latents and OUT/prompts. The same command resumes after an interruption; what it has left out stays out,
-so to try mended videos give a new --out.
+captions.jsonl holds one {"file": "a.mp4", "caption": "..."} a line (docs/data.md: other layouts); without it a.txt is
+the caption of a.mp4. Videos that cannot be used are reported and left out. The third command needs no files and writes
+OUT/latents and OUT/prompts. The same command resumes after an interruption; to try mended videos give a new --out.
 """
 
 import jax
@@ -20,24 +19,22 @@ from avd_jax.data import encoding, inputs, prompts, shapes_world, world_clips
 from avd_jax.errors import UserError
 
 WAN_SIZE = {"frames": 81, "height": 480, "width": 832}
-VIDEOS = flags.DEFINE_string("videos", None, "Folder of video files.")
-CAPTIONS = flags.DEFINE_string("captions", None, "JSON lines with the keys `file` and `caption`.")
-PROMPTS = flags.DEFINE_string("prompts", None, "Text file with one prompt a line, instead of --videos and --captions.")
+VIDEOS = command_line.path_flag("videos", None, "Folder of video files.")
+CAPTIONS = command_line.path_flag("captions", None, "Their captions. Default: the .txt beside each video.")
+PROMPTS = command_line.path_flag("prompts", None, "Prompts: text with one a line, JSON, JSON lines, CSV or TSV.")
 SHAPES_WORLD = flags.DEFINE_bool("shapes_world", False, "Draw clips of moving shapes; it needs no files.")
 CLIPS = flags.DEFINE_integer("clips", None, "How many clips of --shapes_world to draw.", lower_bound=1)
 PROMPT_COUNT = flags.DEFINE_integer(
     "prompt_count", None, "How many captions of --shapes_world to encode as prompts. Default: 0.", lower_bound=0
 )
 STYLE = flags.DEFINE_enum("style", None, shapes_world.STYLES, "How --shapes_world is drawn. Default: painted.")
-WEIGHTS = flags.DEFINE_string("weights", None, "Folder with the VAE, umT5 and its tokenizer, in any known layout.")
+WEIGHTS = command_line.path_flag("weights", None, "Folder with the VAE, umT5 and its tokenizer, in any known layout.")
 WHICH = command_line.define_which()
-OUT = flags.DEFINE_string("out", None, "Folder of the encoded set; with --shapes_world of both sets.")
+OUT = command_line.path_flag("out", None, "Folder of the encoded set; with --shapes_world of both sets.")
 FRAMES = flags.DEFINE_integer("frames", None, "Video frames of a clip, 4n+1. Default: 81; with --shapes_world 17.")
 FPS = flags.DEFINE_float("fps", 16.0, "Frames per second of a clip; videos are resampled.", lower_bound=0.1)
-HEIGHT = flags.DEFINE_integer(
-    "height", None, "Pixels, a multiple of 16; videos are scaled and cut. Default: 480; with --shapes_world 64."
-)
-WIDTH = flags.DEFINE_integer("width", None, "Pixels, a multiple of 16. Default: 832; with --shapes_world 64.")
+HEIGHT = flags.DEFINE_integer("height", None, "Pixels, a multiple of 16. Default: 480; with --shapes_world 64.")
+WIDTH = flags.DEFINE_integer("width", None, "Likewise; videos are scaled and cut. Default: 832, with --shapes_world 64")
 CLIPS_PER_VIDEO = flags.DEFINE_integer("clips_per_video", 1, "Most clips to cut from one video.", lower_bound=1)
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 1, "Clips that the VAE encodes at once.", lower_bound=1)
 TEXT_BATCH_SIZE = flags.DEFINE_integer("text_batch_size", 8, "Texts that umT5 encodes at once.", lower_bound=1)
@@ -54,9 +51,9 @@ def check_flags() -> None:
         if flag.value is not None:
             raise UserError(f"--{flag.name} only goes with --shapes_world.")
     if not SHAPES_WORLD.value and bool(PROMPTS.value) == bool(VIDEOS.value or CAPTIONS.value):
-        raise UserError("give either --prompts, or --videos and --captions.")
-    if bool(VIDEOS.value) != bool(CAPTIONS.value):
-        raise UserError(f"--{'videos' if CAPTIONS.value else 'captions'} is missing beside its counterpart.")
+        raise UserError("give either --prompts, or --videos (and --captions).")
+    if CAPTIONS.value and not VIDEOS.value:
+        raise UserError("--videos is missing: the folder that --captions is about.")
 
 
 def main() -> None:
@@ -65,32 +62,34 @@ def main() -> None:
     usual = world_clips.WORLD_SIZE if SHAPES_WORLD.value else WAN_SIZE
     size = {flag.name: usual[flag.name] if flag.value is None else flag.value for flag in (FRAMES, HEIGHT, WIDTH)}
     inputs.check_clip_size(**size, prefix="--")
-    size["fps"] = FPS.value
-    out, which, uncaptioned, unit = OUT.value, WHICH.value, [], "clip"
+    size["fps"], which = FPS.value, WHICH.value
+    work, texts, uncaptioned, place = [], [], [], CAPTIONS.value or "a .txt beside it"
     if SHAPES_WORLD.value:
-        counts, unit = {"clips": CLIPS.value, "prompts": PROMPT_COUNT.value or 0}, "record"
+        counts, style = {"clips": CLIPS.value, "prompts": PROMPT_COUNT.value or 0}, {"style": STYLE.value or "painted"}
         total = counts["clips"] + len(world_clips.training_prompts(counts["prompts"], clips=counts["clips"]))
     elif PROMPTS.value:
-        work, unit = list(dict.fromkeys(prompts.read_prompts(PROMPTS.value))), "prompt"
+        texts = work = list(dict.fromkeys(prompts.read_prompts(PROMPTS.value)))
     else:
-        captions, most = inputs.read_captions(CAPTIONS.value), CLIPS_PER_VIDEO.value
+        captions, most = inputs.read_captions(CAPTIONS.value, VIDEOS.value), CLIPS_PER_VIDEO.value
         work, uncaptioned = inputs.clips_from_folder(VIDEOS.value, captions, **size, clips_per_video=most)
+        texts = list(captions.values())
+    tokenizer = convert.load_tokenizer(WEIGHTS.value)
+    tokenizer.tell_what_is_cut(texts)
     # As Wan runs it: umT5-XXL takes 11 GB in bfloat16. A CPU gains nothing from it, nor does the world's tiny encoder.
     dtype = jnp.float32 if SHAPES_WORLD.value or jax.default_backend() == "cpu" else jnp.bfloat16
-    text = encoding.text_encoder(convert.load_umt5(WEIGHTS.value, dtype, which), convert.load_tokenizer(WEIGHTS.value))
-    with tqdm(total=total if SHAPES_WORLD.value else len(work), unit=unit) as bar:
-        how = {"text": text, "text_batch_size": TEXT_BATCH_SIZE.value, "shard_size": SHARD_SIZE.value}
-        how["on_progress"] = bar.update
+    text = encoding.text_encoder(convert.load_umt5(WEIGHTS.value, dtype, which), tokenizer)
+    with tqdm(total=total if SHAPES_WORLD.value else len(work), unit="record") as bar:
+        how = {"text_batch_size": TEXT_BATCH_SIZE.value, "shard_size": SHARD_SIZE.value, "on_progress": bar.update}
         if not PROMPTS.value:
             vae = encoding.video_encoder(convert.load_vae(WEIGHTS.value, key=which))
             how |= {"vae": vae, "batch_size": BATCH_SIZE.value, **size}
         if SHAPES_WORLD.value:
-            summaries = encoding.encode_shapes_world(out, **counts, style=STYLE.value or "painted", **how)
+            summaries = encoding.encode_shapes_world(OUT.value, text=text, **counts, **style, **how)
         else:
             encode = encoding.encode_prompts if PROMPTS.value else encoding.encode_videos
-            summaries = {out: encode(work, out, **how)}
+            summaries = {OUT.value: encode(work, OUT.value, text=text, **how)}
     for folder, summary in summaries.items():
-        reasons = [*summary.skipped.values(), *(f"{name}: has no caption in {CAPTIONS.value}." for name in uncaptioned)]
+        reasons = [*summary.skipped.values(), *(f"{name}: has no caption in {place}." for name in uncaptioned)]
         print(f"{folder}: {summary.written} written, {len(reasons)} skipped")
         for reason in reasons:
             print(f"  skipped {reason}")

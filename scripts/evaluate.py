@@ -27,10 +27,10 @@ from avd_jax.experiments.held_out import drawn_videos, make_videos, with_and_wit
 from avd_jax.experiments.videos import videos_in
 from avd_jax.generation.settings import Options, resolve
 
-VIDEOS = flags.DEFINE_string("videos", None, "Folder of videos to measure, instead of weights.")
-CAPTIONS = flags.DEFINE_string("captions", None, "Their captions. Default: captions.jsonl, or the JSON beside each.")
-WEIGHTS = flags.DEFINE_string("weights", None, "VAE, text encoder, tokenizer (and transformer), in any known layout.")
-CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Student: a training run or checkpoint, an export, a model.pt.")
+VIDEOS = command_line.path_flag("videos", None, "Folder of videos to measure, instead of weights.")
+CAPTIONS = command_line.path_flag("captions", None, "Their captions. Default: captions.jsonl, or the JSON beside each.")
+WEIGHTS = command_line.path_flag("weights", None, "VAE, text encoder, tokenizer (and transformer), in any layout.")
+CHECKPOINT = command_line.path_flag("checkpoint", None, "Student: a training run or checkpoint, an export, a model.pt.")
 WHICH = command_line.define_which()
 BESIDE_TEACHER = flags.DEFINE_bool("beside_teacher", False, "Also the teacher: with --steps, and with the student's.")
 STEPS = flags.DEFINE_integer("steps", 50, "UniPC steps of the teacher.", lower_bound=1)
@@ -39,7 +39,7 @@ SHIFT = flags.DEFINE_float("shift", None, "The teacher's timestep shift. Default
 COUNT = flags.DEFINE_integer("count", 100, "Held-out captions.", lower_bound=1)
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 10, "Videos to sample together.", lower_bound=1)
 SHOWN = ("alignment", "instance_preservation", "saturation")
-OUT = flags.DEFINE_string("out", None, "Folder for metrics.json, report.html and the videos that are made.")
+OUT = command_line.path_flag("out", None, "Folder for metrics.json, report.html and the videos that are made.")
 
 
 def check_flags() -> None:

@@ -15,9 +15,9 @@ from avd_jax import command_line, convert
 from avd_jax.convert.networks import DEFAULT
 from avd_jax.errors import UserError
 
-CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Training run or checkpoint, or weights in any known layout.")
+CHECKPOINT = command_line.path_flag("checkpoint", None, "Training run or checkpoint, or weights in any known layout.")
 LAYOUT = flags.DEFINE_enum("layout", None, convert.LAYOUTS, "Wan's own layout, or diffusers'.")
-DST = flags.DEFINE_string("dst", None, "Folder for the export.")
+DST = command_line.path_flag("dst", None, "Folder for the export.")
 DTYPE = flags.DEFINE_enum("dtype", "keep", ["keep", "float32", "bfloat16"], "Stored dtype; keep: the checkpoint's.")
 WHICH = command_line.define_which()
 INSIDE = flags.DEFINE_bool(

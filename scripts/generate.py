@@ -29,12 +29,12 @@ from avd_jax.generation.run import generate, make_plan
 from avd_jax.generation.settings import DTYPES, SOLVERS, Options, from_record_file, make_jobs, resolve
 from avd_jax.parallel.mesh import make_mesh
 
-WEIGHTS = flags.DEFINE_string("weights", None, "VAE, text encoder, tokenizer (and transformer), in any known layout.")
-CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Student: a training run or checkpoint, an export, a model.pt.")
+WEIGHTS = command_line.path_flag("weights", None, "VAE, text encoder, tokenizer (and transformer), in any layout.")
+CHECKPOINT = command_line.path_flag("checkpoint", None, "Student: a training run or checkpoint, an export, a model.pt.")
 PROMPT = flags.DEFINE_string("prompt", None, "What to show.")
-PROMPTS = flags.DEFINE_string("prompts", None, "File of prompts: text with one a line, .jsonl or .csv.")
-FROM_JSON = flags.DEFINE_string("from_json", None, "The .json beside a video, to make that video again.")
-OUT = flags.DEFINE_string("out", None, "Folder for the videos.")
+PROMPTS = command_line.path_flag("prompts", None, "Prompts: text with one a line, JSON, JSON lines, CSV or TSV.")
+FROM_JSON = command_line.path_flag("from_json", None, "The .json beside a video, to make that video again.")
+OUT = command_line.path_flag("out", None, "Folder for the videos.")
 SEED = flags.DEFINE_list("seed", ["0"], "Seeds, separated by commas; every prompt is sampled with each.")
 SAMPLES = flags.DEFINE_integer("samples", 1, "Videos for each seed s: the seeds s, s+1, ... so many.")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 1, "Videos to sample together, at least one on every device.")
@@ -48,10 +48,10 @@ flags.DEFINE_float("guidance_scale", None, "Guidance of unipc, Wan's convention.
 flags.DEFINE_string("negative_prompt", None, "What unipc's guidance avoids. Default: Wan's.")
 flags.DEFINE_integer("half_rate_steps", None, "First steps of a student on every second frame. Default: see above.")
 flags.DEFINE_enum("half_rate_positions", None, HALF_RATE_POSITIONS, "Of their frames. Default: as it was trained.")
-flags.DEFINE_integer("frames", None, "Frames of a video, 4n+1. Default: what a student was trained at, else 81.")
-flags.DEFINE_integer("height", None, "Pixels, a multiple of 16. Default: what a student was trained at, else 480.")
-flags.DEFINE_integer("width", None, "Pixels, a multiple of 16. Default: what a student was trained at, else 832.")
-flags.DEFINE_float("fps", None, "Frames per second. Default: what a student was trained at, else 16.")
+flags.DEFINE_integer("frames", None, "Frames of a video, 4n+1. Default: what the weights were made for, else 81.")
+flags.DEFINE_integer("height", None, "Pixels, a multiple of 16. Default: what the weights were made for, else 480.")
+flags.DEFINE_integer("width", None, "Pixels, a multiple of 16. Default: what the weights were made for, else 832.")
+flags.DEFINE_float("fps", None, "Frames per second. Default: what the weights were made for, else 16.")
 flags.DEFINE_enum("dtype", None, DTYPES, "Of the networks, VAE excepted. Default: bfloat16, on a CPU float32.")
 
 DECISIVE = ("solver", "which", "steps", "shift", "guidance_scale", "negative_prompt")
@@ -79,7 +79,7 @@ def main() -> None:
         jobs, fingerprints = make_jobs(**asked), None
         settings = resolve(Options(weights=WEIGHTS.value, checkpoint=CHECKPOINT.value, **given), note=notes.append)
     plan = make_plan(settings, jobs, Path(OUT.value), fingerprints=fingerprints)
-    for note in notes:
+    for note in [*notes, *plan.notes]:
         print(note)
     there = len(jobs) - len(plan.todo)
     with tqdm(total=len(jobs), initial=there, unit="video") as bar:

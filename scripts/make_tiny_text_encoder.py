@@ -21,11 +21,11 @@ from avd_jax.methods.text_encoder.method import accuracy, trained_encoder
 from avd_jax.training.fields import config_from
 from avd_jax.training.trainer import train
 
-OUT = flags.DEFINE_string("out", None, "folder that gets tokenizer/ and text_encoder/")
+OUT = command_line.path_flag("out", None, "folder that gets tokenizer/ and text_encoder/")
 CAPTIONS = flags.DEFINE_integer("captions", 4000, "captions that the tokenizer is trained on", lower_bound=1)
 NUM_STEPS = flags.DEFINE_integer("num_steps", 2000, "updates of the encoder", lower_bound=1)
 SEED = flags.DEFINE_integer("seed", 0, "of the encoder's weights")
-WORKDIR = flags.DEFINE_string("workdir", "runs/tiny_text_encoder", "folder of the encoder's training, which resumes")
+WORKDIR = command_line.path_flag("workdir", "runs/tiny_text_encoder", "folder of the encoder's training, which resumes")
 
 SPECIAL_TOKENS = ("<pad>", "</s>", "<unk>")  # their ids are T5's
 LETTERS = [*"abcdefghijklmnopqrstuvwxyz0123456789.,;:!?'-"]

@@ -10,14 +10,14 @@ scripts/export.py and scripts/generate.py. `--explain` prints every field of the
 
 from pathlib import Path
 
-from absl import flags
-
 from avd_jax import command_line
 from avd_jax.convert.shipping import write_dit
+from avd_jax.convert.video_size import write_video_size
 from avd_jax.methods.flow_matching.method import trained_dit
+from avd_jax.methods.transformers import latents_info
 from avd_jax.training.trainer import train
 
-OUT = flags.DEFINE_string("out", None, "folder that gets transformer/, the mean weights, once the run is complete")
+OUT = command_line.path_flag("out", None, "folder that gets transformer/, the mean weights, once the run is complete")
 
 
 def pretrain(recipe, config, workdir: Path) -> int:
@@ -25,6 +25,7 @@ def pretrain(recipe, config, workdir: Path) -> int:
     run = train(recipe, config, workdir)
     if run.status == 0 and OUT.value:
         write_dit(trained_dit(run.method, run.state.networks["generator"].latest), Path(OUT.value))
+        write_video_size(OUT.value, vars(latents_info(config.data.latents)))
         print(f"wrote {OUT.value}/transformer")
     return run.status
 

@@ -8,14 +8,12 @@ The same command resumes from the last checkpoint of the workdir. `--explain` pr
 
 from pathlib import Path
 
-from absl import flags
-
 from avd_jax import command_line
 from avd_jax.convert.shipping import write_interpolator
 from avd_jax.methods.interpolator.method import trained_interpolator
 from avd_jax.training.trainer import train
 
-OUT = flags.DEFINE_string(
+OUT = command_line.path_flag(
     "out", None, "folder that gets interpolator/, once the run is complete: a student's run or export, or weights"
 )
 

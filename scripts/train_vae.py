@@ -7,14 +7,12 @@ The same command resumes from the last checkpoint of the workdir. `--explain` pr
 
 from pathlib import Path
 
-from absl import flags
-
 from avd_jax import command_line
 from avd_jax.convert.shipping import write_vae
 from avd_jax.methods.vae.method import trained_vae
 from avd_jax.training.trainer import train
 
-OUT = flags.DEFINE_string("out", None, "the folder that gets vae/, once the run is complete")
+OUT = command_line.path_flag("out", None, "the folder that gets vae/, once the run is complete")
 
 
 def train_vae(recipe, config, workdir: Path) -> int:

@@ -1,5 +1,6 @@
 """Whatever is wrong with a path ends in one line that names it; the neighbours of a failed write stay as they were."""
 
+import asyncio
 import errno
 import functools
 import json
@@ -317,6 +318,24 @@ def test_an_existing_folder_is_replaced_only_when_asked_and_only_if_it_is_ours(t
             write(home, overwrite=True)
         assert (home / "thesis.tex").read_text() == "years of work"
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_when_a_write_fails_the_others_are_waited_for(tmp_path, monkeypatch):
+    """Else they would end in tracebacks on a loop that is closed."""
+    ended = []
+
+    async def serialize(self, values, infos, args=None):
+        await asyncio.sleep(0 if not ended else 0.05)
+        ended.append(infos[0].name)
+        if len(ended) == 1:
+            disk_full()
+        return []
+
+    monkeypatch.setattr(orbax_io.ocp.type_handlers.NumpyHandler, "serialize", serialize)
+    weights = open_weights(cases.NATIVE, WAN_DIT)
+    with pytest.raises(UserError, match="ours: cannot be written: the disk is full"):
+        convert.save_orbax(weights, tmp_path / "ours")
+    assert len(ended) == len(weights.leaves)
 
 
 def test_a_destination_below_a_file_is_refused(tmp_path):

@@ -13,6 +13,7 @@ import pytest
 from flax import nnx
 
 from avd_jax.data import encoding, shapes_world
+from avd_jax.data.atomic import only_writer
 from avd_jax.data.inputs import Clip
 from avd_jax.data.latents import EncodedSet, read_metadata, read_negative_prompt_embeds
 from avd_jax.data.prompts import WAN_NEGATIVE_PROMPT
@@ -239,3 +240,47 @@ def test_fingerprint_tells_weights_not_types():
     changed = Toy(0)
     changed.bias[...] = jnp.full((6,), 0.25)
     assert encoding.fingerprint(Toy(0)) != encoding.fingerprint(changed)
+
+
+LOCKED = "import sys, time; from pathlib import Path; from avd_jax.data.atomic import only_writer\n"
+LOCKED += "with only_writer(Path(sys.argv[1])): print(flush=True); time.sleep(600)"
+
+
+def test_one_process_writes_to_a_folder_at_a_time(tmp_path):
+    folder = tmp_path / "set"
+    other = subprocess.Popen([sys.executable, "-c", LOCKED, str(folder)], stdout=subprocess.PIPE)
+    try:
+        other.stdout.readline()
+        with pytest.raises(UserError, match="set: another process is writing to it; wait for it"):
+            encoding.encode_prompts(["a"], folder, text=TEXT)
+        with pytest.raises(UserError, match="another process is writing to it"):
+            encoding.encode_videos(shape_clips(1), folder, vae=VAE, text=TEXT, fps=16.0, **SIZE)
+        assert [path.name for path in folder.iterdir()] == [".lock"]
+    finally:
+        other.kill()
+        other.wait()
+    assert encoding.encode_prompts(["a"], folder, text=TEXT).written == 1, "a killed process keeps nobody out"
+    assert not (folder / ".lock").exists()
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file/set: cannot be written \(Not a directory\); give another"):
+        encoding.encode_prompts(["a"], tmp_path / "file" / "set", text=TEXT)
+    with pytest.raises(UserError, match="there is nothing to encode"):
+        encoding.encode_prompts([], tmp_path / "none", text=TEXT)
+    assert not (tmp_path / "none").exists()
+    with only_writer(tmp_path / "kept"):
+        (tmp_path / "kept" / "x").write_text("")
+    assert [path.name for path in (tmp_path / "kept").iterdir()] == ["x"]
+
+
+def test_a_size_that_does_not_fit_is_one_line(tmp_path):
+    def exhausted(video):
+        if not isinstance(video, np.ndarray):
+            return pool(video)
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 274877906944 bytes.")
+
+    vae = encoding.VideoEncoder(exhausted, fingerprint="vae")
+    with pytest.raises(UserError, match="clips of 5x16x32, 1 at once: does not fit into the memory of 1 x cpu"):
+        encoding.encode_videos(shape_clips(1), tmp_path / "set", vae=vae, text=TEXT, fps=16.0, **SIZE)

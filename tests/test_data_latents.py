@@ -1,6 +1,8 @@
 """Encoded sets: what is written is read back, interruptions cost one shard, and damage is named."""
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -83,6 +85,11 @@ def test_round_trip(finished):
             "fps": 16.0,
             "scores": {"entropy": 0.5 * i},
         }
+    assert [found["clip_id"] for found in encoded] == [INPUTS[i] for i in (0, 2, 3, 5, 6)], "a loop ends"
+    assert encoded[-1]["clip_id"] == encoded[np.int64(4)]["clip_id"] == INPUTS[6]
+    for index in (5, -6):
+        with pytest.raises(IndexError):
+            encoded[index]
     skipped = [json.loads(line) for line in (finished / "skipped.jsonl").read_text().splitlines()]
     assert skipped[0] == {"input": "clip 1", "reason": "clip 1: broken"}
 
@@ -259,3 +266,47 @@ def test_others_may_read_every_file(finished):
     modes = {path.stat().st_mode for path in finished.rglob("*") if path.is_file()}
     (finished / "plain").touch()
     assert modes == {(finished / "plain").stat().st_mode}
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (RuntimeError("write() failed: No space left on device; at byte 3"), "full: the disk is full; free some space"),
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "full: the disk is full; free some space"),
+        (OSError(errno.EIO, "it broke"), r"full: cannot be written \(it broke\); give another folder"),
+    ],
+)
+def test_a_full_disk_keeps_the_shards_before(tmp_path, finished, monkeypatch, error, message):
+    write(tmp_path / "full", shards=[0], skip={1, 4})
+
+    class Writer:
+        def __init__(self, *args):
+            pass
+
+        def write(self, record):
+            raise error
+
+    writer = SetWriter(tmp_path / "full", INFO, INPUTS, inputs_per_shard=3)
+    monkeypatch.setattr("avd_jax.data.set_writer.ArrayRecordWriter", Writer)
+    with pytest.raises(UserError, match=message) as raised:
+        writer.write_shard(1, [record(3)], {})
+    assert "\n" not in str(raised.value)
+    monkeypatch.undo()
+    write(tmp_path / "full", skip={1, 4}).finish("ugly", NEGATIVE)
+    assert contents(tmp_path / "full") == contents(finished)
+
+
+def test_other_errors_of_the_writer_are_not_taken_for_a_full_disk(tmp_path, monkeypatch):
+    writer = SetWriter(tmp_path / "set", INFO, INPUTS, inputs_per_shard=3)
+    monkeypatch.setattr("avd_jax.data.set_writer.ArrayRecordWriter", lambda *args: 0)
+    with pytest.raises(AttributeError):
+        writer.write_shard(0, [], {})
+
+
+def test_a_set_on_another_machine_is_refused_by_its_scheme(tmp_path, monkeypatch):
+    for call in (sets.read_metadata, sets.set_fingerprint, lambda path: sets.EncodedSet(path, "latents")):
+        with pytest.raises(UserError, match="gs:// is not supported"):
+            call("gs://bucket/set")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write("~/set").finish("ugly", NEGATIVE)
+    assert sets.read_metadata("~/set") == sets.read_metadata(tmp_path / "set")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 
 from avd_jax.data.tokenizer import Tokenizer, clean
 from avd_jax.errors import UserError
@@ -117,3 +118,30 @@ def test_corrupt_file(contents, tmp_path):
 def test_not_a_list_of_strings(texts, tokenizer):
     with pytest.raises(UserError, match="a list of strings"):
         tokenizer(texts)
+
+
+def test_what_is_cut_is_told_in_one_line(tokenizer):
+    notes = []
+    tokenizer.tell_what_is_cut(["fox " * 200, "", "fox"], note=notes.append)
+    length = len(tokenizer._tokenizer.encode("fox " * 599 + "fox").ids)
+    tokenizer.tell_what_is_cut([], note=notes.append)
+    assert notes == []
+    long = "fox " * 599 + "fox"
+    tokenizer.tell_what_is_cut(["fox", long, long], note=notes.append)
+    tokenizer.tell_what_is_cut([long, *("fox " * n for n in (520, 530))], note=notes.append)
+    tokenizer.tell_what_is_cut(["fox fox fox"], 2, notes.append)
+    shown = "fox " * 15
+    assert notes[0] == f"cut off: {length - 512:,} of {length:,} tokens of '{shown}...'; the model reads the first 512"
+    assert notes[1].endswith(f"'{shown}...', the longest of 3 such texts; the model reads the first 512")
+    assert notes[2].endswith("tokens of 'fox fox fox...'; the model reads the first 2")
+    assert len(notes) == 3
+
+
+def test_cutting_is_what_the_library_does(tokenizer):
+    library = tokenizers.Tokenizer.from_str(tokenizer.serialized.decode())
+    library.no_padding()
+    library.enable_truncation(512)
+    for count in (250, 511, 512, 513, 600):
+        text = " ".join(f"fox{i}" for i in range(count))
+        ids, mask = tokenizer([text])
+        assert ids[0, : mask.sum()].tolist() == library.encode(text).ids

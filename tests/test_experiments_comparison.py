@@ -62,6 +62,16 @@ def test_captions_come_from_the_json_beside_or_from_a_list(tmp_path):
     assert "saturation" in rows[0]
 
 
+def test_what_is_no_utf8_is_named(tmp_path):
+    (tmp_path / "a.mp4").write_bytes(b"")
+    (tmp_path / "a.json").write_text('{"prompt": "half \\ud83d"}')
+    with pytest.raises(UserError, match=r"a\.json: the prompt is no UTF-8"):
+        videos_in(tmp_path)
+    (tmp_path / "caf\udce9.mp4").write_bytes(b"")
+    with pytest.raises(UserError, match=r"caf.udce9\.mp4: its name is no UTF-8"):
+        videos_in(tmp_path)
+
+
 def test_bad_folders_are_one_line(tmp_path):
     with pytest.raises(UserError, match="nowhere: is not a folder of videos"):
         videos_in(tmp_path / "nowhere")

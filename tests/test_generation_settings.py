@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 from generation_cases import STUDENT
 
+from avd_jax.convert.video_size import video_size, write_video_size
 from avd_jax.data.prompts import WAN_NEGATIVE_PROMPT
+from avd_jax.data.world_clips import WORLD_SIZE
 from avd_jax.errors import UserError
 from avd_jax.generation.settings import Job, Options, from_record_file, make_jobs, resolve, to_record
 
@@ -166,3 +168,55 @@ def test_a_damaged_record(tmp_path, plain, change, message):
     del record["settings"]["solver"]
     with pytest.raises(UserError, match=r"has no 'solver'; give a \.json that lies beside a video"):
         from_record_file(written(tmp_path, record), weights=None, checkpoint=None)
+
+
+SMALL = {"frames": 17, "height": 64, "width": 96, "fps": 8.0}
+
+
+def test_weights_say_what_size_they_were_made_for(student, plain):
+    write_video_size(plain, SMALL)
+    notes = []
+    for options in (Options(weights=plain), Options(weights=plain, checkpoint=f"{plain}")):
+        settings = resolve(options, note=notes.append)
+        assert {name: getattr(settings, name) for name in SMALL} == SMALL
+    assert not any("made for" in note for note in notes)
+    # A student says it better.
+    assert resolve(Options(weights=plain, checkpoint=student), note=notes.append).frames == 5
+    settings = resolve(Options(weights=plain, frames=81, width=832), note=notes.append)
+    assert (settings.frames, settings.height, settings.width) == (81, 64, 832)
+    assert notes[-1] == (
+        f"{plain} was made for videos of 17 frames of 64x96 at 8 a second, not of 81 frames of 64x832 at 8 a second"
+    )
+
+
+def test_the_size_of_weights_is_found_from_their_parts(plain):
+    write_video_size(plain, SMALL)
+    (Path(plain) / "transformer").mkdir()
+    (Path(plain) / "transformer" / "x.safetensors").write_bytes(b"")
+    for path in (plain, f"{plain}/transformer", f"{plain}/transformer/x.safetensors"):
+        assert video_size(path) == SMALL
+    assert video_size(None) == {}
+    (Path(plain) / "avd_video.json").write_text('{"frames": 17, "height": "64"}')
+    with pytest.raises(UserError, match=r"avd_video.json: height='64' is no size; restore the file, or remove it"):
+        resolve(Options(weights=plain))
+
+
+def test_the_tiny_weights_are_made_for_the_small_world():
+    assert video_size(Path(__file__).parents[1] / "weights" / "tiny") == WORLD_SIZE
+
+
+def test_paths_of_options(student, plain, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    settings = resolve(Options(weights="~/plain", checkpoint=f"file://{student}"))
+    assert (settings.weights, settings.checkpoint) == (plain, student)
+    with pytest.raises(UserError, match="hf:// is not supported"):
+        resolve(Options(weights="hf://Wan-AI/Wan2.1"))
+
+
+def test_half_a_character_in_a_record_or_a_file_of_prompts(tmp_path, plain):
+    record = to_record(resolve(Options(weights=plain)), Job("a \ud83d", 3)) | {"fingerprints": {}}
+    with pytest.raises(UserError, match=r"video.json: the prompt is no UTF-8 .*half a character"):
+        from_record_file(written(tmp_path, record), weights=None, checkpoint=None)
+    (tmp_path / "prompts.jsonl").write_text('"a"\n"b \\ud83d"\n')
+    with pytest.raises(UserError, match=r"prompts.jsonl:2: the prompt is no UTF-8"):
+        make_jobs(prompt=None, prompts=str(tmp_path / "prompts.jsonl"), seeds=["0"], samples=1)

@@ -156,7 +156,7 @@ def test_a_run_keeps_its_interpolator_and_says_how_it_is_sampled(tmp_path):
             node, _, leaf = name.partition("__")
             config[node][leaf] = value
         with pytest.raises(UserError, match=re.escape(message)):
-            RECIPE.build(config, workdir=tmp_path / "other")
+            RECIPE.build(config)
 
 
 def test_bad_settings():

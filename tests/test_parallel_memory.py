@@ -10,8 +10,9 @@ from flax import nnx
 from training_cases import DIT, LATENTS_SHAPE, make_batch, write_weights
 
 from avd_jax import convert
+from avd_jax.errors import UserError
 from avd_jax.models.functional import make_denoiser
-from avd_jax.parallel.memory import parameter_sharding
+from avd_jax.parallel.memory import fitting, parameter_sharding
 from avd_jax.parallel.mesh import make_mesh
 
 
@@ -46,3 +47,23 @@ def test_what_waits_on_the_host_computes_the_same_and_takes_no_device_memory(wei
         )
     np.testing.assert_allclose(results["host"], results["device"], atol=1e-6)
     assert on_device["host"] < 0.5 * on_device["device"]
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: x\ny"), "it: does not fit into the memory of 1 x cpu; less"),
+        (MemoryError(), "it: does not fit into the memory of 1 x cpu; less"),
+        (
+            jax.errors.JaxRuntimeError("INTERNAL: a\nb"),
+            "it: failed on 1 x cpu (INTERNAL: a b), likely for want of memory; less",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_one_line(error, message):
+    for mesh in (None, make_mesh(devices=jax.devices()[:1])):
+        with pytest.raises(UserError) as raised, fitting("it", "less", mesh):
+            raise error
+        assert str(raised.value) == message
+    with pytest.raises(KeyError), fitting("it", "less"):
+        raise KeyError

@@ -38,15 +38,21 @@ class Network(nnx.Module):
         return video[:, ::4, ::8, ::8]
 
 
-def tokenizer(texts):
-    ids = np.zeros((len(texts), 512), np.int32)
-    for i, text in enumerate(texts):
-        ids[i, : len(text.split())] = [len(word) for word in text.split()]
-    return ids, (ids > 0).astype(np.int32)
+class Words:
+    def __call__(self, texts):
+        ids = np.zeros((len(texts), 512), np.int32)
+        for i, text in enumerate(texts):
+            ids[i, : len(text.split())] = [len(word) for word in text.split()]
+        return ids, (ids > 0).astype(np.int32)
+
+    def tell_what_is_cut(self, texts):
+        for text in texts:
+            if "long" in text:
+                print(f"cut off: {text}")
 
 
 convert.load_vae = convert.load_umt5 = Network
-convert.load_tokenizer = lambda path: tokenizer
+convert.load_tokenizer = lambda path: Words()
 """
 RUN = STAND_INS + "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
 # Many command lines in one process: what each raises, as JSON.
@@ -127,6 +133,16 @@ def test_videos_and_prompts(folder):
     other = encode(*command, "--weights=other", f"--out={folder}/latents", status=1)
     assert other.stderr.splitlines()[-1].startswith(f"error: {folder}/latents: holds a set encoded from other weights")
     assert "Traceback" not in other.stderr
+
+    # Captions beside the videos, one of them too long.
+    (folder / "videos" / "a.txt").write_text("a long caption")
+    done = encode(f"--videos={folder}/videos", "--weights=w", *size, f"--out={folder}/beside")
+    assert done.stdout.splitlines()[:3] == [
+        "cut off: a long caption",
+        f"{folder}/beside: 1 written, 4 skipped",
+        "  skipped b.mp4: has no caption in a .txt beside it.",
+    ]
+    assert EncodedSet(folder / "beside", "latents")[0]["caption"] == "a long caption"
 
     done = encode(f"--prompts={folder}/prompts.txt", "--weights=w", f"--out={folder}/prompts")
     assert done.stdout == f"{folder}/prompts: 3 written, 0 skipped\n"
@@ -228,12 +244,19 @@ def test_messages(folder):
     videos, captions = f"--videos={folder}/videos", f"--captions={folder}/captions.jsonl"
     prompts, weights, out = f"--prompts={folder}/prompts.txt", "--weights=w", f"--out={folder}/out"
     world = "--shapes_world"
+    (folder / "half.json").write_text('["one",\n"two \\ud83d"]')
+    (folder / "half.csv").write_text('{"file": "a.mp4", "caption": "two \\ud83d"}\n')
     (folder / "bad.jsonl").write_text('{"file": "a.mp4"}\n')
     cases = {
         (): "--weights is missing",
-        (weights, out): "give either --prompts, or --videos and --captions.",
-        (prompts, videos, captions, weights, out): "give either --prompts, or --videos and --captions.",
-        (videos, weights, out): "--captions is missing",
+        (weights, out): "give either --prompts, or --videos (and --captions).",
+        (prompts, videos, captions, weights, out): "give either --prompts, or --videos (and --captions).",
+        (videos, weights, out): f"{folder}/videos: no video has a caption; give --captions",
+        (prompts, weights, "--out=gs://bucket/x"): "--out gs://bucket/x: gs:// is not supported, only local paths are;",
+        ("--prompts=s3://bucket/x", weights, out): "--prompts s3://bucket/x: s3:// is not supported",
+        (prompts, "--weights=hf://a/b", out): "--weights hf://a/b: hf:// is not supported",
+        (f"--prompts={folder}/half.json", weights, out): f"{folder}/half.json:2: the prompt is no UTF-8",
+        (videos, f"--captions={folder}/half.csv", weights, out): f"{folder}/half.csv:1: the caption is no UTF-8",
         (captions, weights, out): "--videos is missing",
         (prompts, out): "--weights is missing: Folder with the VAE",
         (prompts, weights): "--out is missing",

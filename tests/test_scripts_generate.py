@@ -72,6 +72,8 @@ def test_student_then_one_of_its_videos_again(folder, tmp_path):
 def test_messages(folder, tmp_path):
     (tmp_path / "empty.txt").write_text("\n\n")
     (tmp_path / "file").write_text("")
+    (tmp_path / "half.json").write_text('["a \\ud83d"]')
+    (tmp_path / "torn.json").write_text('["a",')
     weights, out, prompt = f"--weights={folder}/wan", f"--out={tmp_path}/out", "--prompt=a"
     student, small = f"--checkpoint={folder}/student", ("--frames=5", "--height=32", "--width=48")
     cases = {
@@ -88,6 +90,10 @@ def test_messages(folder, tmp_path):
         (f"--weights={folder}/none", out, prompt): f"{folder}/none: no such file or folder",
         (f"--weights={folder}/student", out, prompt): f"{folder}/student: no vae here",
         (weights, out, prompt, "--which=ema"): f"{folder}/wan: holds no 'ema'",
+        (weights, f"--prompts={tmp_path}/half.json", out): f"{tmp_path}/half.json:1: the prompt is no UTF-8",
+        (weights, f"--prompts={tmp_path}/torn.json", out): f"{tmp_path}/torn.json:1: is not JSON",
+        (weights, prompt, "--out=gs://bucket/x"): "--out gs://bucket/x: gs:// is not supported, only local paths are;",
+        (weights, "--prompts=s3://bucket/x", out): "--prompts s3://bucket/x: s3:// is not supported",
         (weights, f"--out={tmp_path}/file/out", prompt, student): f"{tmp_path}/file/out: cannot be written",
         (out, f"--from_json={folder}/wan/vae/config.json"): f"{folder}/wan/vae/config.json: has no 'prompt'",
         (weights, out, prompt, "--half_rate_steps=1"): "--half_rate_steps: only a student makes steps at half the",

@@ -63,7 +63,7 @@ def loss(line, scale, keys):
 def run(config, workdir, scale=lambda number: 1.0, at_batch=lambda number: None, inputs=None, name="line"):
     """Train three numbers; `scale` is that of the loss of a batch."""
 
-    def build(config, *, devices=None, workdir=None, video=None):
+    def build(config, *, devices=None, video=None):
         def make(number):
             at_batch(number)
             return {"scale": np.full(config.batch_size, scale(number), np.float32)}

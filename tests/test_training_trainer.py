@@ -23,6 +23,7 @@ from training_cases import (
 
 from avd_jax import convert
 from avd_jax.convert.architectures import WAN_VAE
+from avd_jax.data.atomic import only_writer
 from avd_jax.errors import UserError
 from avd_jax.training.assembly import Assembly
 from avd_jax.training.metrics import MetricsWriter
@@ -387,5 +388,10 @@ def test_samples_without_a_vae(inputs, tmp_path):
 
 
 def test_a_workdir_that_cannot_be_made(inputs):
-    with pytest.raises(UserError, match=r"^/dev/null/run/config.json: cannot be used .*; choose another --workdir$"):
+    with pytest.raises(UserError, match=r"^/dev/null/run: cannot be written \(Not a directory\); give another folder$"):
         train(settings(inputs), Path("/dev/null/run"))
+
+
+def test_a_workdir_that_another_process_trains_in(inputs, tmp_path):
+    with only_writer(tmp_path), pytest.raises(UserError, match="another process is writing to it"):
+        train(settings(inputs), tmp_path)

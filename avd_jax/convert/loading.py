@@ -22,6 +22,7 @@ from avd_jax.models.interpolator import Interpolator
 from avd_jax.models.umt5 import UMT5Encoder
 from avd_jax.models.wan_dit import WanDiT, WanDiTConfig
 from avd_jax.models.wan_vae import WanVAE
+from avd_jax.paths import local_path
 
 
 def load_dit(
@@ -96,7 +97,7 @@ def open_interpolator_of(*paths: str | Path | None, key: str = DEFAULT) -> Weigh
     Returns:
       None if there is none.
     """
-    for path in map(Path, filter(None, paths)):
+    for path in map(local_path, filter(None, paths)):
         folder = path.parent if path.is_file() else path
         if folder.name == WAN_DIT.component:  # of diffusers' layout or ours: the interpolator's folder is beside it
             places = [folder.parent]
@@ -113,7 +114,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
     It is `tokenizer.json`, or is made from `spiece.model`, or from what ComfyUI's file of umT5 has of it.
     """
-    path = Path(path)
+    path = local_path(path)
     try:
         folder = find_tokenizer(path)
     except NotHereError:

@@ -1,5 +1,6 @@
 """Orbax checkpoints of one network: a PyTree of leaves by path, written and read with few leaves in memory."""
 
+import asyncio
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -31,12 +32,21 @@ class _LazyLeafHandler(ocp.type_handlers.NumpyHandler):
     """Stores lazy leaves, a few at a time, as the NumPy arrays that they stand for."""
 
     async def serialize(self, values, infos, args=None):
+        serialize = super().serialize
         for group in _groups(values):
-            arrays = [values[i].load() for i in group]
-            group_args = args and [args[i] for i in group]
-            for written in await super().serialize(arrays, [infos[i] for i in group], group_args):
-                written.result()
-            del arrays  # before the next ones are loaded
+            writes = (serialize([values[i].load()], [infos[i]], args and [args[i]]) for i in group)
+            # All are waited for, also when one fails: those left behind would end in tracebacks on a closed loop.
+            results = await asyncio.gather(*writes, return_exceptions=True)
+            errors = [result for result in results if isinstance(result, BaseException)]
+            futures = [future for result in results if not isinstance(result, BaseException) for future in result]
+            for future in futures:
+                try:
+                    future.result()
+                except Exception as error:  # raised below
+                    errors.append(error)
+            if errors:
+                raise errors[0]
+            del writes, results, futures  # before the next ones are loaded
         return []
 
 

@@ -23,6 +23,7 @@ from avd_jax.convert.model_card import model_card, scheduler_config
 from avd_jax.convert.safetensors_io import write_safetensors
 from avd_jax.convert.weights import Weights, open_weights
 from avd_jax.errors import UserError
+from avd_jax.paths import local_path
 
 LAYOUTS = ("native", "diffusers")
 # diffusers' own limit, so that a 1.3B model is one file and a 14B model a few.
@@ -145,6 +146,7 @@ def _as_torch(weights: Weights, rules: Sequence[Rule], dtype) -> tuple[dict[str,
 
 def check_writable(folder: Path, *, overwrite: bool, ours: Callable[[Path], bool] | None = None) -> None:
     """Raise a UserError if `_complete_folder` would refuse `folder`, before any work is done."""
+    folder = local_path(folder)
     if not folder.exists():
         return
     if not overwrite:
@@ -156,6 +158,7 @@ def check_writable(folder: Path, *, overwrite: bool, ours: Callable[[Path], bool
 @contextlib.contextmanager
 def _complete_folder(folder: Path, *, overwrite: bool, ours: Callable[[Path], bool]) -> Iterator[Path]:
     """Yield the path of a new folder that becomes `folder` on success and is removed on failure."""
+    folder = local_path(folder)
     check_writable(folder, overwrite=overwrite, ours=ours)
     temporary, replaced = (folder.with_name(f".{folder.name}.{part}") for part in ("partial", "replaced"))
     try:

@@ -18,6 +18,7 @@ from avd_jax.convert.layouts import OrbaxTree, TorchFiles, find_weights, read_js
 from avd_jax.convert.networks import DEFAULT, is_causal, network_in, note_causal
 from avd_jax.convert.state import from_flat
 from avd_jax.errors import UserError, closest
+from avd_jax.paths import local_path
 
 Sharding = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 
@@ -58,7 +59,7 @@ def open_weights(path: str | Path, architecture: Architecture, key: str = DEFAUL
     Raises:
       UserError: one line that names the file, key or field.
     """
-    found = find_weights(Path(path), architecture, key if strict else DEFAULT)
+    found = find_weights(local_path(path), architecture, key if strict else DEFAULT)
     if isinstance(found, OrbaxTree):
         if key not in (DEFAULT, "") and strict and not found.several_networks:
             raise UserError(f"{path}: holds no {key!r}, but one network only; leave --which out")

@@ -20,12 +20,15 @@ import numpy as np
 from flax import nnx
 
 from avd_jax.data import world_clips
+from avd_jax.data.atomic import only_writer
 from avd_jax.data.inputs import Clip
 from avd_jax.data.latents import BFLOAT16, LatentsInfo, PromptsInfo, latents_record, prompts_record
 from avd_jax.data.prompts import WAN_NEGATIVE_PROMPT
 from avd_jax.data.set_writer import SetWriter, Summary
 from avd_jax.errors import UserError
 from avd_jax.parallel.compiler import convolution_options
+from avd_jax.parallel.memory import fitting
+from avd_jax.paths import local_path
 
 READ_THREADS = 4
 FINGERPRINT_VALUES = 16  # of each parameter; a retrained network differs in nearly all of them
@@ -139,7 +142,8 @@ def encode_videos(
       that give values that are not finite.
 
     Raises:
-      UserError: the folder holds another set, or no clip could be encoded.
+      UserError: the folder holds another set, or another process writes to it; no clip could be encoded; the size does
+        not fit into memory; a full disk.
     """
     negative = text.encode([WAN_NEGATIVE_PROMPT] * text_batch_size)[0]
     video_shape = jax.ShapeDtypeStruct((batch_size, frames, height, width, 3), jnp.float32)
@@ -156,25 +160,27 @@ def encode_videos(
     )
     # The caption is part of an input's identity: a corrected caption is another set.
     inputs = [f"{clip.clip_id} {clip.caption}" for clip in clips]
-    writer = SetWriter(out, info, inputs, inputs_per_shard=shard_size)
-    pending = writer.pending()
-    on_progress(len(clips) - sum(len(writer.range_of(shard)) for shard in pending))
-    todo = (clips[i] for shard in pending for i in writer.range_of(shard))
-    reads = _read_ahead(todo, ahead=READ_THREADS + batch_size)
-    for shard in pending:
-        results = itertools.islice(reads, len(writer.range_of(shard)))
-        skipped: dict[str, str] = {}
-        pairs = list(_encode_clips(_without_errors(results, skipped, on_progress), vae, batch_size, on_progress))
-        captions = _encode_texts(text, [clip.caption for clip, _ in pairs], text_batch_size)
-        records = []
-        for (clip, latents), embeds in zip(pairs, captions, strict=True):
-            if not (np.isfinite(latents).all() and np.isfinite(embeds).all()):
-                skipped[clip.clip_id] = f"{clip.clip_id}: its latents or embeddings are not finite."
-                continue
-            about = {"clip_id": clip.clip_id, "caption": clip.caption, "source": clip.source, "fps": fps}
-            records.append(latents_record(**about, latents=latents, prompt_embeds=embeds))
-        writer.write_shard(shard, records, skipped)
-    return writer.finish(WAN_NEGATIVE_PROMPT, negative)
+    hint = "give smaller --frames, --height, --width or --batch_size"
+    with only_writer(local_path(out)), fitting(f"clips of {frames}x{height}x{width}, {batch_size} at once", hint):
+        writer = SetWriter(out, info, inputs, inputs_per_shard=shard_size)
+        pending = writer.pending()
+        on_progress(len(clips) - sum(len(writer.range_of(shard)) for shard in pending))
+        todo = (clips[i] for shard in pending for i in writer.range_of(shard))
+        reads = _read_ahead(todo, ahead=READ_THREADS + batch_size)
+        for shard in pending:
+            results = itertools.islice(reads, len(writer.range_of(shard)))
+            skipped: dict[str, str] = {}
+            pairs = list(_encode_clips(_without_errors(results, skipped, on_progress), vae, batch_size, on_progress))
+            captions = _encode_texts(text, [clip.caption for clip, _ in pairs], text_batch_size)
+            records = []
+            for (clip, latents), embeds in zip(pairs, captions, strict=True):
+                if not (np.isfinite(latents).all() and np.isfinite(embeds).all()):
+                    skipped[clip.clip_id] = f"{clip.clip_id}: its latents or embeddings are not finite."
+                    continue
+                about = {"clip_id": clip.clip_id, "caption": clip.caption, "source": clip.source, "fps": fps}
+                records.append(latents_record(**about, latents=latents, prompt_embeds=embeds))
+            writer.write_shard(shard, records, skipped)
+        return writer.finish(WAN_NEGATIVE_PROMPT, negative)
 
 
 def encode_prompts(
@@ -193,20 +199,21 @@ def encode_prompts(
     prompts = list(dict.fromkeys(prompts))
     negative = text.encode([WAN_NEGATIVE_PROMPT] * text_batch_size)[0]
     info = PromptsInfo(text_len=text.text_len, text_dim=negative.shape[1], text_encoder=text.fingerprint)
-    writer = SetWriter(out, info, prompts, inputs_per_shard=shard_size)
-    pending = writer.pending()
-    on_progress(len(prompts) - sum(len(writer.range_of(shard)) for shard in pending))
-    for shard in pending:
-        chosen = [prompts[i] for i in writer.range_of(shard)]
-        records, skipped = [], {}
-        for prompt, embeds in zip(chosen, _encode_texts(text, chosen, text_batch_size), strict=True):
-            if np.isfinite(embeds).all():
-                records.append(prompts_record(text=prompt, prompt_embeds=embeds))
-            else:
-                skipped[prompt] = f"{prompt!r}: its embeddings are not finite."
-            on_progress(1)
-        writer.write_shard(shard, records, skipped)
-    return writer.finish(WAN_NEGATIVE_PROMPT, negative)
+    with only_writer(local_path(out)):
+        writer = SetWriter(out, info, prompts, inputs_per_shard=shard_size)
+        pending = writer.pending()
+        on_progress(len(prompts) - sum(len(writer.range_of(shard)) for shard in pending))
+        for shard in pending:
+            chosen = [prompts[i] for i in writer.range_of(shard)]
+            records, skipped = [], {}
+            for prompt, embeds in zip(chosen, _encode_texts(text, chosen, text_batch_size), strict=True):
+                if np.isfinite(embeds).all():
+                    records.append(prompts_record(text=prompt, prompt_embeds=embeds))
+                else:
+                    skipped[prompt] = f"{prompt!r}: its embeddings are not finite."
+                on_progress(1)
+            writer.write_shard(shard, records, skipped)
+        return writer.finish(WAN_NEGATIVE_PROMPT, negative)
 
 
 def encode_shapes_world(
@@ -246,7 +253,7 @@ def encode_shapes_world(
     shared = {"text": text, "text_batch_size": text_batch_size, "shard_size": shard_size, "on_progress": on_progress}
     captions = world_clips.training_prompts(prompts, clips=clips)
     chosen = world_clips.training_clips(clips, **size, style=style)
-    latents_dir, prompts_dir = Path(out) / "latents", Path(out) / "prompts"
+    latents_dir, prompts_dir = local_path(out) / "latents", local_path(out) / "prompts"
     summaries = {
         latents_dir: encode_videos(chosen, latents_dir, vae=vae, fps=fps, batch_size=batch_size, **size, **shared)
     }

@@ -1,20 +1,26 @@
 """Clips to encode, from a folder of videos and a file of captions."""
 
-import json
+import functools
 import math
 import os
-from collections.abc import Callable
+import unicodedata
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from avd_jax.data.records import Record, check_text, lower_keys, printable, read_records, read_text
 from avd_jax.data.video import duration, read_video
 from avd_jax.errors import UserError, closest
+from avd_jax.paths import local_path
 
 ROUNDING = 0.0015  # seconds
 VIDEO_SUFFIXES = frozenset({".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi"})
+# As the layouts that people bring spell them; the first is ours.
+NAME_FIELDS = ("file", "file_name", "video_path", "path", "video")
+CAPTION_FIELDS = ("caption", "cap", "text", "prompt")
 
 
 @dataclass(frozen=True)
@@ -50,33 +56,65 @@ def check_clip_size(*, frames: int, height: int, width: int, prefix: str = "") -
             raise UserError(f"{prefix}{name} {pixels} is not a multiple of 16; try {max(1, pixels // 16) * 16}.")
 
 
-def read_captions(path: str | os.PathLike) -> dict[str, str]:
-    """Return file name -> caption, in the order of a file with one `{"file": ..., "caption": ...}` a line.
+def read_captions(path: str | os.PathLike | None, folder: str | os.PathLike | None = None) -> dict[str, str]:
+    """Return file name -> caption, in the order of the file.
 
-    Empty lines are passed over. A UserError names the line that is wrong, or names a file for the second time.
+    Args:
+      path: None for the captions beside the videos (see `read_sidecars`), else a list (see `read_records`) of which
+        every entry has a name, in a field `file`, `file_name`, `video_path`, `path` or `video`, and a caption, in
+        `caption`, `cap`, `text` or `prompt`; the first of them counts.
+      folder: of the videos; names become those of the files there, relative to it, however Unicode composes them,
+        whether they are absolute, and with `/` for a `\\` of Windows. Names of files elsewhere stay as they are.
+
+    Raises:
+      UserError: names the line that is wrong, or both lines that name one file.
     """
+    if path is None:
+        return read_sidecars(folder)
     captions: dict[str, str] = {}
-    for number, line in enumerate(_read_lines(path), 1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{where}: is not a JSON object ({error.msg}, column {error.colno}).") from error
-        if not isinstance(entry, dict):
+    lines: dict[str, str] = {}
+    names = _Names(folder)
+    records = read_records(path, NAME_FIELDS)
+    if records is None:
+        raise UserError(f'{path}: is no list of captions; write one {{"file": "a.mp4", "caption": "..."}} a line.')
+    for record in records:
+        where = record.where
+        if not isinstance(record.value, dict):
             raise UserError(f'{where}: is not a JSON object; write {{"file": "a.mp4", "caption": "..."}}.')
-        for key in ("file", "caption"):
-            if key not in entry:
-                raise UserError(f"{where}: has no {key!r}{closest(key, entry)}.")
-            if not isinstance(entry[key], str) or not entry[key].strip():
-                raise UserError(f"{where}: {key!r} is not a text, or is empty.")
-        name = os.path.normpath(entry["file"])
-        if name in captions:
-            raise UserError(f"{where}: {entry['file']} has a caption already; use one line a file.")
-        captions[name] = entry["caption"].strip()
+        written = _field(record, "the name", NAME_FIELDS)
+        caption = _field(record, "the caption", CAPTION_FIELDS).strip()
+        try:
+            name, identity = names.find(written)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+        if identity in lines:
+            raise UserError(f"{where}: {written} has a caption already, in {lines[identity]}; use one line a file.")
+        captions[name], lines[identity] = caption, where
     if not captions:
         raise UserError(f"{path}: holds no captions.")
+    return captions
+
+
+def read_sidecars(folder: str | os.PathLike) -> dict[str, str]:
+    """Return file name -> caption of the videos below a folder, in the order of the names: `a.txt` is that of `a.mp4`.
+
+    A video without such a file, or with an empty one, has no caption.
+
+    Raises:
+      UserError: none has one, or a file or a name is not UTF-8.
+    """
+    folder = _video_folder(folder)
+    found = _files_in(folder)
+    texts = {_composed(name.with_suffix("")): name for name in found if name.suffix.lower() == ".txt"}
+    captions = {}
+    for name in sorted(filter(_is_video, found)):
+        if (beside := texts.get(_composed(name.with_suffix("")))) is None:
+            continue
+        check_text(printable(f"{folder / name}"), "its name", str(name))
+        if caption := read_text(folder / beside).strip():
+            captions[str(name)] = caption
+    if not captions:
+        raise UserError(f"{folder}: no video has a caption; give --captions, or write a.txt beside a.mp4.")
     return captions
 
 
@@ -104,18 +142,15 @@ def clips_from_folder(
       width: pixels.
       clips_per_video: the most clips to take from one video.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"{folder}: is not a folder of videos.")
-    found = [path for path in folder.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES and path.is_file()]
-    uncaptioned = sorted({str(path.relative_to(folder)) for path in found} - set(captions))
+    folder = _video_folder(folder)
+    uncaptioned = sorted({str(name) for name in filter(_is_video, _files_in(folder))} - set(captions))
     clips = []
     for name, caption in captions.items():
         path = folder / name
         for start in _starts(path, frames / fps, clips_per_video):
             read = partial(read_video, path, frames=frames, fps=fps, height=height, width=width, start=start)
             clips.append(Clip(clip_id=f"{name}@{start:.3f}", caption=caption, source=name, read=read))
-    return clips, uncaptioned
+    return clips, [printable(name) for name in uncaptioned]
 
 
 def _starts(path: Path, length: float, most: int) -> list[float]:
@@ -132,10 +167,80 @@ def _starts(path: Path, length: float, most: int) -> list[float]:
     return [math.floor(1000 * i * spare + 1e-6) / 1000 for i in range(count)]
 
 
-def _read_lines(path: str | os.PathLike) -> list[str]:
-    try:
-        return Path(path).read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: is not UTF-8 (byte {error.start}); save it as UTF-8.") from error
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}).") from error
+class _Names:
+    """Which file a name means."""
+
+    def __init__(self, folder: str | os.PathLike | None):
+        self._folder = None if folder is None else _video_folder(folder)
+        self._root = self._folder and Path(os.path.realpath(self._folder))
+        self._real_folder = functools.lru_cache(os.path.realpath)
+
+    def find(self, written: str) -> tuple[str, str]:
+        """Return the name to use, and what two names of one file have in common.
+
+        Raises:
+          UserError: a scheme that is not supported.
+        """
+        if self._folder is None:
+            name = os.path.normpath(local_path(written))
+            return name, _composed(name)
+        if os.path.isfile(self._folder / written):
+            path = Path(written)
+        else:
+            path = local_path(written.replace("\\", "/"))
+        name = self._relative(path)
+        if not os.path.isfile(self._folder / name):
+            name = self._on_disk.get(_composed(name), name)
+        file = self._folder / name
+        identity = os.path.join(self._real_folder(file.parent), file.name)
+        return name, identity if file.exists() else _composed(identity)
+
+    def _relative(self, path: Path) -> str:
+        """Return a path relative to the folder if it lies in there, else as it is."""
+        full = Path(os.path.abspath(self._folder / path))
+        places = ((full, Path(os.path.abspath(self._folder))),)
+        if path.is_absolute() or ".." in path.parts:  # the folder, or one above it, may be a link
+            places += ((Path(self._real_folder(full.parent)) / full.name, self._root),)
+        for file, root in places:
+            if file.is_relative_to(root):
+                return str(file.relative_to(root))
+        return os.path.normpath(path)
+
+    @functools.cached_property
+    def _on_disk(self) -> dict[str, str]:
+        return {_composed(name): str(name) for name in _files_in(self._folder)}
+
+
+def _video_folder(path: str | os.PathLike) -> Path:
+    folder = local_path(path)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: is not a folder of videos.")
+    return folder
+
+
+def _files_in(folder: Path) -> list[Path]:
+    """Return the files below a folder, relative to it."""
+    return [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
+
+
+def _is_video(name: Path) -> bool:
+    return name.suffix.lower() in VIDEO_SUFFIXES
+
+
+def _composed(name: str | Path) -> str:
+    """Return a name with its letters composed: on disk macOS may have their accents apart, which look the same."""
+    return unicodedata.normalize("NFC", str(name))
+
+
+def _field(record: Record, what: str, names: Sequence[str]) -> str:
+    fields = lower_keys(record.value)
+    key = next((name for name in names if fields.get(name) is not None), None)
+    if key is None:
+        raise UserError(f"{record.where}: has no {names[0]!r}{closest(names[0], fields)}.")
+    value = fields[key]
+    if isinstance(value, list) and len(value) == 1:  # videos2caption.json has its one caption in a list
+        value = value[0]
+    if not isinstance(value, str) or not value.strip():
+        raise UserError(f"{record.where}: {key!r} is not a text, or is empty.")
+    check_text(record.where, what, value)
+    return value

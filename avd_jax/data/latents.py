@@ -39,6 +39,7 @@ import tensorflow_datasets as tfds
 from safetensors import SafetensorError, safe_open
 
 from avd_jax.errors import UserError
+from avd_jax.paths import local_path
 
 SCHEMA_VERSION = "1.0.0"
 NEGATIVE_PROMPT_FILE = "negative_prompt_embeds.safetensors"
@@ -111,7 +112,7 @@ class EncodedSet:
 
     def __init__(self, folder: str | os.PathLike, kind: str):
         """Open a set of the given kind, "latents" or "prompts" (UserError if it is not one, whole and finished)."""
-        self.folder, self.info = Path(folder), read_metadata(folder)
+        self.folder, self.info = local_path(folder), read_metadata(folder)
         if self.info.kind != kind:
             raise UserError(f"{folder}: is a set of {self.info.kind}, not of {kind}.")
         try:
@@ -123,10 +124,9 @@ class EncodedSet:
         return len(self._source)
 
     def __getitem__(self, index: int) -> dict:
+        index = range(len(self))[index]  # an IndexError is what ends a loop over the set; -1 is the last record
         try:
-            return self._decode(self._source[int(index)])
-        except IndexError:
-            raise
+            return self._decode(self._source[index])
         except Exception as error:  # ArrayRecord raises RuntimeError, protobuf and NumPy their own
             raise UserError(
                 f"{self.folder}: record {index} is damaged ({_one_line(error)}); encode the set again."
@@ -186,7 +186,7 @@ def read_metadata(folder: str | os.PathLike) -> LatentsInfo | PromptsInfo:
     Raises:
       UserError: the folder holds no set, or an unfinished or damaged one.
     """
-    folder = Path(folder)
+    folder = local_path(folder)
     path = folder / "metadata.json"
     if not path.exists():
         raise UserError(f"{folder}: holds no encoded set (no metadata.json); make one with scripts/encode.py.")
@@ -217,7 +217,7 @@ def read_metadata(folder: str | os.PathLike) -> LatentsInfo | PromptsInfo:
 
 def set_fingerprint(folder: str | os.PathLike) -> str:
     """Return a short text that identifies a finished set: how it was encoded, and which inputs in which order."""
-    folder, digest = Path(folder), hashlib.sha256()
+    folder, digest = local_path(folder), hashlib.sha256()
     for path in (folder / "metadata.json", *sorted((folder / "manifest").glob("*.json"))):
         digest.update(json.dumps(read_json(path), sort_keys=True).encode())
     return digest.hexdigest()[:16]
@@ -225,7 +225,7 @@ def set_fingerprint(folder: str | os.PathLike) -> str:
 
 def read_negative_prompt_embeds(folder: str | os.PathLike, text_len: int) -> np.ndarray:
     """Return the embeddings of the negative prompt, bfloat16 [text_len text_dim], zeros after the last token."""
-    path = Path(folder) / NEGATIVE_PROMPT_FILE
+    path = local_path(folder) / NEGATIVE_PROMPT_FILE
     try:
         with safe_open(path, "numpy") as tensors:
             return pad_prompt_embeds(tensors.get_tensor("prompt_embeds"), text_len)

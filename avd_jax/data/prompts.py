@@ -1,15 +1,12 @@
 """Lists of prompts, file names for what is generated from them, and Wan's negative prompt."""
 # ruff: noqa: RUF001 - the negative prompt is Chinese and has its own commas
 
-import csv
 import hashlib
-import io
-import json
+import os
 import re
 import unicodedata
-from collections.abc import Iterator
-from pathlib import Path
 
+from avd_jax.data.records import Record, check_text, lower_keys, read_records, read_text
 from avd_jax.errors import UserError
 
 # `sample_neg_prompt` of Wan2.1's wan/configs/shared_config.py. It names what a video should not show: garish colours,
@@ -21,26 +18,27 @@ WAN_NEGATIVE_PROMPT = (
 )
 
 _SLUG_LENGTH = 60
-_FIELDS = ("prompt", "caption")
+_FIELDS = ("prompt", "caption", "text", "prompt_en")
 
 
-def read_prompts(path: str | Path) -> list[str]:
+def read_prompts(path: str | os.PathLike) -> list[str]:
     """Read prompts, in the file's order with repetitions kept; each is stripped and blank ones are left out.
 
     Args:
-      path: UTF-8 file; `.jsonl` (one object a line) and `.csv` (with a header) hold them in a field `prompt` or
-        `caption`, every other file one prompt a line.
+      path: UTF-8 file: plain text with one prompt a line, or a list (see `read_records`): JSON, JSON lines, CSV or TSV.
+        An entry of a list is a text, or an object or a row whose field `prompt`, `caption`, `text` or `prompt_en`
+        (VBench's) is one; the first of them counts.
 
     Raises:
-      UserError: when the file cannot be read as such, or holds no prompt.
+      UserError: the file cannot be read as such, holds no prompt, or one that has half a character in it.
     """
-    path = Path(path)
-    text = _read_text(path)
-    readers = {".jsonl": _from_jsonl, ".csv": _from_csv}
-    # Only a newline ends a prompt: `splitlines` would also cut at form feeds and Unicode separators within one.
-    suffix = path.suffix.lower()
-    lines = readers[suffix](path, text) if suffix in readers else text.split("\n")
-    prompts = [stripped for line in lines if (stripped := line.strip())]
+    records = read_records(path, _FIELDS)
+    if records is None:
+        # Only a newline ends a prompt: `splitlines` would also cut at form feeds and Unicode separators within one.
+        texts = read_text(path).split("\n")
+    else:
+        texts = [_prompt(record) for record in records]
+    prompts = [stripped for text in texts if (stripped := text.strip())]
     if not prompts:
         raise UserError(f"{path}: no prompts in it; write one a line")
     return prompts
@@ -63,44 +61,14 @@ def file_stem(prompt: str, *numbers: int) -> str:
     return "-".join([*([slug] if slug else []), digest, *map(str, numbers)])
 
 
-def _read_text(path: Path) -> str:
-    if path.is_dir():
-        raise UserError(f"{path}: a folder; name a text file with one prompt a line")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be read ({error.strerror}); name a text file with one prompt a line"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8, one prompt a line") from error
-    if "\0" in text:
-        raise UserError(f"{path}: a binary file, not a list of prompts; name a text file with one prompt a line")
-    return text
-
-
-def _from_jsonl(path: Path, text: str) -> Iterator[str]:
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}: line {number} is not JSON ({error.msg}); write one object a line") from error
-        yield _field(path, number, record if isinstance(record, dict) else {})
-
-
-def _from_csv(path: Path, text: str) -> Iterator[str]:
-    rows = csv.DictReader(io.StringIO(text, newline=""))
-    try:
-        for row in rows:
-            yield _field(path, rows.line_num, row)
-    except csv.Error as error:
-        raise UserError(f"{path}: line {rows.line_num + 1} is not CSV ({error}); quote the prompts") from error
-
-
-def _field(path: Path, number: int, record: dict) -> str:
-    for name in _FIELDS:
-        if isinstance(record.get(name), str):
-            return record[name]
-    raise UserError(f"{path}: line {number} has no text field {' or '.join(map(repr, _FIELDS))}; add one of them")
+def _prompt(record: Record) -> str:
+    if isinstance(record.value, dict):
+        fields = lower_keys(record.value)
+        prompt = next((fields[name] for name in _FIELDS if isinstance(fields.get(name), str)), None)
+    else:
+        prompt = record.value
+    if not isinstance(prompt, str):
+        names = f"{', '.join(map(repr, _FIELDS[:-1]))} or {_FIELDS[-1]!r}"
+        raise UserError(f"{record.where}: is no prompt; write a text, or give it a text field {names}")
+    check_text(record.where, "the prompt", prompt)
+    return prompt

@@ -1,9 +1,11 @@
 """Writing an encoded set (schema in `latents.py`) so that a killed run loses at most one shard of work."""
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,6 +26,7 @@ from avd_jax.data.latents import (
     shard_template,
 )
 from avd_jax.errors import UserError
+from avd_jax.paths import local_path
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,8 @@ class SetWriter:
             raise UserError(f"{folder}: there is nothing to encode.")
         if len(set(inputs)) < len(inputs):
             raise ValueError("the inputs of a set must differ")
-        self.folder, self.info, self.inputs, self.inputs_per_shard = Path(folder), info, list(inputs), inputs_per_shard
+        self.folder, self.inputs = local_path(folder), list(inputs)
+        self.info, self.inputs_per_shard = info, inputs_per_shard
         self.shards = -(-len(inputs) // inputs_per_shard)
         settings = {
             "kind": info.kind,
@@ -75,7 +79,8 @@ class SetWriter:
         else:
             if self.folder.exists() and any(not p.name.startswith(".") for p in self.folder.iterdir()):
                 raise UserError(f"{folder}: is not empty and holds no encoded set; give a new folder.")
-            write_text(path, json.dumps(settings, indent=2) + "\n")
+            with _reporting(self.folder):
+                write_text(path, json.dumps(settings, indent=2) + "\n")
 
     def pending(self) -> list[int]:
         """Return the numbers of the shards that are still to be written."""
@@ -87,10 +92,14 @@ class SetWriter:
         return range(first, min(first + self.inputs_per_shard, len(self.inputs)))
 
     def write_shard(self, shard: int, records: Iterable[Mapping], skipped: Mapping[str, str]) -> None:
-        """Write one shard from records (see `latents_record`, `prompts_record`) and input -> reason of the rest."""
+        """Write one shard from records (see `latents_record`, `prompts_record`) and input -> reason of the rest.
+
+        Raises:
+          UserError: a full disk, or another that cannot be written; the shards before are kept.
+        """
         features = FEATURES[self.info.kind]
         serializer = tfds.core.example_serializer.ExampleSerializer(features.get_serialized_info())
-        with replacing(self._shard_path(shard)) as temporary:
+        with _reporting(self.folder), replacing(self._shard_path(shard)) as temporary:
             writer = ArrayRecordWriter(os.fspath(temporary), "group_size:1")  # as TFDS: each record read by itself
             sizes = []
             for record in records:
@@ -118,7 +127,7 @@ class SetWriter:
           negative_prompt_embeds: its tokens' embeddings [L text_dim].
 
         Raises:
-          UserError: every input was skipped.
+          UserError: every input was skipped, or a full disk.
         """
         if self.pending():
             raise ValueError(f"{self.folder}: shards {self.pending()} are not written")
@@ -128,6 +137,17 @@ class SetWriter:
         if not written:
             reason = next(iter(skipped.values()))
             raise UserError(f"{self.folder}: all {len(skipped)} inputs were skipped; the first: {reason}")
+        with _reporting(self.folder):
+            self._finish(manifests, skipped, negative_prompt, negative_prompt_embeds)
+        return Summary(written, skipped)
+
+    def _finish(
+        self,
+        manifests: Sequence[Mapping],
+        skipped: Mapping[str, str],
+        negative_prompt: str,
+        negative_prompt_embeds: np.ndarray,
+    ) -> None:
         lines = [json.dumps({"input": key, "reason": reason}, ensure_ascii=False) for key, reason in skipped.items()]
         write_text(self.folder / "skipped.jsonl", "".join(f"{line}\n" for line in lines))
         with replacing(self.folder / NEGATIVE_PROMPT_FILE) as temporary:
@@ -135,7 +155,6 @@ class SetWriter:
             # Not save_file, which lets nobody but the owner read the file.
             temporary.write_bytes(safetensors.numpy.save(tensors, metadata={"text": negative_prompt}))
         self._write_dataset_info(manifests)
-        return Summary(written, skipped)
 
     def _write_dataset_info(self, manifests: Sequence[Mapping]) -> None:
         kind = self.info.kind
@@ -168,6 +187,20 @@ class SetWriter:
     def _is_finished(self, shard: int) -> bool:
         path, manifest = self._shard_path(shard), manifest_path(self.folder, shard)
         return path.exists() and manifest.exists() and path.stat().st_size == read_json(manifest)["file_bytes"]
+
+
+@contextlib.contextmanager
+def _reporting(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        if any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT)):
+            raise UserError(
+                f"{folder}: the disk is full; free some space, then the same command goes on where it stopped"
+            ) from error
+        if isinstance(error, RuntimeError):  # ArrayRecord's, which says in words what the system said
+            raise
+        raise UserError(f"{folder}: cannot be written ({error.strerror or error}); give another folder") from error
 
 
 def _check_same_settings(folder: Path, before: Mapping, now: Mapping) -> None:

@@ -1,7 +1,7 @@
 """Text -> token ids, as Wan2.1 prepares prompts for umT5 (`wan/modules/tokenizers.py`, cleaning mode "whitespace")."""
 
 import html
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import ftfy
@@ -9,8 +9,10 @@ import numpy as np
 import tokenizers
 
 from avd_jax.errors import UserError
+from avd_jax.paths import local_path
 
 TEXT_LENGTH = 512
+_COUNTED_TOGETHER = 256  # few enough that their encodings fit into memory
 TOKENIZER_FILE = "tokenizer.json"
 
 
@@ -38,7 +40,7 @@ class Tokenizer:
         self.serialized = serialized
         self._pad_id = self._tokenizer.token_to_id("<pad>")
         self._tokenizer.no_padding()  # the file may ask for its own; the length is ours
-        self._tokenizer.enable_truncation(TEXT_LENGTH)
+        self._tokenizer.no_truncation()  # done below, where what is lost can be counted
         end_id = self._tokenizer.token_to_id("</s>")
         if self._pad_id is None or end_id is None or self._tokenizer.encode("").ids != [end_id]:
             raise UserError(f"{name}: not umT5's tokenizer: it must have <pad> and end every text with </s>")
@@ -50,7 +52,7 @@ class Tokenizer:
         Raises:
           UserError: when there is none, or it cannot be read as umT5's tokenizer.
         """
-        path = Path(path)
+        path = local_path(path)
         file = path / TOKENIZER_FILE if path.is_dir() else path
         if not file.is_file():
             hint = ", which cannot be made from spiece.model here" if (path / "spiece.model").is_file() else ""
@@ -83,13 +85,34 @@ class Tokenizer:
         input_ids = np.full((len(texts), TEXT_LENGTH), self._pad_id, np.int32)
         attention_mask = np.zeros((len(texts), TEXT_LENGTH), np.int32)
         for row, encoding in enumerate(self._tokenizer.encode_batch([clean(text) for text in texts])):
-            input_ids[row, : len(encoding.ids)] = encoding.ids
-            attention_mask[row, : len(encoding.ids)] = 1
+            ids = encoding.ids
+            if len(ids) > TEXT_LENGTH:
+                ids = ids[: TEXT_LENGTH - 1] + ids[-1:]
+            input_ids[row, : len(ids)] = ids
+            attention_mask[row, : len(ids)] = 1
         return input_ids, attention_mask
+
+    def tell_what_is_cut(
+        self, texts: Sequence[str], limit: int = TEXT_LENGTH, note: Callable[[str], object] = print
+    ) -> None:
+        """Give `note` one line if some texts have more than `limit` tokens, of which the last ones are lost."""
+        texts, lengths = list(dict.fromkeys(texts)), {}
+        for first in range(0, len(texts), _COUNTED_TOGETHER):
+            batch = texts[first : first + _COUNTED_TOGETHER]
+            encodings = self._tokenizer.encode_batch([clean(text) for text in batch])
+            lengths |= {text: len(encoding.ids) for text, encoding in zip(batch, encodings, strict=True)}
+        longest = max(lengths, key=lengths.get, default="")
+        if (length := lengths.get(longest, 0)) > limit:
+            cut = sum(length > limit for length in lengths.values())
+            others = f", the longest of {cut:,} such texts" if cut > 1 else ""
+            note(
+                f"cut off: {length - limit:,} of {length:,} tokens of '{clean(longest)[:60]}...'{others}; the model "
+                f"reads the first {limit}"
+            )
 
     def save(self, folder: str | Path) -> None:
         """Write the tokenizer, byte for byte as it was read, to `folder/tokenizer.json`; makes the folder."""
-        folder = Path(folder)
+        folder = local_path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / TOKENIZER_FILE).write_bytes(self.serialized)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from avd_jax.convert.layouts import read_json
 from avd_jax.data.inputs import VIDEO_SUFFIXES, read_captions
+from avd_jax.data.records import check_text, printable
 from avd_jax.data.video import read_whole_video
 from avd_jax.errors import UserError
 from avd_jax.evaluation.suite import measure
@@ -28,7 +29,8 @@ def videos_in(folder: Path, captions: Path | None = None) -> list[CaptionedVideo
     writes beside each video; videos without any are measured as far as that goes.
 
     Raises:
-      UserError: there is no such folder, no video in it, or captions that cannot be read or name no file.
+      UserError: there is no such folder, no video in it, or captions that cannot be read or name no file, or a name
+        or a prompt that is no UTF-8.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: is not a folder of videos")
@@ -36,11 +38,13 @@ def videos_in(folder: Path, captions: Path | None = None) -> list[CaptionedVideo
     files = [file for file in files if not file.name.startswith(".")]
     if not files:
         raise UserError(f"{folder}: holds no videos ({', '.join(sorted(VIDEO_SUFFIXES))})")
+    for file in files:
+        check_text(printable(str(file)), "its name", str(file.relative_to(folder)))
     if captions is None and (folder / CAPTIONS_FILE).is_file():
         captions = folder / CAPTIONS_FILE
     if captions is None:
         return [CaptionedVideo(file, _recorded_prompt(file)) for file in files]
-    texts = read_captions(captions)
+    texts = read_captions(captions, folder)
     missing = [name for name in texts if not (folder / name).is_file()]
     if missing:
         raise UserError(f"{captions}: names {missing[0]}, which is not in {folder}")
@@ -73,4 +77,5 @@ def _recorded_prompt(file: Path) -> str:
     prompt = read_json(record).get("prompt")
     if not isinstance(prompt, str):
         raise UserError(f"{record}: has no text 'prompt'; restore it, or give --captions")
+    check_text(str(record), "the prompt", prompt)
     return prompt

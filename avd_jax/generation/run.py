@@ -24,7 +24,8 @@ from avd_jax.convert.weights import load_module
 from avd_jax.data.atomic import write_text
 from avd_jax.data.encoding import text_encoder, video_decoder
 from avd_jax.data.latents import pad_prompt_embeds
-from avd_jax.data.prompts import file_stem
+from avd_jax.data.prompts import WAN_NEGATIVE_PROMPT, file_stem
+from avd_jax.data.tokenizer import TEXT_LENGTH
 from avd_jax.data.video import contact_sheet, read_video, write_video
 from avd_jax.errors import UserError
 from avd_jax.generation.pipeline import (
@@ -39,8 +40,10 @@ from avd_jax.generation.settings import Job, Settings, to_record
 from avd_jax.generation.weights import Parts, open_parts
 from avd_jax.models.functional import denoiser
 from avd_jax.models.placement import Placement
+from avd_jax.parallel.memory import fitting
 from avd_jax.parallel.mesh import BATCH_AXES, batch_sharding, filled_up, replicated
 from avd_jax.parallel.rules import spec_for
+from avd_jax.paths import local_path
 
 SHEET_ROWS = 12
 THUMBNAIL_HEIGHT = 160
@@ -58,6 +61,7 @@ class Plan:
       shape: (F, H, W, C) of the latents of a video.
       videos: every video that is asked for -> its file.
       todo: those that are not there yet.
+      notes: what the user should know: prompts that are cut.
     """
 
     settings: Settings
@@ -66,6 +70,7 @@ class Plan:
     shape: LatentsShape
     videos: dict[Job, Path]
     todo: list[Job]
+    notes: list[str]
 
 
 def make_plan(
@@ -83,6 +88,7 @@ def make_plan(
       UserError: weights that are missing or do not fit, a size that the networks cannot make, or a folder that cannot
         be written.
     """
+    out = local_path(out)
     parts = open_parts(settings)
     configs = {"dit": parts.transformer.config, "vae": parts.vae.config}
     shape = latents_shape(frames=settings.frames, height=settings.height, width=settings.width, **configs)
@@ -98,7 +104,12 @@ def make_plan(
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out):  # better known now than after minutes of work
             pass
-    return Plan(settings, parts, found, shape, videos, todo)
+    notes: list[str] = []
+    texts = [job.prompt for job in jobs]
+    if settings.negative_prompt not in (None, WAN_NEGATIVE_PROMPT):
+        texts.append(settings.negative_prompt)
+    parts.tokenizer.tell_what_is_cut(texts, min(TEXT_LENGTH, parts.transformer.config.text_len), notes.append)
+    return Plan(settings, parts, found, shape, videos, todo, notes)
 
 
 def generate(
@@ -120,17 +131,19 @@ def generate(
       on_progress: called with the number of further videos that are done.
 
     Raises:
-      UserError: a full disk, or values that are not finite.
+      UserError: a full disk, a size that does not fit into memory, or values that are not finite.
     """
     settings, videos, todo = plan.settings, plan.videos, plan.todo
     size = filled_up(min(batch_size, len(todo)), mesh)
     made_with = {"fingerprints": plan.fingerprints, "command": command} | _environment(mesh, size)
-    for job, pixels in _sample(plan, mesh, size) if todo else ():
-        with _reporting(videos[job]):
-            record = json.dumps(to_record(settings, job) | made_with, indent=2, ensure_ascii=False)
-            write_text(_record_of(videos[job]), record + "\n")
-            write_video(videos[job], pixels, fps=settings.fps)
-        on_progress(1)
+    what = f"{settings.frames} frames of {settings.height}x{settings.width}, {size} at once"
+    with fitting(what, "give smaller --frames, --height, --width or --batch_size", mesh):
+        for job, pixels in _sample(plan, mesh, size) if todo else ():
+            with _reporting(videos[job]):
+                record = json.dumps(to_record(settings, job) | made_with, indent=2, ensure_ascii=False)
+                write_text(_record_of(videos[job]), record + "\n")
+                write_video(videos[job], pixels, fps=settings.fps)
+            on_progress(1)
     _write_sheets(plan)
 
 

@@ -5,8 +5,7 @@ import json
 import math
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from dataclasses import asdict, dataclass, fields, replace
 
 import jax
 from beartype.door import is_bearable
@@ -15,8 +14,10 @@ from avd_jax.convert.architectures import WAN_VAE
 from avd_jax.convert.layouts import read_json, student_settings
 from avd_jax.convert.loading import open_interpolator_of
 from avd_jax.convert.networks import DEFAULT
+from avd_jax.convert.video_size import video_size
 from avd_jax.convert.weights import open_weights
 from avd_jax.data.prompts import WAN_NEGATIVE_PROMPT, read_prompts
+from avd_jax.data.records import check_text
 from avd_jax.diffusion.student import (
     DEFAULT_HALF_RATE_POSITIONS,
     HALF_RATE_POSITIONS,
@@ -26,6 +27,7 @@ from avd_jax.diffusion.student import (
 from avd_jax.diffusion.unipc import unipc_schedule
 from avd_jax.errors import UserError, closest
 from avd_jax.generation.pipeline import MAX_SEED
+from avd_jax.paths import local_path
 
 SOLVERS = ("student", "unipc")
 DTYPES = ("float32", "bfloat16")
@@ -138,20 +140,28 @@ class Job:
 def resolve(options: Options, *, note: Callable[[str], object] = print) -> Settings:
     """Fill in every default.
 
-    The size is the one that the student was trained at, if its checkpoint says so, else Wan's. A student has the
-    timesteps of its checkpoint; if it records none, the authors' are taken and `note` gets a line.
+    The size is the one that the student was trained at, if its checkpoint says so, else the one that the weights were
+    made for, if they say so, else Wan's; `note` gets a line if another is asked for than they were made for. A student
+    has the timesteps of its checkpoint; if it records none, the authors' are taken and `note` gets a line.
 
     Raises:
       UserError: naming the option that is wrong, or that does not go with the others.
     """
     if not options.weights:
         raise UserError("--weights is missing: the folder with the VAE, the text encoder and its tokenizer")
-    source = options.checkpoint or options.weights
+    weights = str(local_path(options.weights))
+    checkpoint = str(local_path(options.checkpoint)) if options.checkpoint else None
+    options = replace(options, weights=weights, checkpoint=checkpoint)
+    source = checkpoint or weights
     student = student_settings(source)
     if student is not None:
         _check_student(source, student)
     solver = options.solver or ("student" if options.checkpoint else "unipc")
-    size = {name: _first(getattr(options, name), (student or {}).get(name), WAN_SIZE[name]) for name in WAN_SIZE}
+    made_for = video_size(checkpoint) or video_size(weights)
+    size = WAN_SIZE | made_for | {name: value for name, value in (student or {}).items() if name in WAN_SIZE}
+    size |= {name: getattr(options, name) for name in WAN_SIZE if getattr(options, name) is not None}
+    if made_for and student is None and made_for != size:
+        note(f"{weights} was made for videos of {_shown(made_for)}, not of {_shown(size)}")
     # A CPU gains nothing from bfloat16.
     dtype = options.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     shared = {
@@ -234,12 +244,13 @@ def from_record_file(path: str, *, weights: str | None, checkpoint: str | None) 
     Raises:
       UserError: not such a file, or one of its entries is not what it should be.
     """
-    record = read_json(Path(path))
+    record = read_json(local_path(path))
     hints = typing.get_type_hints(Settings) | {"timesteps": list[Number]}  # JSON has no tuples
     expected = {"prompt": str, "seed": int, "settings": dict, "fingerprints": dict[str, str]}
     _check_entries(path, record, expected)
     entries = {"half_rate_steps": 0, "half_rate_positions": None} | record["settings"]  # older ones have neither
-    entries |= {name: value for name, value in (("weights", weights), ("checkpoint", checkpoint)) if value}
+    moved = {"weights": weights, "checkpoint": checkpoint}
+    entries |= {name: str(local_path(value)) for name, value in moved.items() if value}
     _check_entries(path, entries, hints)
     for name in ("shift", "guidance_scale", "negative_prompt"):
         if (entries[name] is None) != (entries["solver"] == "student"):
@@ -250,6 +261,7 @@ def from_record_file(path: str, *, weights: str | None, checkpoint: str | None) 
         settings = Settings(**{field.name: entries[field.name] for field in fields(Settings)})
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+    check_text(path, "the prompt", record["prompt"])
     return settings, Job(record["prompt"], record["seed"]), record["fingerprints"]
 
 
@@ -308,6 +320,10 @@ def _check_entries(path: str, entries: Mapping, hints: Mapping) -> None:
             raise UserError(f"{path}: has no {name!r}{closest(name, entries)}; give a .json that lies beside a video")
         if not is_bearable(entries[name], hint) or isinstance(entries[name], bool):
             raise UserError(f"{path}: {name}={entries[name]!r} is not of the right type; restore the file")
+
+
+def _shown(size: Mapping) -> str:
+    return f"{size['frames']} frames of {size['height']}x{size['width']} at {size['fps']:g} a second"
 
 
 def _seed(text: str) -> int:

@@ -10,6 +10,7 @@ import ml_collections
 from absl import app
 
 from avd_jax.errors import UserError, closest
+from avd_jax.paths import local_path
 
 Check = Callable[[object], str | None]
 
@@ -160,6 +161,15 @@ def require(name: str, value: object, wrong: str | None) -> None:
         raise UserError(f"config.{name}={value!r} {wrong}")
 
 
+def local(value: str) -> str | None:
+    """Check a path, which may be empty; those that read it expand `~`."""
+    try:
+        local_path(value)
+    except UserError as error:
+        return f"cannot be used: {str(error).removeprefix(f'{value}: ')}"
+    return None
+
+
 def flags_parser(fields_of: Callable[[str], Fields]) -> Callable[[Sequence[str]], list[str]]:
     """Return a `flags_parser` for `absl.app.run` that checks the config file and the names of fields first.
 
@@ -168,21 +178,26 @@ def flags_parser(fields_of: Callable[[str], Fields]) -> Callable[[Sequence[str]]
     """
 
     def parse(argv: Sequence[str]) -> list[str]:
-        named, path = [], ""
-        for argument, following in itertools.pairwise([*argv, ""]):
+        named, path, argv = [], "", list(argv)
+        for place, (argument, following) in enumerate(itertools.pairwise([*argv, ""])):
             if not argument.startswith("-"):
                 continue
             name, assigned, value = argument.lstrip("-").partition("=")
             if name == "config":
-                path = value if assigned else following
+                try:
+                    path = str(local_path(value if assigned else following))
+                except UserError as error:
+                    raise UserError(f"--config {error}") from None
                 if not Path(path).is_file():
                     raise UserError(f"--config {path}: there is no such file")
+                # ml_collections opens the file itself, and knows nothing of `~`.
+                argv[place if assigned else place + 1] = f"--config={path}" if assigned else path
             elif name.startswith("config."):
                 named.append(name.removeprefix("config."))
         fields = fields_of(path) if path else {}
         for name in named:
             if name not in fields:
                 raise UserError(f"config.{name} does not exist{closest(name, fields)}; --explain lists every field")
-        return app.parse_flags_with_usage(list(argv))
+        return app.parse_flags_with_usage(argv)
 
     return parse

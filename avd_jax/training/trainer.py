@@ -3,6 +3,7 @@
 A run that is killed or stopped resumes from its last checkpoint and ends with the same parameters, bit for bit.
 """
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +12,11 @@ import jax
 import numpy as np
 from clu import parameter_overview
 
-from avd_jax.data.atomic import write_text
+from avd_jax.data.atomic import only_writer, write_text
 from avd_jax.errors import UserError
 from avd_jax.parallel.hosts import is_first
 from avd_jax.parallel.rules import sharding_table
+from avd_jax.paths import local_path
 from avd_jax.training.assembly import Assembly
 from avd_jax.training.checkpoint import Checkpoints
 from avd_jax.training.cost import cycle_cost, seconds_at_peak
@@ -29,7 +31,6 @@ from avd_jax.training.workdir import (
     check_inputs,
     check_shared,
     jsonable,
-    make_workdir,
     record_config,
 )
 
@@ -66,16 +67,17 @@ def train(recipe: Recipe, config, workdir: Path, *, profile: bool = False) -> Ou
       UserError: for what the user can put right.
     """
     recipe.validate(config)
+    workdir = local_path(workdir)
     check_shared(workdir)
     changed = changed_settings(config, workdir, recipe.fields)
     if is_first():
         print(describe(config, recipe.fields), flush=True)
-    with StopSignals() as stop:
+    with StopSignals() as stop, contextlib.ExitStack() as held:
         method = recipe.build(config)
         assembly = Assembly(method)
         cost = cycle_cost(assembly)
         if is_first():
-            make_workdir(workdir)
+            held.enter_context(only_writer(workdir))
             _print_layout(assembly)
             print(cost.as_text(), flush=True)
             overview = parameter_overview.get_parameter_overview(method.main_network.abstract, include_stats=False)

@@ -67,12 +67,6 @@ def changed_settings(config, workdir: Path, fields: Fields) -> dict[str, list]:
     return changed
 
 
-def make_workdir(workdir: Path) -> None:
-    """Make the folder of a run, once it is known that there is something to run; raises a UserError if it cannot."""
-    with _usable(workdir):
-        workdir.mkdir(parents=True, exist_ok=True)
-
-
 def record_config(config, workdir: Path, *, step: int, changed: Mapping[str, list]) -> None:
     """Write the config to the workdir, and what changed in it to `changes.jsonl`, with the step that it follows."""
     path = workdir / "config.json"

@@ -22,6 +22,7 @@ from avd_jax.training.fields import (
     check_values,
     config_from,
     finite,
+    local,
     not_nan,
     not_negative,
     one_of,
@@ -36,16 +37,20 @@ FIELDS: Fields = {
     "num_steps": Field(1000, "generator updates in the run", at_least(1), changeable=True),
     **ACCUMULATION_FIELDS,
     "init_from": Field(
-        "", "weights of the teacher, which all networks start from, in any layout; sets the sizes", changeable=True
+        "",
+        "weights of the teacher, which all networks start from, in any layout; sets the sizes",
+        local,
+        changeable=True,
     ),
     **WHICH_FIELDS,
     "model": Field("", f"what aot_compile.py compiles if init_from is empty: {', '.join(WAN_MODELS)}"),
     "data.latents": Field(
-        "", "folder of encoded videos (scripts/encode.py --videos), for the regression loss", changeable=True
+        "", "folder of encoded videos (scripts/encode.py --videos), for the regression loss", local, changeable=True
     ),
     "data.prompts": Field(
         "",
         "folder of encoded prompts (scripts/encode.py --prompts); empty: the captions of data.latents",
+        local,
         changeable=True,
     ),
     "student.timesteps": Field((1000.0, 900.0, 757.0, 522.0), "timesteps (1000 sigma) of the student's steps"),
@@ -56,7 +61,10 @@ FIELDS: Fields = {
         one_of(HALF_RATE_POSITIONS),
     ),
     "half_rate.interpolator": Field(
-        "", "weights that make the other frames, in any layout; they stay with the student", changeable=True
+        "",
+        "weights that make the other frames, in any layout; they stay with the student",
+        local,
+        changeable=True,
     ),
     "score.shift": Field(
         5.0, "timestep shift of the random timesteps at which teacher and fake_score are compared", positive
@@ -145,7 +153,7 @@ FIELDS: Fields = {
         changeable=True,
     ),
     "sample.vae": Field(
-        "", "weights of the VAE that decodes the samples; empty: those beside init_from", changeable=True
+        "", "weights of the VAE that decodes the samples; empty: those beside init_from", local, changeable=True
     ),
     "sample.teacher_steps": Field(
         50, "UniPC steps of the teacher's videos that stand beside them; 0: no teacher", not_negative, changeable=True

@@ -2,13 +2,13 @@
 
 from avd_jax.errors import UserError
 from avd_jax.training.config import RUN_FIELDS
-from avd_jax.training.fields import Field, Fields, at_least, check_values, not_negative, with_defaults
+from avd_jax.training.fields import Field, Fields, at_least, check_values, local, not_negative, with_defaults
 
 FIELDS: Fields = {
     **with_defaults(
         RUN_FIELDS, method="text_encoder", num_steps=2000, batch_size=64, log_every=100, checkpoint_every=1000
     ),
-    "tokenizer": Field("", "folder of its tokenizer", changeable=True),
+    "tokenizer": Field("", "folder of its tokenizer", local, changeable=True),
     "model.dim": Field(64, "width of the embeddings", at_least(1)),
     "model.ffn_dim": Field(128, "hidden width of the feed-forward layers", at_least(1)),
     "model.num_heads": Field(4, "attention heads", at_least(1)),

@@ -1,0 +1,91 @@
+"""What every script does with the paths on its command line and in its config."""
+
+import ast
+from pathlib import Path
+
+import pytest
+from absl import flags
+
+from avd_jax import command_line, convert, methods
+from avd_jax.errors import UserError
+from avd_jax.experiments import cells
+from avd_jax.training.fields import flags_parser
+
+SCRIPTS = sorted((Path(__file__).parents[1] / "scripts").glob("*.py"))
+# The flags and fields of text that are no path.
+TEXT_FLAGS = {"topology", "prompt", "negative_prompt", "coordinator"}
+TEXT_FIELDS = {"method", "model", "checkpoint.best_metric"}
+FIELDS = {f"{name}.{field}": row for name in methods.names() for field, row in methods.get(name).fields.items()} | {
+    f"ablation.{field}": row for field, row in cells.FIELDS.items()
+}
+
+
+@pytest.fixture(scope="module")
+def flag():
+    return command_line.path_flag("a_path_of_a_test", None, "for this test")
+
+
+def test_a_flag_for_a_path(flag, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+    def parse(text):
+        flags.FLAGS(["x", f"--a_path_of_a_test={text}"])
+        return flag.value
+
+    assert parse("runs/x/") == "runs/x"
+    assert parse("~/x") == f"{tmp_path}/x"
+    assert parse("file:///data/x") == "/data/x"
+    assert parse("") == ""
+    with pytest.raises(UserError, match="--a_path_of_a_test gs://bucket/x: gs:// is not supported, only local"):
+        parse("gs://bucket/x")
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_every_text_flag_of_a_script_is_a_path_or_known_to_be_none(script):
+    calls = [node for node in ast.walk(ast.parse(script.read_text())) if isinstance(node, ast.Call)]
+    texts = {call.args[0].value for call in calls if getattr(call.func, "attr", "") == "DEFINE_string"}
+    assert texts <= TEXT_FLAGS
+
+
+@pytest.mark.parametrize("name", sorted(name for name, field in FIELDS.items() if isinstance(field.default, str)))
+def test_every_text_field_of_a_config_is_a_path_or_known_to_be_none(name):
+    field, short = FIELDS[name], name.partition(".")[2].removeprefix("train.")
+    if field.default or short in TEXT_FIELDS:
+        return
+    assert "gs:// is not supported" in field.check("gs://bucket/x")
+    assert field.check("") is field.check("~/x") is field.check("/data/x") is None
+
+
+def test_a_config_file_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "config.py").write_text("")
+    seen = []
+    monkeypatch.setattr("avd_jax.training.fields.app.parse_flags_with_usage", seen.append)
+    parse = flags_parser(lambda path: seen.append(path) or {})
+    for arguments in (["--config=~/config.py"], ["--config", "~/config.py"]):
+        parse(["train.py", *arguments])
+        assert seen.pop() == ["train.py", *(part.replace("~", str(tmp_path)) for part in arguments)]
+        assert seen.pop() == f"{tmp_path}/config.py"
+    with pytest.raises(UserError, match="--config gs://bucket/c: gs:// is not supported"):
+        parse(["train.py", "--config", "gs://bucket/c"])
+
+
+@pytest.mark.parametrize(
+    "load",
+    [
+        *(convert.load_dit, convert.load_vae, convert.load_umt5, convert.load_tokenizer, convert.load_interpolator),
+        *(convert.dit_config, convert.find_components, convert.open_interpolator_of, convert.student_settings),
+        convert.training_settings,
+        lambda path: convert.check_writable(path, overwrite=False),
+        lambda path: convert.export_dit("none", path, layout="native"),
+    ],
+)
+def test_the_loaders_and_writers_refuse_a_scheme(load):
+    with pytest.raises(UserError, match="hf:// is not supported, only local paths are"):
+        load("hf://Wan-AI/Wan2.1-T2V-1.3B")
+
+
+def test_weights_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "tokenizer.json").symlink_to(Path(__file__).parent / "fixtures" / "tokenizer.json")
+    assert convert.load_tokenizer("~").vocab_size == convert.load_tokenizer(tmp_path).vocab_size
