@@ -12,7 +12,7 @@ from avd_jax.errors import UserError, report_user_errors
 from avd_jax.parallel.compiler import keep_programs
 from avd_jax.parallel.hosts import connect, leaving_at_once
 from avd_jax.paths import local_path
-from avd_jax.training.fields import check_names, describe, flags_parser
+from avd_jax.training.fields import Fields, check_names, describe, flags_parser
 from avd_jax.training.method import Recipe
 
 flags.disclaim_key_flags()  # a flag that a script defines through this module is the script's, so --help shows it
@@ -72,52 +72,75 @@ def run_training(
 ) -> None:
     """Run a script that trains by a config, on one host or several.
 
-    It gets the flags --config, --workdir and --explain, and those that tell one of several processes who takes part.
+    It gets the flags of `run_configured`, and --which.
 
     Args:
       train: `(recipe, config, workdir)` -> exit status; the recipe is that of the method which the config names.
       method: the one that the script is for; empty for any.
       required: further flags that must be given to train.
     """
-    config = config_flags.DEFINE_config_file("config", None, "config file; set a field with --config.FIELD=VALUE")
-    workdir = path_flag("workdir", None, "the folder of the run: config, checkpoints, metrics")
     which = define_which()
-    explain = flags.DEFINE_bool("explain", False, "print every field of the config with its help, and stop")
-    coordinator = flags.DEFINE_string("coordinator", None, "of several processes: HOST:PORT of process 0")
-    num_processes = flags.DEFINE_integer("num_processes", None, "of several processes: how many")
-    process_id = flags.DEFINE_integer("process_id", None, "of several processes: the number of this one, from 0")
-    for flag in (
-        "config",
-        workdir.name,
-        which.name,
-        explain.name,
-        coordinator.name,
-        num_processes.name,
-        process_id.name,
-    ):
-        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[flag])  # --help shows them as the script's
-    flags.mark_flag_as_required("config")
 
-    def train_or_explain() -> int:
-        recipe = methods.get(config.value.get("method", ""))
+    def fields_of(config) -> Fields:
+        recipe = methods.get(config.get("method", ""))
         if method and recipe.name != method:
             raise UserError(
                 f"config.method={recipe.name!r}: this script is for {method!r}; run scripts/train.py, which takes any"
             )
-        check_names(config.value, recipe.fields)
+        check_names(config, recipe.fields)
         if which.value:
             if "which" not in recipe.fields:
                 raise UserError(f"--which: the method {recipe.name!r} starts from no network; leave it out")
-            config.value.which = which.value  # as --config.which would
+            config.which = which.value  # as --config.which would
+        return recipe.fields
+
+    run_configured(
+        lambda config, workdir: train(methods.get(config.method), config, workdir),
+        fields_of=fields_of,
+        fields_of_file=methods.fields_of_file,
+        required=required,
+    )
+
+
+def run_configured(
+    work: Callable[[object, Path], int],
+    *,
+    fields_of: Callable[[object], Fields],
+    fields_of_file: Callable[[str], Fields],
+    required: Sequence[flags.FlagHolder] = (),
+) -> None:
+    """Run a script that works by a config in a folder, on one host or several.
+
+    It gets the flags --config, --workdir and --explain, and those that tell one of several processes who takes part.
+
+    Args:
+      work: `(config, workdir)` -> exit status.
+      fields_of: a config -> its fields; raises a UserError if the script does not take it.
+      fields_of_file: path of a config file -> the fields of its config.
+      required: further flags that must be given to work.
+    """
+    config = config_flags.DEFINE_config_file("config", None, "config file; set a field with --config.FIELD=VALUE")
+    workdir = path_flag("workdir", None, "the folder of the run: config, checkpoints, metrics")
+    explain = flags.DEFINE_bool("explain", False, "print every field of the config with its help, and stop")
+    coordinator = flags.DEFINE_string("coordinator", None, "of several processes: HOST:PORT of process 0")
+    num_processes = flags.DEFINE_integer("num_processes", None, "of several processes: how many")
+    process_id = flags.DEFINE_integer("process_id", None, "of several processes: the number of this one, from 0")
+    for flag in ("config", workdir.name, explain.name, coordinator.name, num_processes.name, process_id.name):
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[flag])  # --help shows them as the script's
+    flags.mark_flag_as_required("config")
+
+    def work_or_explain() -> int:
+        fields = fields_of(config.value)
+        check_names(config.value, fields)
         if explain.value:
-            print(describe(config.value, recipe.fields))
+            print(describe(config.value, fields))
             return 0
         _check_given((workdir, *required))
         connect(coordinator=coordinator.value, num_processes=num_processes.value, process_id=process_id.value)
         keep_programs(Path(workdir.value) / "compiled")
-        return train(recipe, config.value, Path(workdir.value))
+        return work(config.value, Path(workdir.value))
 
-    run(leaving_at_once(train_or_explain), parse_flags=flags_parser(methods.fields_of_file))
+    run(leaving_at_once(work_or_explain), parse_flags=flags_parser(fields_of_file))
 
 
 def checked(main: Callable[[], int | None], required: Sequence[flags.FlagHolder]) -> Callable:

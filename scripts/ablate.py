@@ -32,4 +32,4 @@ def ablate(config, workdir: Path) -> int:
 
 
 if __name__ == "__main__":
-    command_line.run_training(ablate, FIELDS)
+    command_line.run_configured(ablate, fields_of=lambda config: FIELDS, fields_of_file=lambda path: FIELDS)

@@ -112,11 +112,6 @@ def check_inputs(before: Mapping[str, str] | None, now: Mapping[str, str], check
     """
     before = now if before is None else before
     changed = sorted(f"config.{name}" for name in {*before, *now} if before.get(name) != now.get(name))
-    if "method" in changed:
-        raise UserError(
-            f"{workdir}: holds a run of the method {before['method']!r}, the config is of {now['method']!r}; use its "
-            "own config, or another --workdir"
-        )
     if changed:
         raise UserError(
             f"{checkpoint}: the run began with other contents of {', '.join(changed)}; name a copy of those, or "
