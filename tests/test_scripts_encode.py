@@ -26,7 +26,7 @@ from avd_jax.errors import UserError
 
 
 class Network(nnx.Module):
-    def __init__(self, path, *_):
+    def __init__(self, path, *_, **__):
         if "none" in path:
             raise UserError(f"{path}: holds no weights.")
         self.weight = nnx.Param(jnp.full((4,), 2.0 if "other" in path else 1.0))
