@@ -14,6 +14,7 @@ from avd_jax.errors import UserError
 from avd_jax.methods.avd import RECIPE
 from avd_jax.methods.avd.config import default_config
 from avd_jax.training.assembly import Assembly
+from avd_jax.training.cost import cycle_cost
 
 VIDEO = {"frames": 9, "height": 32, "width": 32}
 
@@ -67,6 +68,14 @@ def test_the_flops_are_all_devices_and_do_not_depend_on_the_mesh(inputs):
 
     one = {"mesh__fsdp": 1, "mesh__seq": 1, "devices": jax.devices()[:1]}
     assert flops(**one) == flops()
+
+
+def test_the_cost_of_a_cycle_does_not_depend_on_the_mesh(inputs):
+    one = {"mesh__fsdp": 1, "mesh__seq": 1, "devices": jax.devices()[:1]}
+    for fields in ({}, {"batch_size": 8, "mesh__fsdp": 8, "mesh__seq": 1}):
+        found, alone = (cycle_cost(assemble(inputs, **fields | device)) for device in ({}, one))
+        for name, flops in found.updates.items():
+            assert found.in_units(flops) == pytest.approx(alone.in_units(alone.updates[name]), rel=1e-6)
 
 
 def test_sample_videos_are_shared_out_if_there_are_fewer_than_shards(inputs):

@@ -17,8 +17,8 @@ class CycleCost:
       updates: network -> FLOPs of one update of it.
       times: network -> how often a cycle updates it.
       examples: in a batch.
-      unit: name of the piece of work in which the cost is stated, for one example; None if there is none.
-      unit_flops: of that piece.
+      unit: name of the piece of work in which the cost is stated; None if there is none.
+      unit_flops: of that piece for a batch.
     """
 
     updates: Mapping[str, float]
@@ -33,8 +33,8 @@ class CycleCost:
         return sum(self.times[name] * flops for name, flops in self.updates.items())
 
     def in_units(self, flops: float) -> float:
-        """Return FLOPs of a batch as units an example."""
-        return flops / self.unit_flops / self.examples
+        """Return FLOPs of a batch in units, which is as many for each example."""
+        return flops / self.unit_flops
 
     def as_text(self) -> str:
         """Return the cost as a sentence."""

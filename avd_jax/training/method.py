@@ -234,8 +234,8 @@ class Method:
       record: what a checkpoint says beside arrays: `architecture` of the main network, and more.
       inputs: config field -> what identifies the weights or the set that its path leads to.
       observer: called with the surroundings and the frozen arrays once a run starts.
-      unit: (name, function, abstract arguments) of the piece of work in which the cost of a cycle is stated, for one
-        example; None states none.
+      unit: (name, function, abstract arguments) of the piece of work in which the cost of a cycle is stated, for a
+        whole batch; None states none.
       programs: what else a run compiles, by name, for the memory verdict.
     """
 

@@ -109,7 +109,7 @@ def build(config, *, devices=None, video: Mapping[str, int] | None = None) -> Me
         record=partial(_record, config, sizes.model, info),
         inputs=partial(_inputs, config),
         observer=partial(AVDObserver, config, student, teacher, teacher_parts, sizes.model, info, mesh),
-        unit=partial(unit, network, sizes.model, sizes.latents),
+        unit=partial(unit, network, sizes.model, sizes.latents, config.batch_size),
         programs=programs(config, student, sizes.model, sizes.interpolator, mesh),
     )
 

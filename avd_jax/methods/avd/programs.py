@@ -20,11 +20,14 @@ from avd_jax.parallel.compiler import convolution_options
 from avd_jax.parallel.mesh import filled_up, replicated
 
 
-def unit(network: Denoiser, model: WanDiTConfig, shape: LatentsShape) -> tuple[str, Callable, tuple]:
-    """Return the piece of work in which a cycle's cost is stated: one forward pass on one example."""
-    conditions = abstract_conditions(1, model, "bfloat16", None)
-    latents = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
-    args = network.abstract_params(), latents, jax.ShapeDtypeStruct((1,), jnp.float32), conditions
+def unit(network: Denoiser, model: WanDiTConfig, shape: LatentsShape, batch_size: int) -> tuple[str, Callable, tuple]:
+    """Return the piece of work in which a cycle's cost is stated: one forward pass on a batch.
+
+    It is a whole one: of a single example every batch shard would make the attention.
+    """
+    conditions = abstract_conditions(batch_size, model, "bfloat16", None)
+    latents = jax.ShapeDtypeStruct((batch_size, *shape), jnp.float32)
+    args = network.abstract_params(), latents, jax.ShapeDtypeStruct((batch_size,), jnp.float32), conditions
     return "forward passes of the DiT", network, args
 
 
