@@ -19,6 +19,7 @@ from training_cases import (
     make_student,
     recording,
     train,
+    use_devices,
     write_sets,
     write_weights,
 )
@@ -124,14 +125,15 @@ def test_regression_is_at_the_rate_of_its_timesteps(evaluate, stop):
     np.testing.assert_array_equal(np.float32(TIMES)[parts["timestep_index"]], timesteps)
 
 
-def test_a_run_keeps_its_interpolator_and_says_how_it_is_sampled(tmp_path):
+def test_a_run_keeps_its_interpolator_and_says_how_it_is_sampled(tmp_path, monkeypatch):
+    use_devices(monkeypatch.setattr, 1)  # a quarter of the time to compile
     latents, prompts = write_sets(tmp_path / "sets")
     write_interpolator(Interpolator(InterpolatorConfig(4, (8, 8, 8)), nnx.Rngs(0)), tmp_path / "made")
     config = make_config(
         init_from=str(write_weights(tmp_path / "wan")),
         data__latents=str(latents),
         data__prompts=str(prompts),
-        batch_size=8,
+        batch_size=1,
         num_steps=1,
         fake_score_updates=1,
         sample_every=0,
