@@ -16,7 +16,7 @@ from avd_jax.convert.architectures import WAN_DIT
 from avd_jax.convert.fingerprint import fingerprint
 from avd_jax.convert.networks import DEFAULT
 from avd_jax.convert.weights import open_weights
-from avd_jax.data.latents import LatentsInfo, read_metadata, set_fingerprint
+from avd_jax.data.latents import LatentsInfo, read_metadata, read_negative_prompt_embeds, set_fingerprint
 from avd_jax.data.pipeline import training_batches
 from avd_jax.errors import UserError
 from avd_jax.generation.pipeline import LatentsShape, latents_shape
@@ -26,9 +26,10 @@ from avd_jax.models.wan_dit import REMAT_POLICIES, WanDiTConfig
 from avd_jax.models.wan_vae import WanVAEConfig
 from avd_jax.parallel.hosts import batch_rows
 from avd_jax.parallel.memory import parameter_sharding
-from avd_jax.parallel.mesh import BATCH_AXES, batch_shards, make_mesh
+from avd_jax.parallel.mesh import BATCH_AXES, batch_shards, make_mesh, replicated
+from avd_jax.parallel.rules import dotted
 from avd_jax.training.fields import Field, Fields, one_of
-from avd_jax.training.method import BatchField
+from avd_jax.training.method import BatchField, Frozen
 
 WHICH_FIELDS: Fields = {
     "which": Field(
@@ -91,8 +92,7 @@ def shaped_params(abstract: Params, mesh: Mesh, memory: str = "device") -> Param
     """Return shapes and dtypes of a transformer's parameters with the shardings that `load_params` gives them."""
 
     def shaped(keys, leaf):
-        path = jax.tree_util.keystr(keys, simple=True, separator=".")
-        sharding = parameter_sharding(path, leaf.shape, mesh, memory=memory)
+        sharding = parameter_sharding(dotted(keys), leaf.shape, mesh, memory=memory)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     return jax.tree_util.tree_map_with_path(shaped, abstract)
@@ -175,6 +175,18 @@ def abstract_conditions(size: int, model: WanDiTConfig, dtype: str, sharding) ->
     """Return the shapes of what a transformer is told of the text, [size text_len text_dim]."""
     shape = size, model.text_len, model.text_dim
     return {"prompt_embeds": jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=sharding)}
+
+
+def negative_conditions(folder: str, model: WanDiTConfig, mesh: Mesh) -> Frozen:
+    """Return the conditions that guidance subtracts, one for all examples: those of the negative prompt of a set."""
+    everywhere = replicated(mesh)
+    shape = jax.ShapeDtypeStruct((model.text_len, model.text_dim), jnp.bfloat16, sharding=everywhere)
+
+    def load():
+        embeds = read_negative_prompt_embeds(Path(folder), model.text_len)
+        return jax.device_put(as_conditions(jnp.asarray(embeds)), everywhere)
+
+    return Frozen(as_conditions(shape), load)
 
 
 def as_conditions(prompt_embeds: np.ndarray | jax.Array) -> dict:

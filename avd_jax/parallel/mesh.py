@@ -53,6 +53,12 @@ def make_mesh(
     return Mesh(_arranged(sizes, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def mesh_that_divides(batch_size: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Return a mesh of as many devices as share out a batch evenly, all along `data`; None: of those that are here."""
+    devices = jax.devices() if devices is None else devices
+    return make_mesh(devices=devices[: math.gcd(batch_size, len(devices))])
+
+
 def _sizes(given: dict[str, int], devices: int, batch_size: int | None) -> dict[str, int]:
     sizes = dict(given)
     shown = " x ".join(f"{axis}={size}" for axis, size in given.items())

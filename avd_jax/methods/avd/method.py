@@ -3,10 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from avd_jax import convert
@@ -14,7 +12,7 @@ from avd_jax.convert.architectures import INTERPOLATOR
 from avd_jax.convert.fingerprint import fingerprint
 from avd_jax.convert.networks import DEFAULT
 from avd_jax.convert.weights import open_weights
-from avd_jax.data.latents import EncodedSet, LatentsInfo, read_negative_prompt_embeds
+from avd_jax.data.latents import EncodedSet, LatentsInfo
 from avd_jax.diffusion.student import StudentSchedule, check_half_rate
 from avd_jax.errors import UserError
 from avd_jax.generation.pipeline import LatentsShape
@@ -160,21 +158,13 @@ def _start(config, mesh, shardings) -> dict:
 
 def _teacher(config, model: WanDiTConfig, teacher: Denoiser, mesh) -> dict[str, Frozen]:
     """Return the teacher's parameters and the conditions that its guidance subtracts."""
-    memory, everywhere = config.teacher_memory, replicated(mesh)
-    negative = transformers.as_conditions(
-        jax.ShapeDtypeStruct((model.text_len, model.text_dim), jnp.bfloat16, sharding=everywhere)
-    )
-
-    def load_negative():
-        embeds = read_negative_prompt_embeds(Path(config.data.prompts or config.data.latents), model.text_len)
-        return jax.device_put(transformers.as_conditions(jnp.asarray(embeds)), everywhere)
-
+    memory = config.teacher_memory
     return {
         "teacher": Frozen(
             transformers.shaped_params(teacher.abstract_params(), mesh, memory),
             lambda: transformers.load_params(config.init_from, config.teacher_dtype, mesh, memory, which=config.which),
         ),
-        "negative": Frozen(negative, load_negative),
+        "negative": transformers.negative_conditions(config.data.prompts or config.data.latents, model, mesh),
     }
 
 

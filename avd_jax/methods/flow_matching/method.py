@@ -8,7 +8,6 @@ prompt is replaced by the negative prompt, the one that guidance subtracts, so t
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +16,6 @@ from flax import nnx
 
 from avd_jax import convert
 from avd_jax.convert.networks import DEFAULT
-from avd_jax.data.latents import read_negative_prompt_embeds
 from avd_jax.diffusion.flow import add_noise, sample_timesteps, sigma_of_timestep
 from avd_jax.errors import UserError
 from avd_jax.losses.distribution_matching import flow_matching_loss
@@ -25,9 +23,8 @@ from avd_jax.methods import transformers
 from avd_jax.models.attention import check_heads
 from avd_jax.models.functional import Denoiser, Params, make_denoiser
 from avd_jax.models.wan_dit import WanDiT, WanDiTConfig
-from avd_jax.parallel.mesh import replicated
 from avd_jax.parallel.rules import dotted
-from avd_jax.training.method import Frozen, Method, Term, Trained, Update
+from avd_jax.training.method import Method, Term, Trained, Update
 from avd_jax.training.optimizers import growing_decay, scheduled
 
 
@@ -57,7 +54,7 @@ def build(config, *, devices=None, video: Mapping[str, int] | None = None) -> Me
                 growing_decay(config.ema_decay),
             )
         },
-        frozen={"negative": _negative(config.data.latents, model, replicated(mesh))},
+        frozen={"negative": transformers.negative_conditions(config.data.latents, model, mesh)},
         updates=(_update(config, network),),
         fields=transformers.encoded_fields(config.batch_size, shape, model),
         batches=transformers.encoded_batches(config, mesh, text_len=model.text_len),
@@ -131,16 +128,6 @@ def _update(config, network: Denoiser) -> Update:
     )
     inputs = ("generator", "latents", "captions", "negative", "keys")
     return Update("total", "generator", (Term("flow_matching", 1.0, inputs, loss),))
-
-
-def _negative(folder: str, model: WanDiTConfig, sharding) -> Frozen:
-    shape = jax.ShapeDtypeStruct((model.text_len, model.text_dim), jnp.bfloat16, sharding=sharding)
-
-    def load():
-        embeds = read_negative_prompt_embeds(Path(folder), model.text_len)
-        return jax.device_put(transformers.as_conditions(jnp.asarray(embeds)), sharding)
-
-    return Frozen(transformers.as_conditions(shape), load)
 
 
 def _model_config(config) -> WanDiTConfig:

@@ -7,7 +7,6 @@ out by itself which colour belongs to which shape.
 
 import dataclasses
 import hashlib
-import math
 from collections.abc import Sequence
 
 import jax
@@ -23,7 +22,7 @@ from avd_jax.data.world_clips import FIRST_TEXT_ENCODER_CAPTION
 from avd_jax.models.functional import Functional, Params, functional
 from avd_jax.models.umt5 import UMT5Config, UMT5Encoder
 from avd_jax.parallel.hosts import batch_rows
-from avd_jax.parallel.mesh import make_mesh
+from avd_jax.parallel.mesh import mesh_that_divides
 from avd_jax.training.batches import CountedBatches
 from avd_jax.training.method import BatchField, Method, Term, Trained, Update
 
@@ -46,8 +45,7 @@ NEW_CAPTIONS = 1024  # that no update sees, on which the accuracy is measured
 
 def build(config, *, devices=None, video=None) -> Method:
     """Put the method together; arguments and errors as in `methods/avd/method.py`."""
-    devices = jax.devices() if devices is None else devices
-    mesh = make_mesh(devices=devices[: math.gcd(config.batch_size, len(devices))])
+    mesh = mesh_that_divides(config.batch_size, devices)
     tokenizer = convert.load_tokenizer(config.tokenizer)
     sizes = UMT5Config(vocab_size=tokenizer.vocab_size, **config.model)
     network = functional(nnx.eval_shape(lambda: EncoderWithProbes(sizes, config.seed)))[0]

@@ -7,7 +7,6 @@ crops of few frames are enough: the network is convolutional, and a step costs a
 """
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +20,7 @@ from avd_jax.models.functional import Functional, Params, filled, functional
 from avd_jax.models.vae_layers import AttentionBlock, Downsample, ResidualBlock
 from avd_jax.models.wan_vae import RGB, WanVAE, WanVAEConfig
 from avd_jax.parallel.hosts import batch_rows
-from avd_jax.parallel.mesh import make_mesh
+from avd_jax.parallel.mesh import mesh_that_divides
 from avd_jax.training.batches import CountedBatches
 from avd_jax.training.method import BatchField, Draw, Method, Term, Trained, Update, Value
 from avd_jax.training.optimizers import growing_decay, scheduled
@@ -144,8 +143,7 @@ def crops(config, number: int) -> np.ndarray:
 
 def build(config, *, devices=None, video=None) -> Method:
     """Put the method together; arguments as in `methods/avd/method.py`."""
-    devices = jax.devices() if devices is None else devices
-    mesh = make_mesh(devices=devices[: math.gcd(config.batch_size, len(devices))])
+    mesh = mesh_that_divides(config.batch_size, devices)
     sizes, data = model_config(config), config.data
     network, _ = functional(nnx.eval_shape(lambda: WanVAE(sizes, nnx.Rngs(0))))
     shape = config.batch_size, data.crop_frames, data.crop_size, data.crop_size, 3
