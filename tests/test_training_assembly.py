@@ -4,7 +4,7 @@ import json
 
 import jax
 import pytest
-from training_cases import DIT, make_config, write_sets, write_weights
+from training_cases import DIT, make_config, write_inputs
 
 from avd_jax.capacity import compiling
 from avd_jax.capacity.compiling import compile_program
@@ -26,13 +26,7 @@ def memory(monkeypatch):
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("inputs")
-    latents, prompts = write_sets(folder)
-    return {
-        "init_from": str(write_weights(folder / "dit")),
-        "data__latents": str(latents),
-        "data__prompts": str(prompts),
-    }
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 def assemble(inputs, *, devices=None, **fields):

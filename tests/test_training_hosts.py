@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 import pytest
 from generation_cases import VAE, InMemory
-from training_cases import make_config, train, use_linear_network, write_sets, write_weights
+from training_cases import make_config, train, use_linear_network, write_inputs
 
 from avd_jax import convert
 from avd_jax.convert.architectures import WAN_VAE
@@ -27,12 +27,7 @@ NUM_STEPS = 20
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("inputs")
-    latents, prompts = write_sets(folder)
-    return {
-        "init_from": str(write_weights(folder / "dit")),
-        "data__latents": str(latents),
-        "data__prompts": str(prompts),
+    return write_inputs(tmp_path_factory.mktemp("inputs")) | {
         "num_steps": NUM_STEPS,
         "batch_size": 8,
         "fake_score_updates": 1,

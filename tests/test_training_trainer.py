@@ -17,6 +17,7 @@ from training_cases import (
     train,
     use_devices,
     use_linear_network,
+    write_inputs,
     write_sets,
     write_weights,
 )
@@ -41,13 +42,7 @@ def linear():
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
     """Weights and sets that a run takes."""
-    folder = tmp_path_factory.mktemp("inputs")
-    latents, prompts = write_sets(folder)
-    return {
-        "init_from": str(write_weights(folder / "dit")),
-        "data__latents": str(latents),
-        "data__prompts": str(prompts),
-    }
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 def settings(inputs, **fields):

@@ -258,6 +258,16 @@ def write_sets(folder: Path, *, clips: int = 5, prompts: int = 7, shape=LATENTS_
     return folder / "latents", folder / "prompts"
 
 
+def write_inputs(folder: Path) -> dict[str, str]:
+    """Write the weights and the sets that a run takes; the fields of `make_config` that name them."""
+    latents, prompts = write_sets(folder)
+    return {
+        "init_from": str(write_weights(folder / "dit")),
+        "data__latents": str(latents),
+        "data__prompts": str(prompts),
+    }
+
+
 @contextlib.contextmanager
 def small_disk(folder, megabytes):
     """Mount a file system of its own that is soon full."""
