@@ -1,5 +1,6 @@
 """A module as a pure function of its parameters: what training, samplers and compilers take in place of a module."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,14 +55,17 @@ class Denoiser(Functional):
 
 def functional(module: nnx.Module) -> tuple[Functional, Params]:
     """Return a module as a function of its parameters, and these."""
-    graphdef, state = nnx.split(module)
-    return Functional(graphdef, _shapes(state)), nnx.to_pure_dict(state)
+    return _split(Functional, module)
+
+
+def unallocated(build: Callable[[], nnx.Module]) -> Functional:
+    """Return the module that `build` makes as a function of its parameters, without allocating these."""
+    return functional(nnx.eval_shape(build))[0]
 
 
 def denoiser(module: nnx.Module) -> tuple[Denoiser, Params]:
     """Return a transformer as a denoiser and its parameters."""
-    graphdef, state = nnx.split(module)
-    return Denoiser(graphdef, _shapes(state)), nnx.to_pure_dict(state)
+    return _split(Denoiser, module)
 
 
 def make_denoiser(
@@ -84,8 +88,10 @@ def make_denoiser(
             placement=placement,
         )
 
-    return Denoiser(*nnx.split(nnx.eval_shape(build)))
+    return denoiser(nnx.eval_shape(build))[0]
 
 
-def _shapes(state: nnx.State) -> nnx.State:
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
+def _split(kind: type[Functional], module: nnx.Module) -> tuple[Functional, Params]:
+    graphdef, state = nnx.split(module)
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
+    return kind(graphdef, shapes), nnx.to_pure_dict(state)

@@ -23,7 +23,7 @@ from avd_jax.methods.avd.observer import AVDObserver
 from avd_jax.methods.avd.programs import programs, unit
 from avd_jax.methods.avd.terms import asks_for_fake_score, fake_score_update, generator_update
 from avd_jax.models.attention import check_heads
-from avd_jax.models.functional import Denoiser, Functional, functional, make_denoiser
+from avd_jax.models.functional import Denoiser, Functional, functional, make_denoiser, unallocated
 from avd_jax.models.interpolator import Interpolator, InterpolatorConfig
 from avd_jax.models.wan_dit import WAN_MODELS, WanDiTConfig
 from avd_jax.parallel.mesh import make_mesh, replicated
@@ -169,7 +169,7 @@ def _teacher(config, model: WanDiTConfig, teacher: Denoiser, mesh) -> dict[str, 
 
 
 def _interpolator(sizes: InterpolatorConfig) -> Functional:
-    return functional(nnx.eval_shape(lambda: Interpolator(sizes, nnx.Rngs(0))))[0]
+    return unallocated(lambda: Interpolator(sizes, nnx.Rngs(0)))
 
 
 def _interpolator_part(config, interpolator: Functional, mesh) -> Frozen:

@@ -28,7 +28,7 @@ from avd_jax.data.pipeline import held_out_indices
 from avd_jax.data.video import contact_sheet
 from avd_jax.errors import UserError
 from avd_jax.methods import transformers
-from avd_jax.models.functional import Functional, Params, functional
+from avd_jax.models.functional import Functional, Params, functional, unallocated
 from avd_jax.models.interpolator import Interpolator, InterpolatorConfig
 from avd_jax.models.wan_dit import WanDiTConfig
 from avd_jax.parallel.hosts import is_first
@@ -127,7 +127,7 @@ def new_interpolator(sizes: InterpolatorConfig, seed: int) -> Interpolator:
 def trained_interpolator(method: Method, params: Params) -> Interpolator:
     """Return the interpolator of `params`, trained by `method`, as a module."""
     sizes = INTERPOLATOR.config_from_record(method.record()["architecture"], name="")
-    return functional(nnx.eval_shape(lambda: Interpolator(sizes, nnx.Rngs(0))))[0].module(params)
+    return unallocated(lambda: Interpolator(sizes, nnx.Rngs(0))).module(params)
 
 
 class HeldOut(Observer):

@@ -19,7 +19,7 @@ from avd_jax import convert
 from avd_jax.data import shapes_world
 from avd_jax.data.tokenizer import Tokenizer
 from avd_jax.data.world_clips import FIRST_TEXT_ENCODER_CAPTION
-from avd_jax.models.functional import Functional, Params, functional
+from avd_jax.models.functional import Functional, Params, unallocated
 from avd_jax.models.umt5 import UMT5Config, UMT5Encoder
 from avd_jax.parallel.hosts import batch_rows
 from avd_jax.parallel.mesh import mesh_that_divides
@@ -48,7 +48,7 @@ def build(config, *, devices=None, video=None) -> Method:
     mesh = mesh_that_divides(config.batch_size, devices)
     tokenizer = convert.load_tokenizer(config.tokenizer)
     sizes = UMT5Config(vocab_size=tokenizer.vocab_size, **config.model)
-    network = functional(nnx.eval_shape(lambda: EncoderWithProbes(sizes, config.seed)))[0]
+    network = unallocated(lambda: EncoderWithProbes(sizes, config.seed))
     rate = optax.cosine_decay_schedule(config.optimizer.learning_rate, config.num_steps)
     shape = config.batch_size, LENGTH
 
@@ -129,7 +129,7 @@ def answered(logits: Sequence[jax.Array], answers: jax.Array) -> tuple[jax.Array
 
 def _network(method: Method) -> Functional:
     sizes = UMT5Config(**method.record()["architecture"]["config"])
-    return functional(nnx.eval_shape(lambda: EncoderWithProbes(sizes, 0)))[0]
+    return unallocated(lambda: EncoderWithProbes(sizes, 0))
 
 
 def _update(network: Functional) -> Update:

@@ -16,7 +16,7 @@ from flax import nnx
 from avd_jax.data import shapes_world
 from avd_jax.data.world_clips import VAE_STATISTICS_CLIPS
 from avd_jax.methods.vae.config import model_config
-from avd_jax.models.functional import Functional, Params, filled, functional
+from avd_jax.models.functional import Functional, Params, filled, unallocated
 from avd_jax.models.vae_layers import AttentionBlock, Downsample, ResidualBlock
 from avd_jax.models.wan_vae import RGB, WanVAE, WanVAEConfig
 from avd_jax.parallel.hosts import batch_rows
@@ -145,7 +145,7 @@ def build(config, *, devices=None, video=None) -> Method:
     """Put the method together; arguments as in `methods/avd/method.py`."""
     mesh = mesh_that_divides(config.batch_size, devices)
     sizes, data = model_config(config), config.data
-    network, _ = functional(nnx.eval_shape(lambda: WanVAE(sizes, nnx.Rngs(0))))
+    network = unallocated(lambda: WanVAE(sizes, nnx.Rngs(0)))
     shape = config.batch_size, data.crop_frames, data.crop_size, data.crop_size, 3
     return Method(
         name="vae",
@@ -196,7 +196,7 @@ def trained_vae(config, params: Params, *, clips: int = VAE_STATISTICS_CLIPS, ba
     Channels that carry nothing keep a deviation of a tenth of the largest: they must not be blown up to noise.
     """
     data, sizes = config.data, model_config(config)
-    network, _ = functional(nnx.eval_shape(lambda: WanVAE(sizes, nnx.Rngs(0))))
+    network = unallocated(lambda: WanVAE(sizes, nnx.Rngs(0)))
     encode = jax.jit(lambda params, video: network.module(params).encode(video))
     latents = []
     for start in range(0, clips, batch_size):
