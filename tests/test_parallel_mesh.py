@@ -91,3 +91,20 @@ def test_only_data_spans_slices():
         UserError, match=r"data=1: the 16 devices are 2 slices.*set config.mesh.data to a multiple of 2"
     ):
         make_mesh(data=1, fsdp=16, devices=chips)
+
+
+def test_every_axis_may_span_nodes_of_gpus():
+    """JAX calls each host of GPUs a slice; the neighbours of `seq`, and then of `fsdp`, still share a node."""
+
+    class Gpu:
+        platform, device_kind = "gpu", "NVIDIA H100 80GB HBM3"
+
+        def __init__(self, number):
+            self.id = number
+            self.process_index = self.slice_index = number // 8
+
+    nodes = [Gpu(number) for number in range(16)]
+    mesh = make_mesh(data=1, fsdp=8, seq=2, devices=nodes[::-1])
+    assert [gpu.id for gpu in mesh.devices.flat] == list(range(16))
+    assert make_mesh(data=2, fsdp=4, seq=2, devices=nodes).shape["data"] == 2
+    assert make_mesh(data=1, fsdp=16, devices=nodes).size == 16

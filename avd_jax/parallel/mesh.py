@@ -79,8 +79,16 @@ def _sizes(given: dict[str, int], devices: int, batch_size: int | None) -> dict[
     return sizes
 
 
+def slice_count(devices: Sequence[jax.Device]) -> int:
+    """Return how many TPU slices the devices are of.
+
+    JAX calls each host of GPUs a slice, too; but every axis may span these, since their network is made for it.
+    """
+    return len({getattr(device, "slice_index", None) for device in devices}) if devices[0].platform == "tpu" else 1
+
+
 def _arranged(sizes: dict[str, int], devices: list[jax.Device]) -> np.ndarray:
-    slices = len({getattr(device, "slice_index", None) for device in devices})
+    slices = slice_count(devices)
     if slices == 1:
         return mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
     if sizes["data"] % slices:
