@@ -23,7 +23,11 @@ OPTIONS: Mapping[str, Mapping[str, object]] = {
         "xla_tpu_enable_windowed_einsum_for_reduce_scatter": False,
         "xla_tpu_enable_windowed_einsum_for_all_gather": False,
     },
-    "gpu": {"xla_gpu_enable_latency_hiding_scheduler": True},
+    "gpu": {
+        "xla_gpu_enable_latency_hiding_scheduler": True,
+        # Else cuDNN adds up the queries' gradient in any order, and a run that resumes is not the one that was stopped.
+        "xla_gpu_exclude_nondeterministic_ops": True,
+    },
 }
 EFFORT_O1 = 19  # a value of XLA's ExecutionOptions.EffortLevel
 
