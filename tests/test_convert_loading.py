@@ -126,13 +126,17 @@ def test_bfloat16_loads_exactly_and_sets_the_compute_dtype(tmp_path):
     exact, dit = cases.leaves_of(convert.load_dit(tmp_path)), convert.load_dit(tmp_path, dtype=jnp.bfloat16)
     assert dit.dtype == jnp.bfloat16
     for path, leaf in cases.leaves_of(dit).items():
-        assert leaf.dtype == jnp.bfloat16
+        # Wan keeps these in float32, and so does every network of ours, whatever the dtype.
+        stays = "time_" in path or "norm" in path or "modulation" in path or path.startswith("head.")
+        assert leaf.dtype == (np.float32 if stays else jnp.bfloat16), path
         assert exact[path].dtype == np.float32
         np.testing.assert_array_equal(leaf.astype(np.float32), exact[path])
     plain = cases.leaves_of(convert.load_dit(cases.NATIVE))
     np.testing.assert_array_equal(
         exact["head.head.kernel"], plain["head.head.kernel"].astype(ml_dtypes.bfloat16).astype(np.float32)
     )
+    half = cases.leaves_of(convert.load_dit(cases.NATIVE, dtype=jnp.bfloat16))
+    np.testing.assert_array_equal(half["head.head.kernel"], plain["head.head.kernel"])
 
 
 def test_sizes_come_from_the_shapes_if_no_config_fits(tmp_path):

@@ -10,8 +10,11 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from avd_jax.errors import UserError
-from avd_jax.models.attention import OUTPUT_NAME, attention
+from avd_jax.models import attention as attention_module
+from avd_jax.models.attention import attention, keep_attention
+from avd_jax.models.functional import make_denoiser
 from avd_jax.models.placement import Placement, SplashBlocks
+from avd_jax.models.wan_dit import WanDiTConfig
 from avd_jax.parallel.mesh import make_mesh
 
 
@@ -170,29 +173,98 @@ def test_heads_must_be_shared_out_evenly():
         jax.eval_shape(lambda *arrays: attention(*arrays, placement=placement), *wide_inputs(16, 16, heads=12))
 
 
-def test_saved_attention_runs_its_forward_once():
-    """With the policy that names the output, a gradient holds as many forward kernels as there are attentions."""
-    query, key, value = wide_inputs(128, 128)
+@pytest.fixture
+def cudnn(monkeypatch):
+    """JAX's cuDNN attention believes that there is a GPU that has it; it can be traced, not run."""
+    fused = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
+    monkeypatch.setattr(fused, "check_cudnn_version", lambda: 92_000)
+    monkeypatch.setattr(fused, "check_compute_capability", lambda _: True)
+    monkeypatch.setattr(fused, "is_cuda_compute_capability_equal", lambda _: False)
+
+
+@pytest.mark.parametrize(("kernel", "name"), [("splash", "_fwd"), ("cudnn", "fwd_wrapper")])
+def test_saved_attention_runs_its_forward_once(kernel, name, cudnn):
+    """With that policy a gradient holds as many forward kernels as there are attentions."""
+    query, key, value = (x.astype(jnp.bfloat16) for x in wide_inputs(128, 128))
+    placement = Placement(kernel, blocks=BLOCKS)
 
     def loss(query, policy):
         def block(query):
-            output = attention(jnp.cos(query), key, value, placement=Placement("splash", blocks=BLOCKS), interpret=True)
+            output = attention(jnp.cos(query), key, value, placement=placement, interpret=True)
             return jnp.sum(jnp.sin(output))
 
         return jax.checkpoint(block, policy=policy)(query)
 
     def forward_kernels(policy):
-        return _live_kernels(jax.make_jaxpr(jax.grad(functools.partial(loss, policy=policy)))(query).jaxpr, "_fwd")
+        return _live_kernels(jax.make_jaxpr(jax.grad(functools.partial(loss, policy=policy)))(query).jaxpr, name)
 
-    assert forward_kernels(jax.checkpoint_policies.save_only_these_names(OUTPUT_NAME)) == 1
+    assert forward_kernels(keep_attention) == 1
     assert forward_kernels(jax.checkpoint_policies.nothing_saveable) == 2
+
+
+@pytest.mark.parametrize("kernel", ["xla", "splash", "cudnn"])
+@pytest.mark.parametrize(("seq", "height"), [(1, 6), (2, 6), (4, 6), (8, 10), (8, 6)])
+def test_every_mesh_takes_every_kernel_and_any_number_of_tokens(kernel, seq, height, cudnn):
+    """cuDNN's backward pass refuses an odd number of queries or keys on a device; here there are 45 tokens, or 75."""
+    mesh = make_mesh(data=1, fsdp=-1, seq=seq)
+    config = WanDiTConfig(dim=64, ffn_dim=8, num_heads=8, num_layers=1, in_dim=4, out_dim=4, text_dim=8, text_len=7)
+    placement = Placement(kernel, mesh=mesh, batch_axes=("data", "fsdp"), sequence_axis="seq", blocks=BLOCKS)
+    network = make_denoiser(
+        config, dtype="bfloat16", param_dtype="float32", remat="save_attention", placement=placement
+    )
+    latents, timesteps = jnp.zeros((8, 3, height, 10, 4)), jnp.zeros(8)
+
+    def loss(params):
+        return jnp.sum(network(params, latents, timesteps, {"prompt_embeds": jnp.zeros((8, 7, 8))}))
+
+    jax.eval_shape(jax.grad(loss), network.abstract_params())
+
+
+@pytest.mark.parametrize(("valid_keys", "lengths"), [(6, None), (7, [7, 7])])
+def test_cudnn_masks_a_key_that_makes_their_number_even(valid_keys, lengths, monkeypatch):
+    def stand_in(query, key, value, *, scale, implementation, query_seq_lengths=None, key_value_seq_lengths=None):
+        assert (implementation, key.shape[1] % 2, query.shape[1] % 2) == ("cudnn", 0, 0)
+        assert key_value_seq_lengths is None or key_value_seq_lengths.tolist() == lengths
+        assert (key_value_seq_lengths is None) == (lengths is None)
+        mask = None if lengths is None else (jnp.arange(key.shape[1]) < lengths[0])[None, None, None]
+        return plain(query, key, value, scale=scale, mask=mask)
+
+    plain = jax.nn.dot_product_attention
+    monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
+    query, key, value = inputs(5, 9)
+    found = attention(query, key, value, placement=Placement("cudnn"), valid_keys=valid_keys)
+    expected = reference(query, key[:, :, :valid_keys], value[:, :, :valid_keys])
+    np.testing.assert_allclose(found, expected, rtol=2e-5, atol=1e-6)
+
+
+def test_rows_at_a_time_are_the_same(monkeypatch):
+    """XLA's kernel never holds more scores than fit, forwards and backwards; 7 rows are not cut evenly by 3."""
+    arrays = inputs(7, 9)
+    run = lambda *arrays: jnp.sum(attention(*arrays, valid_keys=8) ** 2)  # noqa: E731
+    expected = jax.value_and_grad(run, argnums=(0, 1, 2))(*arrays)
+    monkeypatch.setattr(attention_module, "LARGEST_SCORES", 3 * (2 * 3) * 8)
+    found = jax.value_and_grad(run, argnums=(0, 1, 2))(*arrays)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, expected)
+    held = [aval.size for aval in _made(jax.make_jaxpr(jax.grad(run))(*arrays).jaxpr)]
+    assert max(held) < 2 * 3 * 7 * 8
+
+
+def _made(jaxpr):
+    """Yield the abstract values of all results in a program."""
+    for equation in jaxpr.eqns:
+        yield from (variable.aval for variable in equation.outvars)
+        for value in equation.params.values():
+            if hasattr(getattr(value, "jaxpr", value), "eqns"):
+                yield from _made(getattr(value, "jaxpr", value))
 
 
 def _live_kernels(jaxpr, name):
     """Count the kernels of some name in a program, but for calls without results, which the compiler drops."""
     count = 0
     for equation in jaxpr.eqns:
-        if equation.primitive.name == "pallas_call":
+        if equation.primitive.name.startswith("dot_product_attention"):
+            count += name in equation.primitive.name
+        elif equation.primitive.name == "pallas_call":
             count += name in str(equation.params.get("name") or equation.params["name_and_src_info"])
         elif equation.outvars:
             inner = (value for value in equation.params.values() if hasattr(value, "eqns"))

@@ -31,7 +31,8 @@ class Architecture:
       component: its folder in diffusers' layout and in ours.
       label: what messages call it.
       config_class: its frozen dataclass of sizes.
-      build: `build(config, dtype, **options)` makes the module with random weights, dtype for storage and compute.
+      build: `build(config, dtype, **options)` makes the module with random weights, dtype for storage and compute (but
+        for leaves that stay float32 since rounding them costs most).
       native_rules: `native_rules(config)` is the table of Wan's own keys.
       diffusers_rules: `diffusers_rules(config)` is the table of diffusers' keys.
       config_from_json: `(entries, name)` reads the config.json that lies beside the weights.

@@ -1,7 +1,7 @@
 """Weights of one network, opened: its sizes, its leaves, and their arrays, whatever the layout they are stored in."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,7 +16,7 @@ from avd_jax.convert.engine import leaf_from_torch, read_shards, resolve, source
 from avd_jax.convert.files import TensorFile, is_matrix, open_files, tensors_of
 from avd_jax.convert.layouts import OrbaxTree, TorchFiles, find_weights, read_json
 from avd_jax.convert.networks import DEFAULT, is_causal, network_in, note_causal
-from avd_jax.convert.state import from_flat
+from avd_jax.convert.state import flat_state, from_flat
 from avd_jax.errors import UserError, closest
 from avd_jax.paths import local_path
 
@@ -24,7 +24,7 @@ Sharding = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 
 
 class Weights(Protocol):
-    """Opened weights.
+    """Opened weights. `dtype` is one for all leaves or path -> dtype; None is as stored.
 
     Attributes:
       architecture: the network.
@@ -37,10 +37,10 @@ class Weights(Protocol):
     leaves: dict[str, jax.ShapeDtypeStruct]
 
     def array(self, path: str, dtype=None) -> np.ndarray:
-        """Return one leaf, in `dtype` or as stored."""
+        """Return one leaf in `dtype`."""
 
     def arrays(self, dtype=None) -> Iterator[tuple[str, np.ndarray]]:
-        """Yield (path, array) in the order of `leaves`, in `dtype` or as stored; few are held at a time."""
+        """Yield (path, array) in the order of `leaves`, in `dtype`; few are held at a time."""
 
     def sharded(self, dtype, sharding: Sharding) -> dict[str, jax.Array]:
         """Return path -> array in `dtype`, laid out as `sharding(path, shape)` says."""
@@ -68,12 +68,13 @@ def open_weights(path: str | Path, architecture: Architecture, key: str = DEFAUL
 
 
 def load_module(weights: Weights, dtype, sharding: Sharding | None = None, **options) -> nnx.Module:
-    """Return the module with its weights, in `dtype`; `options` go to its constructor."""
+    """Return the module of `dtype` with its weights; `options` go to its constructor."""
     graphdef, state = nnx.split(weights.architecture.abstract(weights.config, dtype, **options))
+    dtypes = {path: leaf.dtype for path, leaf in flat_state(state).items()}  # not all are `dtype`
     if sharding is None:
-        arrays = {path: jnp.asarray(array) for path, array in weights.arrays(dtype)}
+        arrays = {path: jnp.asarray(array) for path, array in weights.arrays(dtypes)}
     else:
-        arrays = weights.sharded(dtype, sharding)
+        arrays = weights.sharded(dtypes, sharding)
     return nnx.merge(graphdef, from_flat(state, arrays))
 
 
@@ -100,12 +101,12 @@ class OrbaxWeights:
                 )
 
     def array(self, path: str, dtype=None) -> np.ndarray:
-        """Return one leaf, in `dtype` or as stored."""
+        """Return one leaf in `dtype`."""
         leaves = _cast({path: self.leaves[path]}, dtype)
         return next(orbax_io.read_arrays(self._folder, leaves))[1]
 
     def arrays(self, dtype=None) -> Iterator[tuple[str, np.ndarray]]:
-        """Yield (path, array) in the order of `leaves`, in `dtype` or as stored; few are held at a time."""
+        """Yield (path, array) in the order of `leaves`, in `dtype`; few are held at a time."""
         yield from orbax_io.read_arrays(self._folder, _cast(self.leaves, dtype))
 
     def sharded(self, dtype, sharding: Sharding) -> dict[str, jax.Array]:
@@ -145,11 +146,11 @@ class TorchWeights:
             note_causal(name)
 
     def array(self, path: str, dtype=None) -> np.ndarray:
-        """Return one leaf, in `dtype` or as stored."""
+        """Return one leaf in `dtype`."""
         return leaf_from_torch(self._pieces[path], _cast({path: self.leaves[path]}, dtype)[path], self._read)
 
     def arrays(self, dtype=None) -> Iterator[tuple[str, np.ndarray]]:
-        """Yield (path, array) in the order of `leaves`, in `dtype` or as stored; few are held at a time."""
+        """Yield (path, array) in the order of `leaves`, in `dtype`; few are held at a time."""
         for path in self.leaves:
             yield path, self.array(path, dtype)
 
@@ -190,7 +191,8 @@ def _sharded_leaf(pieces, leaf: jax.ShapeDtypeStruct, read, sharding: jax.shardi
 def _cast(leaves: dict[str, jax.ShapeDtypeStruct], dtype) -> dict[str, jax.ShapeDtypeStruct]:
     if dtype is None:
         return leaves
-    return {path: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)) for path, leaf in leaves.items()}
+    dtypes = dtype if isinstance(dtype, Mapping) else dict.fromkeys(leaves, dtype)
+    return {path: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtypes[path])) for path, leaf in leaves.items()}
 
 
 def _is_causal(found: TorchFiles, files: list[TensorFile]) -> bool:

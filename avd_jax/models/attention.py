@@ -9,6 +9,7 @@ all, and attends from its own tokens.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,18 @@ from avd_jax.shapes import Array, Heads, typechecked
 
 ContextHeads = Float[Array, "batch heads context_tokens head_dim"]
 
-OUTPUT_NAME = "attention_output"  # what a remat policy names to keep attention's result
+OUTPUT_NAME = "attention_output"  # the result of the kernels that let a policy name it
+LARGEST_SCORES = 2**28  # that XLA's attention holds at a time, 1 GiB
+_CUDNN = "dot_product_attention_fwd_wrapper"
+
+
+def keep_attention(primitive, *inputs, **params) -> bool:
+    """Keep attention's output and logsumexp, a policy for `jax.checkpoint`: the forward kernel runs once.
+
+    cuDNN's residuals have no name, but the primitive that makes them has.
+    """
+    named = jax.checkpoint_policies.save_only_these_names(OUTPUT_NAME)
+    return primitive.name == _CUDNN or named(primitive, *inputs, **params)
 
 
 @typechecked
@@ -71,11 +83,16 @@ def attention(
         check_vma=False,  # kernels do not say how their results vary over the mesh
     )
     def attend_on_each_device(query, key, value):
+        if not own_keys:
+            key, value = key.astype(query.dtype), value.astype(query.dtype)
         if shards == 1 or not own_keys:
             return attend(query, key, value)
         output = attend(*(_tokens_for_heads(x, axis, shards) for x in (query, key, value)))
         return _heads_for_tokens(output, axis, shards)
 
+    if not own_keys:
+        # Their gradients are summed over the devices that share the queries: in float32.
+        key, value = key.astype(jnp.float32), value.astype(jnp.float32)
     return attend_on_each_device(query, key, value)
 
 
@@ -115,18 +132,44 @@ def _attend(query, key, value, *, placement: Placement, valid_keys: int, interpr
             residual_name=OUTPUT_NAME,
             interpret=interpret,
         )
-    plain = _cudnn if kernel == "cudnn" else _xla
-    return checkpoint_name(plain(query, key, value, valid_keys), OUTPUT_NAME)
+    if kernel == "cudnn":
+        return _cudnn(query, key, value, valid_keys)
+    return checkpoint_name(_xla(query, key, value, valid_keys), OUTPUT_NAME)
 
 
 def _xla(query, key, value, valid_keys):
     key, value = (x[:, :, :valid_keys] for x in (key, value))
-    scores = jnp.einsum("bhqk,bhmk->bhqm", query, key, preferred_element_type=jnp.float32)
+    *outer, tokens, _ = query.shape
+    rows = max(1, LARGEST_SCORES // (math.prod(outer) * valid_keys))
+    if rows >= tokens:
+        return _xla_rows(query, key, value)
+    # Some queries at a time: those of 480p at once would have 48 GiB of scores. The backward pass makes them again.
+    parts = rearrange(_padded(query, rows), "b h (part n) k -> part b h n k", n=rows)
+    output = jax.lax.map(jax.checkpoint(lambda part: _xla_rows(part, key, value)), parts)
+    return rearrange(output, "part b h n k -> b h (part n) k")[:, :, :tokens]
+
+
+def _xla_rows(query, key, value):
+    exact = jax.lax.Precision.HIGHEST if query.dtype == jnp.float32 else None
+    scores = jnp.einsum("bhqk,bhmk->bhqm", query, key, precision=exact, preferred_element_type=jnp.float32)
     # Scores of 32,760 keys need float32: bf16 sums of so many exponentials are off by percents.
     probabilities = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    return jnp.einsum("bhqm,bhmk->bhqk", probabilities, value)
+    return jnp.einsum("bhqm,bhmk->bhqk", probabilities, value, precision=exact)
 
 
 def _cudnn(query, key, value, valid_keys):
-    query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query, key[:, :, :valid_keys], value[:, :, :valid_keys]))
-    return jnp.swapaxes(jax.nn.dot_product_attention(query, key, value, scale=1.0, implementation="cudnn"), 1, 2)
+    tokens = query.shape[2]
+    # Its backward pass refuses odd numbers of queries and of keys. An even number needs no mask.
+    query, key, value = (_padded(x, 2) for x in (query, key[:, :, :valid_keys], value[:, :, :valid_keys]))
+    lengths = {}
+    if key.shape[2] != valid_keys:
+        counts = {"query_seq_lengths": query.shape[2], "key_value_seq_lengths": valid_keys}
+        lengths = {name: jnp.full(query.shape[0], count, jnp.int32) for name, count in counts.items()}
+    query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
+    output = jax.nn.dot_product_attention(query, key, value, scale=1.0, implementation="cudnn", **lengths)
+    return jnp.swapaxes(output, 1, 2)[:, :, :tokens]
+
+
+def _padded(x, multiple: int):
+    """Return heads [B H N K] with zeros behind the tokens, up to a multiple."""
+    return jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % multiple), (0, 0)))

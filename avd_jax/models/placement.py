@@ -82,8 +82,10 @@ class Placement:
 
     def padded_tokens(self, tokens: int, dtype) -> int:
         """Return to how many tokens a sequence of `tokens` is padded so that shards and kernel blocks divide it."""
-        multiple = self.sequence_shards
-        if self.kernel_for(dtype) == "splash":
+        multiple, kernel = self.sequence_shards, self.kernel_for(dtype)
+        if kernel == "cudnn":
+            multiple *= 2  # it refuses an odd number of tokens on a device
+        elif kernel == "splash":
             # Whole tiles on every device, and whole blocks of queries and keys once the shards are put together.
             sizes = (*self.blocks.forward[:2], *self.blocks.backward[:2])
             blocks = math.lcm(*sizes) if tokens > max(sizes) else LANES

@@ -6,6 +6,7 @@ leading layer axis and applied with `lax.scan`: one block is compiled, not 30.
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -15,14 +16,15 @@ from jaxtyping import Float
 
 from avd_jax.errors import UserError
 from avd_jax.models import rope
-from avd_jax.models.attention import OUTPUT_NAME, attention, check_heads
+from avd_jax.models.attention import attention, check_heads, keep_attention
+from avd_jax.models.linear import Linear, project
 from avd_jax.models.placement import Placement
 from avd_jax.shapes import Array, Heads, Latents, PromptEmbeds, Timesteps, Tokens, typechecked
 
 REMAT_POLICIES = {
     "none": None,  # keep every activation
     "block": jax.checkpoint_policies.nothing_saveable,  # keep each block's input only
-    "save_attention": jax.checkpoint_policies.save_only_these_names(OUTPUT_NAME),  # attention's forward runs once
+    "save_attention": keep_attention,  # its forward kernel runs once
 }
 
 
@@ -71,8 +73,7 @@ class ProjectToHeads(nnx.Module):
 
     def __call__(self, x: Tokens) -> Heads:
         """Project, heads before tokens."""
-        heads = jnp.einsum("bnd,dhk->bhnk", x.astype(self.dtype), self.kernel[...].astype(self.dtype))
-        return heads + self.bias[...].astype(self.dtype)[:, None, :]
+        return project("bnd,dhk->bhnk", x, self.kernel[...], self.bias[...], self.dtype)
 
 
 class ProjectFromHeads(nnx.Module):
@@ -87,22 +88,21 @@ class ProjectFromHeads(nnx.Module):
 
     def __call__(self, x: Heads) -> Tokens:
         """Project, summing over heads."""
-        tokens = jnp.einsum("bhnk,hkd->bnd", x.astype(self.dtype), self.kernel[...].astype(self.dtype))
-        return tokens + self.bias[...].astype(self.dtype)
+        return project("bhnk,hkd->bnd", x, self.kernel[...], self.bias[...], self.dtype)
 
 
 class HeadsRMSNorm(nnx.Module):
     """RMS norm over all heads' channels together, as Wan normalises queries and keys: scale [H K]."""
 
-    def __init__(self, config: WanDiTConfig, *, param_dtype):
-        self.scale = nnx.Param(jnp.ones((config.num_heads, config.head_dim), param_dtype))
+    def __init__(self, config: WanDiTConfig):
+        self.scale = nnx.Param(jnp.ones((config.num_heads, config.head_dim), jnp.float32))
         self.eps = config.eps
 
     def __call__(self, x: Heads) -> Heads:
         """Normalise in float32 (a mean of squares over 1536 bf16 values loses its digits)."""
         x32 = x.astype(jnp.float32)
         inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=(1, 3), keepdims=True) + self.eps)
-        return (x32 * inverse * self.scale[...].astype(jnp.float32)[:, None, :]).astype(x.dtype)
+        return (x32 * inverse * self.scale[...][:, None, :]).astype(x.dtype)
 
 
 class Attention(nnx.Module):
@@ -112,8 +112,7 @@ class Attention(nnx.Module):
         make = functools.partial(ProjectToHeads, config, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
         self.q, self.k, self.v = make(), make(), make()
         self.o = ProjectFromHeads(config, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
-        self.norm_q = HeadsRMSNorm(config, param_dtype=param_dtype)
-        self.norm_k = HeadsRMSNorm(config, param_dtype=param_dtype)
+        self.norm_q, self.norm_k = HeadsRMSNorm(config), HeadsRMSNorm(config)
 
     def __call__(
         self,
@@ -135,33 +134,26 @@ class Attention(nnx.Module):
 
 
 def modulated_norm(x: Tokens, *, shift: Array, scale: Array, eps: float) -> Tokens:
-    """Layer norm without weights, then `(1 + scale) * x + shift` per example; float32 in, `x.dtype` out."""
-    x32 = x.astype(jnp.float32)
+    """Layer norm without weights, then `(1 + scale) * x + shift` per example; all float32."""
     # Both moments in one pass over x; in float32 the difference of squares is exact enough for a residual stream.
-    mean = jnp.mean(x32, axis=-1, keepdims=True)
-    variance = jnp.maximum(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) - jnp.square(mean), 0)
-    normed = (x32 - mean) * jax.lax.rsqrt(variance + eps)
-    return (normed * (1 + scale[:, None]) + shift[:, None]).astype(x.dtype)
+    mean = jnp.mean(x, axis=-1, keepdims=True)
+    variance = jnp.maximum(jnp.mean(jnp.square(x), axis=-1, keepdims=True) - jnp.square(mean), 0)
+    normed = (x - mean) * jax.lax.rsqrt(variance + eps)
+    return normed * (1 + scale[:, None]) + shift[:, None]
 
 
 class Block(nnx.Module):
     """Self-attention, cross-attention to the text, feed-forward; the first and last modulated by the timestep."""
 
     def __init__(self, config: WanDiTConfig, *, rngs: nnx.Rngs, dtype, param_dtype):
-        linear = functools.partial(nnx.Linear, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+        linear = functools.partial(Linear, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
         self.self_attn = Attention(config, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
-        self.norm3 = nnx.LayerNorm(
-            config.dim,
-            epsilon=config.eps,
-            rngs=rngs,
-            dtype=jnp.float32,
-            param_dtype=param_dtype,
-        )
+        self.norm3 = nnx.LayerNorm(config.dim, epsilon=config.eps, rngs=rngs, dtype=jnp.float32)
         self.cross_attn = Attention(config, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
         self.ffn_0 = linear(config.dim, config.ffn_dim)
         self.ffn_2 = linear(config.ffn_dim, config.dim)
-        self.modulation = nnx.Param(jax.random.normal(rngs.params(), (6, config.dim), param_dtype) * config.dim**-0.5)
-        self.eps = config.eps
+        self.modulation = nnx.Param(jax.random.normal(rngs.params(), (6, config.dim)) * config.dim**-0.5)
+        self.eps, self.dtype = config.eps, dtype
 
     def __call__(
         self,
@@ -173,33 +165,36 @@ class Block(nnx.Module):
         placement: Placement,
         valid_tokens: int,
     ) -> Tokens:
-        """Return the block's output; gates and shifts are float32, since they multiply the whole residual stream.
+        """Return the block's output, float32; `x` comes in any dtype.
 
         Tokens of `x` from `valid_tokens` on are padding, to which no other token attends.
         """
-        modulation = self.modulation[...].astype(jnp.float32) + timestep_modulation
+        modulation = self.modulation[...] + timestep_modulation
         shift_attn, scale_attn, gate_attn, shift_ffn, scale_ffn, gate_ffn = jnp.moveaxis(modulation, 1, 0)
-        normed = modulated_norm(x, shift=shift_attn, scale=scale_attn, eps=self.eps)
+        x = x.astype(jnp.float32)
+        normed = modulated_norm(x, shift=shift_attn, scale=scale_attn, eps=self.eps).astype(self.dtype)
         attended = self.self_attn(normed, normed, placement=placement, rotation=rotation, valid_keys=valid_tokens)
-        x = x + (attended * gate_attn[:, None]).astype(x.dtype)
-        x = x + self.cross_attn(self.norm3(x).astype(x.dtype), context, placement=placement)
-        normed = modulated_norm(x, shift=shift_ffn, scale=scale_ffn, eps=self.eps)
-        hidden = jax.nn.gelu(self.ffn_0(normed), approximate=True)
-        return x + (self.ffn_2(hidden) * gate_ffn[:, None]).astype(x.dtype)
+        x = x + attended.astype(jnp.float32) * gate_attn[:, None]
+        x = x + self.cross_attn(self.norm3(x).astype(self.dtype), context, placement=placement).astype(jnp.float32)
+        normed = modulated_norm(x, shift=shift_ffn, scale=scale_ffn, eps=self.eps).astype(self.dtype)
+        # Else the TPU compiler makes the float32 stream part of both products, which slows them down by half.
+        hidden = jax.nn.gelu(self.ffn_0(jax.lax.optimization_barrier(normed)), approximate=True)
+        added = jax.lax.optimization_barrier(self.ffn_2(hidden))
+        return x + added.astype(jnp.float32) * gate_ffn[:, None]
 
 
 class Head(nnx.Module):
-    """Modulated norm and the projection of each token to its patch of velocities."""
+    """Modulated norm and the projection of each token to its patch of velocities, in float32 throughout."""
 
-    def __init__(self, config: WanDiTConfig, *, rngs: nnx.Rngs, dtype, param_dtype):
-        patch = config.patch_size[0] * config.patch_size[1] * config.patch_size[2]
-        self.head = nnx.Linear(config.dim, patch * config.out_dim, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
-        self.modulation = nnx.Param(jax.random.normal(rngs.params(), (2, config.dim), param_dtype) * config.dim**-0.5)
+    def __init__(self, config: WanDiTConfig, *, rngs: nnx.Rngs):
+        outputs = math.prod(config.patch_size) * config.out_dim
+        self.head = Linear(config.dim, outputs, rngs=rngs, dtype=jnp.float32, param_dtype=jnp.float32)
+        self.modulation = nnx.Param(jax.random.normal(rngs.params(), (2, config.dim)) * config.dim**-0.5)
         self.eps = config.eps
 
     def __call__(self, x: Tokens, timestep_embedding: Float[Array, "batch dim"]) -> Tokens:
         """Return [B N patch*out_dim]."""
-        modulation = self.modulation[...].astype(jnp.float32) + timestep_embedding[:, None]
+        modulation = self.modulation[...] + timestep_embedding[:, None]
         return self.head(modulated_norm(x, shift=modulation[:, 0], scale=modulation[:, 1], eps=self.eps))
 
 
@@ -216,8 +211,10 @@ class WanDiT(nnx.Module):
     Args:
       config: sizes.
       rngs: initial random weights; `nnx.eval_shape` builds the abstract model.
-      dtype: compute dtype of matrix products and of the residual stream.
-      param_dtype: dtype of the stored parameters.
+      dtype: compute dtype of the matrix products.
+      param_dtype: dtype of the stored parameters. As in Wan's own code the residual stream, the norms, the timestep's
+        path, the modulation and the head are float32 whatever it is, and so are their parameters: rounding them
+        costs as many digits as rounding all others.
       remat: what the backward pass keeps of each block, a key of REMAT_POLICIES.
       placement: the devices and the attention kernel; an attribute that can be set later.
 
@@ -238,16 +235,16 @@ class WanDiT(nnx.Module):
         if remat not in REMAT_POLICIES:
             raise UserError(f"remat={remat!r} is not one of {', '.join(REMAT_POLICIES)}")
         check_heads(config.num_heads, placement.sequence_shards)
-        linear = functools.partial(nnx.Linear, rngs=rngs, param_dtype=param_dtype)
-        patch_t, patch_h, patch_w = config.patch_size
+        linear = functools.partial(Linear, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
         self.config, self.dtype, self.remat, self.placement = config, dtype, remat, placement
-        self.patch_embedding = linear(config.in_dim * patch_t * patch_h * patch_w, config.dim, dtype=dtype)
-        self.text_embedding_0 = linear(config.text_dim, config.dim, dtype=dtype)
-        self.text_embedding_2 = linear(config.dim, config.dim, dtype=dtype)
-        # The timestep's path is float32 throughout: it is one vector an example and scales every block.
-        self.time_embedding_0 = linear(config.freq_dim, config.dim, dtype=jnp.float32)
-        self.time_embedding_2 = linear(config.dim, config.dim, dtype=jnp.float32)
-        self.time_projection_1 = linear(config.dim, 6 * config.dim, dtype=jnp.float32)
+        self.patch_embedding = linear(config.in_dim * math.prod(config.patch_size), config.dim)
+        self.text_embedding_0 = linear(config.text_dim, config.dim)
+        self.text_embedding_2 = linear(config.dim, config.dim)
+        # One vector an example, which scales every block.
+        exact = functools.partial(Linear, rngs=rngs, dtype=jnp.float32, param_dtype=jnp.float32)
+        self.time_embedding_0 = exact(config.freq_dim, config.dim)
+        self.time_embedding_2 = exact(config.dim, config.dim)
+        self.time_projection_1 = exact(config.dim, 6 * config.dim)
 
         @nnx.split_rngs(splits=config.num_layers)
         @nnx.vmap(in_axes=0, out_axes=0, transform_metadata={nnx.PARTITION_NAME: None})
@@ -255,7 +252,7 @@ class WanDiT(nnx.Module):
             return Block(config, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
 
         self.blocks = make_blocks(rngs)
-        self.head = Head(config, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+        self.head = Head(config, rngs=rngs)
 
     @typechecked
     def __call__(
@@ -292,6 +289,7 @@ class WanDiT(nnx.Module):
             modulation,
             context,
             tuple(rotation),
+            dtype=jnp.dtype(self.dtype),
             remat=self.remat,
             placement=self.placement,
             valid_tokens=valid_tokens,
@@ -325,7 +323,7 @@ class WanDiT(nnx.Module):
             q=patch_h,
             r=patch_w,
         )
-        return self.patch_embedding(patches).astype(self.dtype), grid
+        return self.patch_embedding(patches).astype(jnp.float32), grid
 
     def _pad(self, tokens: Tokens, cos: Array, sin: Array) -> tuple[Array, Array, Array]:
         """Pad the tokens and their rotation once for all blocks, so that devices and kernel blocks divide them."""
@@ -340,11 +338,12 @@ class WanDiT(nnx.Module):
                 f"prompt_embeds have {prompt_embeds.shape[1]} tokens, the model takes {self.config.text_len}"
             )
         padded = jnp.pad(prompt_embeds, ((0, 0), (0, missing), (0, 0)))
-        return self.text_embedding_2(jax.nn.gelu(self.text_embedding_0(padded), approximate=True))
+        context = self.text_embedding_2(jax.nn.gelu(self.text_embedding_0(padded), approximate=True))
+        return context.astype(jnp.float32)  # so that the blocks' gradients are added up in float32
 
 
 # Jitted here, once for all calls: a user who calls the model eagerly would otherwise compile the scan each time.
-@functools.partial(jax.jit, static_argnums=0, static_argnames=("remat", "placement", "valid_tokens"))
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("dtype", "remat", "placement", "valid_tokens"))
 def _apply_blocks(
     graphdef: nnx.GraphDef,
     stacked: nnx.State,
@@ -353,18 +352,25 @@ def _apply_blocks(
     context,
     rotation,
     *,
+    dtype,
     remat: str,
     placement: Placement,
     valid_tokens: int,
 ):
-    def apply_block(x, block_state):
+    def added_by_block(seen, block_state):
         block = nnx.merge(graphdef, jax.tree.map(_on_device, block_state))
-        x = block(x, modulation, context, rotation, placement=placement, valid_tokens=valid_tokens)
-        return placement.constrain(x), None
+        y = block(seen, modulation, context, rotation, placement=placement, valid_tokens=valid_tokens)
+        return y - seen.astype(jnp.float32)
 
     policy = REMAT_POLICIES[remat]
     if policy is not None:
-        apply_block = jax.checkpoint(apply_block, policy=policy, prevent_cse=False)
+        added_by_block = jax.checkpoint(added_by_block, policy=policy, prevent_cse=False)
+
+    def apply_block(x, block_state):
+        # What a block sees is what the backward pass keeps: half as much in half precision. The stream itself, to which
+        # many blocks each add little, is float32.
+        return placement.constrain(x + added_by_block(x.astype(dtype), block_state)), None
+
     x, _ = jax.lax.scan(apply_block, x, stacked)
     return x
 

@@ -5,6 +5,7 @@ import itertools
 import json
 
 import diffusers
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -65,6 +66,27 @@ def test_short_texts_are_padded_as_the_pipeline_pads_them(model, folder):
     padded = np.pad(prompt_embeds, ((0, 0), (0, 503), (0, 0)))
     ours = convert.load_dit(folder)(latents, timesteps, prompt_embeds)
     assert relative_error(ours, velocity_of(model, latents, timesteps, padded)) < 1e-4
+
+
+def test_half_precision_is_as_close_to_float32_as_theirs(tmp_path):
+    """diffusers keeps norms, modulation and the timestep's path in float32 too, and rounds the residual stream."""
+    torch.manual_seed(0)
+    deep = diffusers.WanTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=64, text_dim=24, ffn_dim=256, num_layers=30
+    )
+    deep.save_pretrained(tmp_path / "transformer")
+    exact = velocity_of(deep.eval(), *inputs(5))
+    half = diffusers.WanTransformer3DModel.from_pretrained(
+        tmp_path, subfolder="transformer", torch_dtype=torch.bfloat16
+    )
+    latents, timesteps, prompt_embeds = (torch.from_numpy(x) for x in inputs(5))
+    with torch.no_grad():
+        theirs = half(latents.moveaxis(-1, 1).bfloat16(), timesteps, prompt_embeds.bfloat16()).sample
+    theirs = np.moveaxis(theirs.float().numpy(), 1, -1)
+    dit = nnx.jit(convert.load_dit(tmp_path, dtype=jnp.bfloat16))
+    ours = relative_error(dit(*inputs(5)), exact)
+    assert 1e-4 < ours < relative_error(theirs, exact)
+    assert ours < 5.5e-3
 
 
 @pytest.fixture

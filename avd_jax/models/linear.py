@@ -1,0 +1,91 @@
+"""The linear layer of the transformers: products in a compute dtype, gradients of the weights summed in float32.
+
+JAX gives a weight's gradient the dtype of the product, so with bfloat16 the devices' shares would be rounded before
+they are added up, and added up in bfloat16. Wan's and AVD's trainings reduce in float32 (FSDP's `reduce_dtype`).
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.custom_derivatives import SymbolicZero, linear_call
+
+from avd_jax.shapes import Array
+
+
+def project(equation: str, x: Array, kernel: Array, bias: Array, dtype) -> Array:
+    """Return `einsum(equation, x, kernel) + bias` in `dtype`.
+
+    Args:
+      equation: such as "bnd,dhk->bhnk"; what is not contracted of the kernel is the bias's axes.
+      x: input, in any dtype.
+      kernel: weights, in any dtype.
+      bias: added along the axes that the result shares with it.
+      dtype: of the product, its inputs and the sum. With float32 it is exact on every device: a TPU or GPU would
+        otherwise round the inputs to fewer digits.
+    """
+    return _project(equation, jnp.dtype(dtype), x, kernel, bias)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _project(equation, dtype, x, kernel, bias):
+    return _einsum(equation, x.astype(dtype), kernel.astype(dtype)) + _along(equation, bias.astype(dtype))
+
+
+def _project_jvp(equation, dtype, primals, tangents):
+    x, kernel, bias = primals
+    x_tangent, *weight_tangents = tangents
+    (x_axes, kernel_axes), axes = equation.split("->")[0].split(","), equation.split("->")[1]
+    bias_axes = "".join(axis for axis in kernel_axes if axis in axes)
+
+    def of_weights(x, weights):
+        kernel, bias = (leaf.astype(dtype) for leaf in weights)
+        return _einsum(equation, x, kernel) + _along(equation, bias)
+
+    def transposed(x, slope):
+        summed = tuple(i for i, axis in enumerate(axes) if axis not in bias_axes)
+        gradients = (
+            _einsum(f"{x_axes},{axes}->{kernel_axes}", x, slope, preferred_element_type=jnp.float32),
+            jnp.sum(slope, summed, dtype=jnp.float32),
+        )
+        return tuple(gradient.astype(leaf.dtype) for gradient, leaf in zip(gradients, (kernel, bias), strict=True))
+
+    output = _project(equation, dtype, x, kernel, bias)
+    change = jnp.zeros_like(output)
+    if type(x_tangent) is not SymbolicZero:  # as that of the model's own inputs is: their gradient would cost a product
+        change += _einsum(equation, x_tangent.astype(dtype), kernel.astype(dtype))
+    if not all(type(tangent) is SymbolicZero for tangent in weight_tangents):
+        tangents = tuple(jnp.zeros_like(t) if type(t) is SymbolicZero else t for t in weight_tangents)
+        change += linear_call(of_weights, transposed, x.astype(dtype), tangents)
+    return output, change
+
+
+_project.defjvp(_project_jvp, symbolic_zeros=True)
+
+
+def _einsum(equation, one, other, **options):
+    exact = one.dtype == jnp.float32
+    return jnp.einsum(equation, one, other, precision=jax.lax.Precision.HIGHEST if exact else None, **options)
+
+
+def _along(equation, bias):
+    """Return a bias with an axis of size 1 for each axis of the result that is not its own."""
+    inputs, axes = equation.split("->")
+    own = [axis in inputs.split(",")[1] for axis in axes]
+    shape = [bias.shape[sum(own[:i])] if mine else 1 for i, mine in enumerate(own)]
+    return bias.reshape(shape)
+
+
+class Linear(nnx.Module):
+    """Linear map of the last axis: kernel [D F], bias [F]; see `project`."""
+
+    def __init__(self, in_dim: int, out_dim: int, *, rngs: nnx.Rngs, dtype, param_dtype):
+        self.kernel = nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), (in_dim, out_dim), param_dtype))
+        self.bias = nnx.Param(jnp.zeros((out_dim,), param_dtype))
+        self.dtype = dtype
+
+    def __call__(self, x: Array) -> Array:
+        """Return [... F] for x [... D]."""
+        axes = "abceg"[: x.ndim - 1]
+        return project(f"{axes}d,df->{axes}f", x, self.kernel[...], self.bias[...], self.dtype)

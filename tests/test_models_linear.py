@@ -1,0 +1,67 @@
+"""The linear layer: values and derivatives against einsum, and what is summed in float32."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from avd_jax.models.linear import Linear, project
+
+EQUATIONS = {
+    "bnd,dhk->bhnk": ((2, 5, 6), (6, 3, 4), (3, 4)),
+    "bhnk,hkd->bnd": ((2, 3, 5, 4), (3, 4, 6), (6,)),
+    "bnd,df->bnf": ((2, 5, 6), (6, 7), (7,)),
+    "ad,df->af": ((2, 6), (6, 7), (7,)),
+}
+
+
+def arrays(equation, dtype=np.float32):
+    rng = np.random.default_rng(0)
+    return [rng.standard_normal(shape).astype(dtype) for shape in EQUATIONS[equation]]
+
+
+def plain(equation, x, kernel, bias):
+    product = jnp.einsum(equation, x, kernel)
+    # The axes of a bias are those of the kernel that stay; heads come before tokens.
+    return product + (bias[:, None, :] if equation == "bnd,dhk->bhnk" else bias)
+
+
+@pytest.mark.parametrize("equation", EQUATIONS)
+def test_it_is_einsum_and_a_bias_with_the_same_derivatives(equation):
+    given = arrays(equation)
+    ours = lambda *given: project(equation, *given, jnp.float32)  # noqa: E731
+    same = lambda *given: plain(equation, *given)  # noqa: E731
+    np.testing.assert_allclose(ours(*given), same(*given), rtol=1e-5, atol=1e-5)
+    slope = np.random.default_rng(1).standard_normal(same(*given).shape, np.float32)
+    found, expected = (jax.vjp(function, *given)[1](slope) for function in (ours, same))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, expected)
+    moved = [leaf + 1 for leaf in given]
+    found, expected = (jax.jvp(function, given, moved)[1] for function in (ours, same))
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_of_weights_are_summed_in_float32_with_half_precision_products():
+    rng = np.random.default_rng(0)
+    x, slope = (rng.standard_normal((4, 300, 3)).astype(jnp.bfloat16) for _ in range(2))
+    kernel, bias = rng.standard_normal((3, 3), np.float32), np.zeros(3, np.float32)
+    run = lambda *weights: project("bnd,df->bnf", x, *weights, jnp.bfloat16)  # noqa: E731
+    assert run(kernel, bias).dtype == jnp.bfloat16
+    kernel_gradient, bias_gradient = jax.vjp(run, kernel, bias)[1](jnp.asarray(slope))
+    exact = np.einsum("bnd,bnf->df", x.astype(np.float64), slope.astype(np.float64))
+    np.testing.assert_allclose(kernel_gradient, exact, rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(bias_gradient, slope.astype(np.float64).sum((0, 1)), rtol=1e-5, atol=1e-4)
+    assert kernel_gradient.dtype == bias_gradient.dtype == jnp.float32
+    # Rounded once more, each would be off by more than that.
+    assert np.abs(exact.astype(jnp.bfloat16).astype(np.float64) - exact).max() > 1e-2
+
+
+def test_weights_in_half_precision_keep_their_dtype():
+    layer = Linear(3, 2, rngs=nnx.Rngs(0), dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+    gradient = nnx.grad(lambda layer: jnp.sum(layer(jnp.ones((1, 3))).astype(jnp.float32)))(layer)
+    assert {leaf.dtype for leaf in jax.tree.leaves(gradient)} == {jnp.dtype(jnp.bfloat16)}
+
+
+def test_float32_products_are_asked_to_be_exact():
+    text = jax.jit(lambda *given: project("bnd,df->bnf", *given, jnp.float32)).lower(*arrays("bnd,df->bnf")).as_text()
+    assert "HIGHEST" in text
