@@ -11,10 +11,13 @@ from flax import nnx
 from avd_jax import convert
 from avd_jax.convert.networks import DEFAULT
 from avd_jax.convert.weights import load_module
+from avd_jax.data.encoding import video_decoder, video_encoder
 from avd_jax.data.inputs import VIDEO_SUFFIXES
 from avd_jax.data.video import duration, frame_rate_and_size, read_video, write_video
 from avd_jax.errors import UserError
+from avd_jax.models.vae_tiles import MEMORY_GIB
 from avd_jax.parallel.compiler import convolution_options
+from avd_jax.parallel.memory import fitting
 
 
 @dataclass(frozen=True)
@@ -50,10 +53,14 @@ def sources(path: Path, *, fps: float | None) -> list[Source]:
 class Smoother:
     """The VAE and the interpolator, compiled once for each size."""
 
-    def __init__(self, *, weights: str, checkpoint: str | None, which: str | None = None):
+    def __init__(self, *, weights: str, checkpoint: str | None, which: str | None = None, vae_gib: float = MEMORY_GIB):
         """Load the VAE of `weights`, and the interpolator of `checkpoint` or else of `weights`.
 
-        `which` names the network of a file with several.
+        Args:
+          weights: folder or file.
+          checkpoint: likewise, or None.
+          which: names the network of a file with several.
+          vae_gib: GiB of the device that the VAE may take, in as many tiles as that needs.
 
         Raises:
           UserError: one of them is missing, or they do not go together.
@@ -71,26 +78,25 @@ class Smoother:
                 f"{checkpoint or weights}: the interpolator takes {found.config.channels} channels, the VAE of "
                 f"{weights} has {channels}; use the one that was trained for this VAE"
             )
-        encoder, decoder = nnx.split(self._vae), nnx.split((self._vae, load_module(found, np.float32)))
+        self._encode = video_encoder(self._vae, memory_gib=vae_gib).encode
+        self._decode = video_decoder(self._vae, memory_gib=vae_gib)
+        graphdef, state = nnx.split(load_module(found, np.float32))
         compiled = partial(jax.jit, compiler_options=convolution_options())
-        self._encode = partial(compiled(lambda state, video: nnx.merge(encoder[0], state).encode(video)), encoder[1])
-
-        def decode(state, latents):
-            vae, interpolator = nnx.merge(decoder[0], state)
-            return vae.decode(interpolator(latents))
-
-        self._decode = partial(compiled(decode), decoder[1])
+        self._double = partial(compiled(lambda state, latents: nnx.merge(graphdef, state)(latents)), state)
 
     def double(self, source: Source, out: Path) -> None:
         """Write `source` at twice its frame rate to `out`.
 
         Raises:
-          UserError: a video of one latent frame, which has no neighbour, or a file that cannot be read.
+          UserError: a video of one latent frame, which has no neighbour, a file that cannot be read, or a video that
+            the device has no memory for.
         """
-        latents = self._read_latents(source) if source.is_latents else self._encode(self._read_video(source)[None])
-        if latents.shape[1] < 2:
-            raise UserError(f"{source.path}: is one latent frame long; there is nothing between its frames to make")
-        write_video(out, np.asarray(self._decode(latents))[0], fps=2 * source.fps)
+        with fitting(str(source.path), "give a shorter or a smaller video, or let the VAE use less in smaller tiles"):
+            latents = self._read_latents(source) if source.is_latents else self._encode(self._read_video(source)[None])
+            if latents.shape[1] < 2:
+                raise UserError(f"{source.path}: is one latent frame long; there is nothing between its frames to make")
+            video = np.asarray(self._decode(self._double(latents)))[0]
+        write_video(out, video, fps=2 * source.fps)
 
     def _read_video(self, source: Source) -> np.ndarray:
         time, space = self._vae.config.temporal_stride, self._vae.config.spatial_stride

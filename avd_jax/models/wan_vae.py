@@ -11,7 +11,6 @@ import itertools
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange, repeat
 from flax import nnx
 
 from avd_jax.errors import UserError
@@ -19,13 +18,18 @@ from avd_jax.models.vae_layers import (
     AttentionBlock,
     CausalConvolution,
     Downsample,
+    Head,
     ResidualBlock,
     RMSNorm,
     Upsample,
+    linear,
 )
+from avd_jax.models.vae_tiles import MEMORY_GIB, Pass, Tiles, nbytes, reach
 from avd_jax.shapes import Latents, Video
 
 RGB = 3
+# Bytes that layers on pixels hold for each that they keep, at most: see `Pass`.
+ENCODER_WORKING, DECODER_WORKING = 5.5, 3.7
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,10 +91,15 @@ class Encoder(nnx.Module):
         self.head_norm = RMSNorm(channels, param_dtype=param_dtype)
         self.head_conv = CausalConvolution(channels, 2 * config.z_dim, **options)
 
+    def stages(self) -> tuple[list, list]:
+        """Return the layers on pixels, each of which sees near neighbours only, and then those on latents."""
+        layers = [self.conv1, *self.downsamples]
+        last = max(i for i, layer in enumerate(layers) if i == 0 or isinstance(layer, Downsample))
+        return layers[: last + 1], [*layers[last + 1 :], *self.middle, Head(self.head_norm, self.head_conv)]
+
     def __call__(self, frames, past, first=False):
         """Encode frames [B F H W 3] to [B F/4 H/8 W/8 2*z_dim]; return it with the layers' pasts."""
-        layers = [self.conv1, *self.downsamples, *self.middle]
-        return _run(layers, self.head_norm, self.head_conv, frames, past, first)
+        return apply(itertools.chain(*self.stages()), frames, past, first)
 
 
 class Decoder(nnx.Module):
@@ -114,10 +123,15 @@ class Decoder(nnx.Module):
         self.head_norm = RMSNorm(channels, param_dtype=param_dtype)
         self.head_conv = CausalConvolution(channels, RGB, **options)
 
+    def stages(self) -> tuple[list, list]:
+        """Return the layers on latents, and then those on pixels, each of which sees near neighbours only."""
+        layers = [*self.upsamples, Head(self.head_norm, self.head_conv)]
+        first = next((i for i, layer in enumerate(layers) if isinstance(layer, Upsample)), len(layers) - 1)
+        return [self.conv1, *self.middle, *layers[:first]], layers[first:]
+
     def __call__(self, frames, past, first=False):
         """Decode frames [B F H W z_dim] to [B 4F 8H 8W 3]; return it with the layers' pasts."""
-        layers = [self.conv1, *self.middle, *self.upsamples]
-        return _run(layers, self.head_norm, self.head_conv, frames, past, first)
+        return apply(itertools.chain(*self.stages()), frames, past, first)
 
 
 def _middle(channels, options):
@@ -130,10 +144,10 @@ def _middle(channels, options):
     )
 
 
-def _run(layers, head_norm, head_conv, x, past, first):
-    """Apply all layers; `past` is a tuple with an entry for each row of alike layers, and one for the head."""
+def apply(layers, x, past, first=False):
+    """Apply layers to x [B F H W C]; `past` is a tuple with an entry for each row of alike layers, or None."""
     rows = [list(row) for _, row in itertools.groupby(layers, key=_shape_of_block)]
-    pasts = [None] * (len(rows) + 1) if past is None else list(past)
+    pasts = [None] * len(rows) if past is None else list(past)
     for i, row in enumerate(rows):
         if isinstance(row[0], AttentionBlock):
             x = row[0](x)
@@ -141,7 +155,6 @@ def _run(layers, head_norm, head_conv, x, past, first):
             x, pasts[i] = row[0](x, pasts[i], first)
         else:
             x, pasts[i] = _apply_row(row, x, pasts[i], first)
-    x, pasts[-1] = head_conv(jax.nn.silu(head_norm(x)), pasts[-1], first)
     return x, tuple(pasts)
 
 
@@ -179,20 +192,23 @@ class WanVAE(nnx.Module):
         self.encoder = Encoder(config, rngs, **options)
         self.decoder = Decoder(config, rngs, **options)
         # Wan's names: conv1 comes after the encoder, conv2 before the decoder.
-        self.conv1 = nnx.Linear(2 * config.z_dim, 2 * config.z_dim, rngs=rngs, **options)
-        self.conv2 = nnx.Linear(config.z_dim, config.z_dim, rngs=rngs, **options)
+        self.conv1 = linear(2 * config.z_dim, 2 * config.z_dim, options | {"rngs": rngs})
+        self.conv2 = linear(config.z_dim, config.z_dim, options | {"rngs": rngs})
 
-    def encode(self, video: Video) -> Latents:
+    def encode(self, video: Video, *, tiles: Tiles | None = None, memory_gib: float = MEMORY_GIB) -> Latents:
         """Encode a clip to the mean of its latent posterior, normalised with Wan's mean and standard deviation.
 
         Args:
           video: [B F H W 3] in [-1, 1]; F = 4n + 1, H and W divisible by 8 (the config's strides).
+          tiles: into how many parts height and width are cut, which are encoded one after another with what they need
+            of their neighbours: the latents are the same, up to rounding. None: few enough for `memory_gib`.
+          memory_gib: what a device may hold, video and parameters included.
 
         Returns:
           latents [B 1 + (F - 1)/4 H/8 W/8 z_dim], float32.
 
         Raises:
-          UserError: naming the size or the dtype that does not fit.
+          UserError: naming the size or the dtype that does not fit; even small tiles need more memory.
         """
         video = jnp.asarray(video)
         stride, side = self.config.temporal_stride, self.config.spatial_stride
@@ -202,23 +218,34 @@ class WanVAE(nnx.Module):
         for name, size in zip(("height", "width"), video.shape[2:4], strict=True):
             if size % side:
                 raise UserError(f"video {name} is {size}; give a multiple of {side}")
-        return _encode(*nnx.split(self), video)
+        return _encode(*nnx.split(self), video, tiles, memory_gib)
 
-    def decode(self, latents: Latents) -> Video:
+    def decode(self, latents: Latents, *, tiles: Tiles | None = None, memory_gib: float = MEMORY_GIB) -> Video:
         """Decode latents to a clip.
 
         Args:
           latents: normalised latents [B F H W z_dim].
+          tiles, memory_gib: as in `encode`.
 
         Returns:
           video [B 4(F - 1) + 1 8H 8W 3], float32, nominally in [-1, 1] but not clipped: clip when pixels are written.
 
         Raises:
-          UserError: when the latents' axes, channels or dtype do not fit.
+          UserError: when the latents' axes, channels or dtype do not fit; even small tiles need more memory.
         """
         latents = jnp.asarray(latents)
         _check_clip("latents", latents, "z_dim", self.config.z_dim)
-        return _decode(*nnx.split(self), latents)
+        return _decode(*nnx.split(self), latents, tiles, memory_gib)
+
+
+def computing_in(vae: WanVAE, dtype) -> WanVAE:
+    """Return the same VAE with convolutions and products in `dtype`, in which it stores their kernels."""
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: WanVAE(vae.config, nnx.Rngs(0), dtype=dtype)))
+    leaves = dict(nnx.to_flat_state(nnx.state(vae)))
+    for path, leaf in nnx.to_flat_state(state):
+        array = leaves[path][...]
+        leaf.set_value(array.astype(dtype) if path[-1] == "kernel" else array)
+    return nnx.merge(graphdef, state)
 
 
 def _check_clip(name: str, array, channels_name: str, channels: int) -> None:
@@ -231,36 +258,28 @@ def _check_clip(name: str, array, channels_name: str, channels: int) -> None:
 
 
 # Compiled here, since run eagerly a scan over a fresh closure would be compiled anew by every call.
-@functools.partial(jax.jit, static_argnums=0)
-def _encode(graphdef, state, video):
+@functools.partial(jax.jit, static_argnums=(0, 3, 4))
+def _encode(graphdef, state, video, tiles, memory_gib):
     vae = nnx.merge(graphdef, state)
-    moments = vae.conv1(_by_group(vae.encoder, video, vae.config.temporal_stride))
+    time, space = vae.config.temporal_stride, vae.config.spatial_stride
+    pixels, latents = (functools.partial(apply, layers) for layers in vae.encoder.stages())
+    sizes = {"frames_in": time, "pixels_in": space, "reach": reach(vae.encoder.stages()[0], space)}
+    on_pixels = Pass(video, pixels, **sizes, working=ENCODER_WORKING)
+    features = on_pixels.run(tiles or on_pixels.tiles_within(memory_gib, nbytes(state)))
+    moments = vae.conv1(Pass(features, latents).run())
     mean, _ = jnp.split(moments.astype(jnp.float32), 2, axis=-1)  # float32: what follows is statistics, not network
     return (mean - jnp.array(vae.config.latents_mean)) / jnp.array(vae.config.latents_std)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _decode(graphdef, state, latents):
+@functools.partial(jax.jit, static_argnums=(0, 3, 4))
+def _decode(graphdef, state, latents, tiles, memory_gib):
     vae = nnx.merge(graphdef, state)
+    time, space = vae.config.temporal_stride, vae.config.spatial_stride
+    first, pixels = (functools.partial(apply, layers) for layers in vae.decoder.stages())
     latents = latents.astype(jnp.float32) * jnp.array(vae.config.latents_std) + jnp.array(vae.config.latents_mean)
-    return _by_group(vae.decoder, vae.conv2(latents), 1).astype(jnp.float32)
-
-
-def _by_group(network, frames, size: int):
-    """Apply `network` to the first frame, then to groups of `size` frames, handing on what its layers have seen."""
-    first_group = repeat(frames[:, :1], "b 1 h w c -> b f h w c", f=size)
-    groups = jnp.concatenate([first_group, frames[:, 1:]], axis=1)
-    groups = rearrange(groups, "b (n f) h w c -> n b f h w c", f=size)
-    # One frame is enough to learn the shapes of what the layers keep.
-    _, past = jax.eval_shape(lambda frame: network(frame, None), frames[:, :1])
-    past = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), past)
-
-    def apply_to_group(past, group_and_first):
-        group, first = group_and_first
-        y, past = network(group, past, first)
-        return past, y
-
-    _, outputs = jax.lax.scan(apply_to_group, past, (groups, jnp.arange(len(groups)) == 0))
-    skipped = outputs.shape[2] - 1  # what the repetitions of the first frame gave
-    outputs = rearrange(outputs, "n b f h w c -> b (n f) h w c")
-    return jnp.concatenate([outputs[:, :1], outputs[:, 1 + skipped :]], axis=1) if skipped else outputs
+    features = Pass(vae.conv2(latents), first).run()
+    sizes = {"frames_out": time, "pixels_out": space, "reach": reach(vae.decoder.stages()[1], 1)}
+    on_pixels = Pass(features, pixels, **sizes, working=DECODER_WORKING)
+    video = jax.ShapeDtypeStruct(on_pixels.result.shape, jnp.float32)
+    tiles = tiles or on_pixels.tiles_within(memory_gib, nbytes((state, video)))
+    return on_pixels.run(tiles).astype(jnp.float32)

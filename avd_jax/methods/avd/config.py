@@ -10,6 +10,7 @@ from avd_jax.diffusion.student import DEFAULT_HALF_RATE_POSITIONS, HALF_RATE_POS
 from avd_jax.errors import UserError
 from avd_jax.methods.avd import terms
 from avd_jax.methods.transformers import ATTENTION_FIELDS, DTYPES, REMAT, WHICH_FIELDS
+from avd_jax.models.vae_tiles import MEMORY_GIB
 from avd_jax.models.wan_dit import REMAT_POLICIES, WAN_MODELS
 from avd_jax.parallel.memory import MEMORIES
 from avd_jax.training.config import ACCUMULATION_FIELDS, MESH_FIELDS, RUN_FIELDS
@@ -154,6 +155,12 @@ FIELDS: Fields = {
     ),
     "sample.vae": Field(
         "", "weights of the VAE that decodes the samples; empty: those beside init_from", local, changeable=True
+    ),
+    "sample.vae_gib": Field(
+        MEMORY_GIB,
+        "GiB of a device that decoding one may take, in as many tiles as that needs",
+        positive,
+        changeable=True,
     ),
     "sample.teacher_steps": Field(
         50, "UniPC steps of the teacher's videos that stand beside them; 0: no teacher", not_negative, changeable=True

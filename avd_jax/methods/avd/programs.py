@@ -6,18 +6,19 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from avd_jax.capacity.program import Program
+from avd_jax.data.encoding import decoder_program, decoding_dtype, encoder_program
 from avd_jax.generation.pipeline import HalfRateSampling, LatentsShape, StudentSampler
 from avd_jax.methods.avd.objectives import Student
+from avd_jax.methods.avd.samples import decoding_mesh
 from avd_jax.methods.transformers import abstract_conditions, make_placement, shaped_params
 from avd_jax.models.functional import Denoiser, make_denoiser
 from avd_jax.models.interpolator import Interpolator, InterpolatorConfig
 from avd_jax.models.wan_dit import WanDiTConfig
-from avd_jax.models.wan_vae import WanVAE, WanVAEConfig
-from avd_jax.parallel.compiler import convolution_options
-from avd_jax.parallel.mesh import filled_up, replicated
+from avd_jax.models.wan_vae import WanVAE, WanVAEConfig, computing_in
+from avd_jax.parallel.mesh import batch_sharding, filled_up, replicated
 
 
 def unit(network: Denoiser, model: WanDiTConfig, shape: LatentsShape, batch_size: int) -> tuple[str, Callable, tuple]:
@@ -36,8 +37,9 @@ def programs(
 ) -> Mapping[str, Callable[[], Program]]:
     """Return the programs by name, each made when it is asked for.
 
-    `student_sample`, `student_sample_half_rate` and `vae_decode` make the sample videos of a run; `forward` is one
-    evaluation of the transformer on one example with half-precision weights.
+    `student_sample`, `student_sample_half_rate` and `vae_decode` make the sample videos of a run. No run needs the
+    others: `vae_encode` makes its data, and `forward` is one evaluation of the transformer on one example with
+    half-precision weights.
 
     Args:
       config: of `config.FIELDS`.
@@ -51,7 +53,8 @@ def programs(
     return {
         "student_sample": sampled,
         **half_rate,
-        "vae_decode": partial(_vae_decode, student.shape, mesh),
+        "vae_decode": partial(_vae_decode, config, student.shape, mesh),
+        "vae_encode": partial(_vae_encode, student.shape, mesh),
         "forward": partial(_forward, config, student.shape, model, mesh),
     }
 
@@ -78,19 +81,36 @@ def _student_sample(config, student: Student, model, interpolator, mesh, *, half
     return Program("student_sample", sampler.rest, (params, *xt, *inputs))
 
 
-def _vae_decode(shape: LatentsShape, mesh) -> Program:
-    one = NamedSharding(Mesh(mesh.devices.flat[:1], ("one",)), PartitionSpec())
-    channels = shape[-1]
-    config = WanVAEConfig(z_dim=channels, latents_mean=(0.0,) * channels, latents_std=(1.0,) * channels)
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: WanVAE(config, nnx.Rngs(0))))
-    latents = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
-    shaped = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=one), (state, latents))
+def _abstract_vae(channels: int, dtype) -> WanVAE:
+    sizes = WanVAEConfig(z_dim=channels, latents_mean=(0.0,) * channels, latents_std=(1.0,) * channels)
+    return nnx.eval_shape(lambda: computing_in(WanVAE(sizes, nnx.Rngs(0)), dtype))
 
-    @partial(jax.jit, compiler_options=convolution_options(mesh.devices.flat[0].platform))
-    def decode(state, latents):
-        return nnx.merge(graphdef, state).decode(latents)
 
-    return Program("vae_decode", decode, shaped)
+def _vae_decode(config, shape: LatentsShape, mesh) -> Program:
+    """Return the program that decodes the samples, on the devices of one host."""
+    first = mesh.devices.flat[0]
+    own = decoding_mesh(mesh, first.process_index, config.sample.prompts)
+    graphdef, state = nnx.split(_abstract_vae(shape[-1], decoding_dtype(first.platform)))
+    decode = decoder_program(graphdef, platform=first.platform, mesh=own, memory_gib=config.sample.vae_gib)
+    latents = jax.ShapeDtypeStruct((filled_up(config.sample.prompts, own), *shape), jnp.float32)
+    return Program("vae_decode", decode, (_placed(state, replicated(own)), _placed(latents, batch_sharding(own))))
+
+
+def _vae_encode(shape: LatentsShape, mesh) -> Program:
+    """Return the program that makes a clip of the run's data, on one device."""
+    frames, height, width, channels = shape
+    first = mesh.devices.flat[0]
+    vae = _abstract_vae(channels, jnp.float32)
+    graphdef, state = nnx.split(vae)
+    time, space = vae.config.temporal_stride, vae.config.spatial_stride
+    video = jax.ShapeDtypeStruct((1, (frames - 1) * time + 1, height * space, width * space, 3), jnp.float32)
+    own = decoding_mesh(mesh, first.process_index, 1)
+    encode = encoder_program(graphdef, platform=first.platform)
+    return Program("vae_encode", encode, _placed((state, video), replicated(own)))
+
+
+def _placed(tree, sharding):
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
 
 
 def _forward(config, shape: LatentsShape, model, mesh) -> Program:

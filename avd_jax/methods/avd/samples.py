@@ -3,12 +3,12 @@
 Every host samples and decodes, so that all know the same; the first one writes.
 """
 
+import functools
 import hashlib
 import json
 from collections.abc import Mapping
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
@@ -28,7 +28,8 @@ from avd_jax.methods.transformers import as_conditions
 from avd_jax.models.functional import Denoiser, Params
 from avd_jax.models.wan_dit import WanDiTConfig
 from avd_jax.parallel.hosts import from_first, is_first, to_host
-from avd_jax.parallel.mesh import filled_up
+from avd_jax.parallel.memory import fitting
+from avd_jax.parallel.mesh import AXES, filled_up
 from avd_jax.training.method import Frozen, Surroundings
 
 
@@ -67,7 +68,7 @@ class SampleWriter:
         self._captions, embeds = _first_prompts(config, model.text_len)
         rows = np.arange(filled_up(len(self._captions), mesh)) % len(self._captions)  # a share for every shard
         self._keys, self._conditions = sample_keys(rows), as_conditions(embeds[rows])
-        self._decode = _decoder(config.sample.vae or config.init_from)
+        self._decode = _decoder(config, mesh)
         half_rate = None
         if student.half_rate_steps:
             module = student.interpolator.module(frozen["interpolator"])
@@ -147,12 +148,36 @@ def _first_prompts(config, text_len: int) -> tuple[list[str], np.ndarray]:
     return [record[text] for record in records], np.stack(embeds)
 
 
-def _decoder(weights: str):
-    """Return a function from latents [N F h w C] to videos [N F H W 3]; the VAE is on the device only while it runs."""
+def decoding_mesh(mesh: Mesh, process: int, clips: int) -> Mesh:
+    """Return a mesh of the devices of `mesh` that belong to a process, at most one for each of the clips."""
+    own = [device for device in mesh.devices.flat if device.process_index == process][:clips]
+    # Nothing is exchanged between them, so that their places in the machine do not matter.
+    return Mesh(np.array(own).reshape(-1, 1, 1), AXES)
+
+
+def _decoder(config, mesh: Mesh):
+    """Return a function from latents [N F h w C] to videos [N F H W 3]; the VAE is on the devices only while it runs.
+
+    Every host decodes all videos, since it looks at all of them, and its devices of the mesh share them.
+    """
     try:
-        vae = convert.load_vae(weights)
+        vae = convert.load_vae(config.sample.vae or config.init_from)
     except UserError as error:
         raise UserError(f"config.sample.vae: {error}; or set sample_every=0 to train without samples") from error
     graphdef, state = nnx.split(vae)
-    decode = video_decoder(nnx.merge(graphdef, jax.device_get(state)))
-    return lambda latents: [np.asarray(decode(jnp.asarray(one)[None]))[0] for one in latents]
+    vae = nnx.merge(graphdef, jax.device_get(state))
+
+    @functools.cache
+    def decoder_of(clips: int):
+        own = decoding_mesh(mesh, jax.process_index(), clips)
+        return own, video_decoder(vae, mesh=own, memory_gib=config.sample.vae_gib)
+
+    def decode(latents: np.ndarray) -> list[np.ndarray]:
+        own, run = decoder_of(len(latents))
+        what = f"decoding {len(latents)} samples of {'x'.join(map(str, latents.shape[1:4]))} latents"
+        with fitting(what, "set config.sample.vae_gib lower, or sample_every=0 to train without samples", own):
+            return list(
+                np.asarray(run(latents[np.arange(filled_up(len(latents), own)) % len(latents)]))[: len(latents)]
+            )
+
+    return decode
