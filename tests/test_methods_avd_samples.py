@@ -7,9 +7,11 @@ import jax
 import numpy as np
 import pytest
 from generation_cases import VAE, write_weights
+from ml_collections import config_dict
 
 from avd_jax.convert.architectures import WAN_VAE
 from avd_jax.methods.avd import samples
+from avd_jax.parallel.mesh import make_mesh
 
 
 @pytest.fixture(scope="module")
@@ -27,10 +29,30 @@ def bytes_on_devices():
     return sum(array.nbytes for array in jax.live_arrays())
 
 
+def decoder(weights, **mesh):
+    config = config_dict.ConfigDict({"init_from": str(weights), "sample": {"vae": "", "vae_gib": 8.0}})
+    return samples._decoder(config, make_mesh(**mesh))
+
+
+def test_the_devices_share_the_samples(weights):
+    latents = np.random.default_rng(0).normal(size=(3, 2, 4, 4, VAE.z_dim)).astype(np.float32)
+    together = decoder(weights, devices=jax.devices()[:2], data=1, seq=2)(latents)  # two rounds, the last filled up
+    for video, one in zip(together, latents, strict=True):
+        alone = decoder(weights, devices=jax.devices()[:1])(one[None])
+        np.testing.assert_allclose(video, alone[0], atol=1e-5)
+
+
+def test_a_host_gives_each_sample_a_device(weights):
+    mesh = make_mesh(data=2, fsdp=2, seq=2)
+    assert samples.decoding_mesh(mesh, 0, 3).devices.size == 3
+    assert samples.decoding_mesh(mesh, 0, 9).devices.size == 8
+    assert samples.decoding_mesh(mesh, 1, 3).devices.size == 0  # none is another host's
+
+
 def test_the_vae_is_on_the_devices_only_while_it_decodes(weights):
     vae = size_of(WAN_VAE, VAE)
     before = bytes_on_devices()
-    decode = samples._decoder(str(weights))
+    decode = decoder(weights)
     assert bytes_on_devices() - before < 0.05 * vae
     shapes = [video.shape for video in decode(np.zeros((1, 2, 4, 4, VAE.z_dim), np.float32))]
     assert shapes == [(3, 8, 8, 3)]

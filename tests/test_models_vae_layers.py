@@ -107,6 +107,16 @@ def test_attention_is_among_the_pixels_of_a_frame():
     np.testing.assert_allclose(run(x)[1, 2].reshape(24, 4), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_attention_in_parts_of_a_frame_is_that_of_the_frame(monkeypatch):
+    block, run = random_layer(functools.partial(AttentionBlock, 4))
+    x = random_frames(2, 4)
+    whole = run(x)
+    monkeypatch.setattr(vae_layers, "SCORES_BYTES", 4 * 4 * 24 * 12)  # two of four rows, of 2 x 2 frames
+    parts = jax.jit(lambda x: block(x))
+    assert parts.lower(x).as_text().count("stablehlo.while") == 1
+    np.testing.assert_allclose(parts(x), whole, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("out_channels", [3, 5])
 def test_residual_block(out_channels):
     block, run = random_layer(functools.partial(ResidualBlock, 3, out_channels))

@@ -145,16 +145,12 @@ def decoder_program(
     def decode(state, latents):
         return nnx.merge(graphdef, state).decode(latents, memory_gib=memory_gib)
 
-    def decode_own(state, latents):  # one at a time, in the memory of one
-        if len(latents) == 1:
-            return decode(state, latents)
-        return jax.lax.map(lambda clip: decode(state, clip[None])[0], latents)
-
+    program = decode
     if mesh:
         clips = PartitionSpec(BATCH_AXES)
         specs = {"in_specs": (PartitionSpec(), clips), "out_specs": clips}
-        decode = jax.shard_map(decode_own, mesh=mesh, check_vma=False, **specs)
-    return jax.jit(decode, compiler_options=convolution_options(platform))
+        program = jax.shard_map(decode, mesh=mesh, check_vma=False, **specs)
+    return jax.jit(program, compiler_options=convolution_options(platform))
 
 
 def encode_videos(

@@ -156,7 +156,7 @@ class Pass:
         # The clip counts twice: the loops read a copy of it in a layout that suits them.
         return nbytes((self.clip, self.clip, self.result)), self.working * nbytes(self._unit[1])
 
-    def _needed(self, tiles: Tiles) -> float:
+    def needed(self, tiles: Tiles) -> float:
         """Return about how many bytes of a device `run` takes, clip and result included."""
         (ends, working), (height, width) = self._bytes, (side.extent for side in self._sides(tiles))
         lanes = LANES // max(self.pixels_in, self.pixels_out)
@@ -172,14 +172,14 @@ class Pass:
         Raises:
           UserError: the smallest tiles are too large.
         """
-        if self._needed((1, 1)) + held <= memory_gib * GIB:
+        if self.needed((1, 1)) + held <= memory_gib * GIB:
             return 1, 1
         sizes = [side.size for side in self._sides((1, 1))]
         choices = list(itertools.product(*(range(1, max(size - sum(self.reach), 1) + 1) for size in sizes)))
-        fitting = [tiles for tiles in choices if self._needed(tiles) + held <= memory_gib * GIB]
+        fitting = [tiles for tiles in choices if self.needed(tiles) + held <= memory_gib * GIB]
         if not fitting:
             shape = self.clip.shape[0], *(size * max(self.pixels_in, self.pixels_out) for size in sizes)
-            least = (min(map(self._needed, choices)) + held) / GIB
+            least = (min(map(self.needed, choices)) + held) / GIB
             raise UserError(
                 f"the VAE takes {least:.1f} GiB of a device for {shape[0]} x {shape[1]}x{shape[2]} pixels even in the "
                 f"smallest tiles, and {memory_gib:g} are granted; grant more, or give fewer frames, pixels or clips at "

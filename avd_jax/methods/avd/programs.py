@@ -87,12 +87,12 @@ def _abstract_vae(channels: int, dtype) -> WanVAE:
 
 
 def _vae_decode(config, shape: LatentsShape, mesh) -> Program:
-    """Return the program that decodes the samples, on the devices of one host."""
+    """Return the program that decodes the samples, one on each device of a host."""
     first = mesh.devices.flat[0]
     own = decoding_mesh(mesh, first.process_index, config.sample.prompts)
     graphdef, state = nnx.split(_abstract_vae(shape[-1], decoding_dtype(first.platform)))
     decode = decoder_program(graphdef, platform=first.platform, mesh=own, memory_gib=config.sample.vae_gib)
-    latents = jax.ShapeDtypeStruct((filled_up(config.sample.prompts, own), *shape), jnp.float32)
+    latents = jax.ShapeDtypeStruct((own.size, *shape), jnp.float32)
     return Program("vae_decode", decode, (_placed(state, replicated(own)), _placed(latents, batch_sharding(own))))
 
 

@@ -174,10 +174,9 @@ def _decoder(config, mesh: Mesh):
 
     def decode(latents: np.ndarray) -> list[np.ndarray]:
         own, run = decoder_of(len(latents))
-        what = f"decoding {len(latents)} samples of {'x'.join(map(str, latents.shape[1:4]))} latents"
+        rows = np.arange(filled_up(len(latents), own)).reshape(-1, own.size) % len(latents)  # one for each device
+        what = f"decoding samples of {'x'.join(map(str, latents.shape[1:4]))} latents"
         with fitting(what, "set config.sample.vae_gib lower, or sample_every=0 to train without samples", own):
-            return list(
-                np.asarray(run(latents[np.arange(filled_up(len(latents), own)) % len(latents)]))[: len(latents)]
-            )
+            return [video for chosen in rows for video in np.asarray(run(latents[chosen]))][: len(latents)]
 
     return decode
