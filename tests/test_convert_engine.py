@@ -1,11 +1,14 @@
 """The engine by itself: a small table read in both directions, its parts, and what it refuses."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from avd_jax.convert.engine import (
+    Piece,
     Rule,
+    leaf_from_torch,
     leaves_from_torch,
     read_shards,
     resolve,
@@ -117,3 +120,13 @@ def test_strictness(change, message, tensors):
 
 def test_known_and_unneeded_keys_may_be_there_or_not(tensors):
     resolve(RULES, shapes_of(tensors) | {"counter": ()}, TARGETS, name="file")
+
+
+def test_jax_takes_over_what_was_read_without_a_copy():
+    """Else a large leaf, of which there are some of gigabytes, would need its memory twice while it is loaded."""
+    leaf = jax.ShapeDtypeStruct((3, 1000, 7), jnp.bfloat16)
+    rule = Rule("{}.weight", "weight", "o i -> i o")
+    pieces = [Piece(f"{i}.weight", rule, i) for i in range(3)]
+    array = leaf_from_torch(pieces, leaf, lambda key: np.full((7, 1000), int(key[0])))
+    np.testing.assert_array_equal(array[:, 0, 0].astype(int), range(3))
+    assert jax.device_put(array, jax.devices("cpu")[0]).unsafe_buffer_pointer() == array.ctypes.data

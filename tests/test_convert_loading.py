@@ -263,3 +263,19 @@ def test_tokenizer_is_found_in_every_layout(tmp_path):
         shutil.copy(cases.FIXTURES / "tokenizer.json", folder)
         np.testing.assert_array_equal(convert.load_tokenizer(tmp_path)(["a cat"])[0], expected[0])
         (folder / "tokenizer.json").unlink()
+
+
+def test_the_text_encoder_stays_as_it_is_stored_if_that_is_exact(tmp_path):
+    tensors = cases.random_tensors(umt5_rules.native_rules(TINY_T5), UMT5, TINY_T5)
+    for stored, dtype, expected in (
+        (ml_dtypes.bfloat16, jnp.float32, jnp.bfloat16),
+        (np.float16, jnp.float32, np.float16),
+        (np.float16, jnp.bfloat16, jnp.bfloat16),  # which does not hold float16's values
+        (np.float32, jnp.bfloat16, jnp.bfloat16),
+    ):
+        cases.write_all(tmp_path, {key: array.astype(stored) for key, array in tensors.items()}, stem="umt5")
+        loaded = convert.load_umt5(tmp_path / "umt5.safetensors", dtype)
+        assert loaded.dtype == dtype
+        assert {leaf.dtype for leaf in cases.leaves_of(loaded).values()} == {np.dtype(expected)}
+    loaded = convert.load_umt5(tmp_path / "umt5.safetensors", param_dtype=jnp.float32)
+    assert {leaf.dtype for leaf in cases.leaves_of(loaded).values()} == {np.dtype(np.float32)}

@@ -13,7 +13,7 @@ from avd_jax.convert.files import NotHereError, Stored, open_files, tensors_of
 from avd_jax.convert.layouts import TorchFiles, find_tokenizer, find_weights
 from avd_jax.convert.networks import DEFAULT
 from avd_jax.convert.spiece import tokenizer_json
-from avd_jax.convert.weights import Sharding, Weights, load_module, open_weights
+from avd_jax.convert.weights import Sharding, Weights, load_module, lossless_dtype, open_weights
 
 # The one import from data/: a tokenizer comes with the weights, and its file imports nothing else of ours.
 from avd_jax.data.tokenizer import TOKENIZER_FILE, Tokenizer
@@ -64,10 +64,25 @@ def load_vae(
 
 
 def load_umt5(
-    path: str | Path, dtype=jnp.float32, key: str | None = None, *, sharding: Sharding | None = None
+    path: str | Path,
+    dtype=jnp.float32,
+    key: str | None = None,
+    *,
+    param_dtype=None,
+    sharding: Sharding | None = None,
 ) -> UMT5Encoder:
-    """Load the text encoder; arguments and errors as in `load_dit`, `key` if its file holds several only."""
-    return load_module(open_weights(path, UMT5, key or "", strict=False), dtype, sharding)
+    """Load the text encoder; arguments and errors as in `load_dit` but for these.
+
+    Args:
+      path, sharding: as in `load_dit`.
+      dtype: of the computation.
+      key: as in `load_dit`, if the file holds several only.
+      param_dtype: of the stored parameters. By default that of the file if `dtype` holds its values exactly, else
+        `dtype`: Wan's own file is bfloat16, so float32's results need no more memory.
+    """
+    weights = open_weights(path, UMT5, key or "", strict=False)
+    param_dtype = lossless_dtype(weights, dtype) if param_dtype is None else param_dtype
+    return load_module(weights, dtype, sharding, param_dtype=param_dtype)
 
 
 def load_interpolator(

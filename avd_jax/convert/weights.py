@@ -67,15 +67,36 @@ def open_weights(path: str | Path, architecture: Architecture, key: str = DEFAUL
     return TorchWeights(found, architecture, key, asked=str(path), strict=strict)
 
 
-def load_module(weights: Weights, dtype, sharding: Sharding | None = None, **options) -> nnx.Module:
-    """Return the module of `dtype` with its weights; `options` go to its constructor."""
+def load_module(
+    weights: Weights, dtype, sharding: Sharding | None = None, *, param_dtype=None, **options
+) -> nnx.Module:
+    """Return the module with its weights.
+
+    Args:
+      weights: from `open_weights`.
+      dtype: of the computation.
+      sharding: see `Sharding`; by default whole on the default device.
+      param_dtype: of the stored parameters; by default those of a module of `dtype`, of which not all are `dtype`.
+      options: of the module's constructor.
+    """
     graphdef, state = nnx.split(weights.architecture.abstract(weights.config, dtype, **options))
-    dtypes = {path: leaf.dtype for path, leaf in flat_state(state).items()}  # not all are `dtype`
+    if param_dtype is None:
+        param_dtype = {path: leaf.dtype for path, leaf in flat_state(state).items()}
     if sharding is None:
-        arrays = {path: jnp.asarray(array) for path, array in weights.arrays(dtypes)}
+        # Not jnp.asarray, which copies on a CPU.
+        arrays = {path: jax.device_put(array) for path, array in weights.arrays(param_dtype)}
     else:
-        arrays = weights.sharded(dtypes, sharding)
+        arrays = weights.sharded(param_dtype, sharding)
     return nnx.merge(graphdef, from_flat(state, arrays))
+
+
+def lossless_dtype(weights: Weights, dtype) -> jnp.dtype:
+    """Return the narrowest dtype for the parameters of a network that computes in `dtype`, without changing a result.
+
+    It is the one that they are stored in, if `dtype` holds its values exactly; else `dtype`.
+    """
+    stored = jnp.result_type(*(leaf.dtype for leaf in weights.leaves.values()))
+    return stored if jnp.promote_types(stored, dtype) == dtype else jnp.dtype(dtype)
 
 
 class OrbaxWeights:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from avd_jax.convert.weights import load_module
+from avd_jax.convert.weights import load_module, lossless_dtype
 from avd_jax.data.atomic import write_text
 from avd_jax.data.encoding import text_encoder, video_decoder
 from avd_jax.data.latents import pad_prompt_embeds
@@ -202,7 +202,9 @@ def _encode_texts(settings: Settings, parts: Parts, jobs: Sequence[Job]) -> dict
     texts = dict.fromkeys(job.prompt for job in jobs)
     if settings.negative_prompt is not None:
         texts[settings.negative_prompt] = None
-    encoder = text_encoder(load_module(parts.text_encoder, jnp.dtype(settings.dtype)), parts.tokenizer)
+    dtype = jnp.dtype(settings.dtype)
+    umt5 = load_module(parts.text_encoder, dtype, param_dtype=lossless_dtype(parts.text_encoder, dtype))
+    encoder = text_encoder(umt5, parts.tokenizer)
     # One at a time: a batch's last bits would depend on what else the run generates.
     return {text: encoder.encode([text])[0] for text in texts}
 

@@ -15,6 +15,7 @@ import numpy as np
 from einops import rearrange
 from flax import nnx
 
+from avd_jax.models.layers import scan_layers
 from avd_jax.shapes import AttentionMask, InputIds, PromptEmbeds, typechecked
 
 
@@ -182,11 +183,7 @@ class UMT5Encoder(nnx.Module):
 # Compiled here, once for all calls: a user who calls the encoder eagerly would otherwise compile the scan each time.
 @functools.partial(jax.jit, static_argnums=0)
 def _apply_blocks(graph: nnx.GraphDef, layers: nnx.State, x, buckets, mask_bias):
-    def apply(x, layer):
-        return nnx.merge(graph, layer)(x, buckets, mask_bias), None
-
-    x, _ = jax.lax.scan(apply, x, layers)
-    return x
+    return scan_layers(lambda x, layer: nnx.merge(graph, layer)(x, buckets, mask_bias), x, layers)
 
 
 def _linear(in_dim: int, out_dim: int, rngs: nnx.Rngs, dtype, param_dtype) -> nnx.Linear:
