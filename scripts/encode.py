@@ -75,9 +75,10 @@ def main() -> None:
         texts = list(captions.values())
     tokenizer = convert.load_tokenizer(WEIGHTS.value)
     tokenizer.tell_what_is_cut(texts)
-    # As Wan runs it: umT5-XXL takes 11 GB in bfloat16. A CPU gains nothing from it, nor does the world's tiny encoder.
+    # As Wan runs it. A CPU gains nothing from products in bfloat16, nor does the world's tiny encoder.
     dtype = jnp.float32 if SHAPES_WORLD.value or jax.default_backend() == "cpu" else jnp.bfloat16
-    text = encoding.text_encoder(convert.load_umt5(WEIGHTS.value, dtype, which), tokenizer)
+    umt5 = convert.load_umt5(WEIGHTS.value, dtype, which)
+    text = encoding.text_encoder(umt5, tokenizer, takes_turns=bool(VIDEOS.value))
     with tqdm(total=total if SHAPES_WORLD.value else len(work), unit="record") as bar:
         how = {"text_batch_size": TEXT_BATCH_SIZE.value, "shard_size": SHARD_SIZE.value, "on_progress": bar.update}
         if not PROMPTS.value:

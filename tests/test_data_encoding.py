@@ -234,6 +234,36 @@ def test_network_wrappers():
     np.testing.assert_allclose(np.asarray(vae.encode(video), np.float32), pool(video), rtol=2**-7)
 
 
+def test_text_encoder_and_vae_are_not_on_the_device_together(tmp_path):
+    """umT5-XXL and the VAE's activations are each most of a 16 GiB device."""
+    toy, table, seen = Toy(), (100, 6), {"text": set(), "vae": set()}
+    expected = encoding.text_encoder(Toy(), tokenize).encode(["one three"])[0]
+
+    def on_device():
+        return sum(array.shape == table for array in jax.live_arrays())
+
+    before = on_device() - 1  # other tests' may be alive
+
+    def noting(ids):
+        seen["text"].add(on_device() - before)
+        return tokenize(ids)
+
+    def encode(video):
+        if isinstance(video, np.ndarray):
+            seen["vae"].add(on_device() - before)
+        return pool(video)
+
+    text = encoding.text_encoder(toy, noting, takes_turns=True)
+    seen["text"].clear()
+    vae = encoding.VideoEncoder(encode, fingerprint="vae")
+    encoding.encode_videos(
+        shape_clips(5), tmp_path / "set", vae=vae, text=text, fps=16.0, **SIZE, batch_size=2, shard_size=2
+    )
+    assert seen == {"text": {1}, "vae": {0}}
+    with text.at_work():
+        np.testing.assert_array_equal(text.encode(["one three"])[0], expected)
+
+
 def test_fingerprint_tells_weights_not_types():
     assert encoding.fingerprint(Toy(0)) == encoding.fingerprint(Toy(0, jnp.bfloat16))
     assert encoding.fingerprint(Toy(0)) != encoding.fingerprint(Toy(1))

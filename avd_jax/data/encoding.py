@@ -1,7 +1,7 @@
 """Videos and prompts through the VAE and the text encoder into encoded sets (schema in `latents.py`).
 
 Networks see batches of one fixed shape, the last one filled up, so that each compiles once; files are read on threads
-while the device works.
+while the device works. Text encoder and VAE take turns, a shard each, so that a device need not hold both.
 """
 
 import hashlib
@@ -10,6 +10,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -46,11 +47,13 @@ class TextEncoder:
       encode: texts -> one [L_i text_dim] a text, without padding.
       text_len: tokens that the network sees, padding included.
       fingerprint: identifies the weights.
+      at_work: a context within which `encode` is called; the network may be elsewhere otherwise.
     """
 
     encode: Callable[[Sequence[str]], list[np.ndarray]]
     text_len: int
     fingerprint: str
+    at_work: Callable[[], AbstractContextManager] = nullcontext
 
 
 @dataclass(frozen=True)
@@ -78,17 +81,37 @@ def fingerprint(module: nnx.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def text_encoder(umt5: nnx.Module, tokenizer: Callable) -> TextEncoder:
-    """Compile umT5 with its tokenizer (texts -> input ids and mask, both [B text_len])."""
+def text_encoder(umt5: nnx.Module, tokenizer: Callable, *, takes_turns: bool = False) -> TextEncoder:
+    """Compile umT5 with its tokenizer.
+
+    Args:
+      umt5: the network.
+      tokenizer: texts -> input ids and mask, both [B text_len].
+      takes_turns: whether the network's parameters wait in the host's memory when it is not at work, so that another
+        one, which does not fit beside it, can have the device. On a CPU both are one memory, and nothing is copied.
+    """
+    made_by = fingerprint(umt5)
+    if takes_turns:
+        nnx.update(umt5, jax.device_get(nnx.state(umt5)))
     graphdef, state = nnx.split(umt5)
     run = jax.jit(lambda state, ids, mask: nnx.merge(graphdef, state)(ids, mask).astype(jnp.bfloat16))
+    held = [state]
+
+    @contextmanager
+    def at_work() -> Iterator[None]:
+        held.append(jax.device_put(state))
+        try:
+            yield
+        finally:
+            held.pop()
 
     def encode(texts: Sequence[str]) -> list[np.ndarray]:
         ids, mask = tokenizer(list(texts))
-        embeds = np.asarray(run(state, ids, mask))
+        embeds = np.asarray(run(held[-1], ids, mask))
         return [row[:length] for row, length in zip(embeds, np.asarray(mask).sum(1), strict=True)]
 
-    return TextEncoder(encode, text_len=tokenizer([""])[0].shape[1], fingerprint=fingerprint(umt5))
+    text_len = tokenizer([""])[0].shape[1]
+    return TextEncoder(encode, text_len, made_by, at_work if takes_turns else nullcontext)
 
 
 def video_encoder(vae: nnx.Module, *, memory_gib: float = MEMORY_GIB) -> VideoEncoder:
@@ -192,7 +215,7 @@ def encode_videos(
       UserError: the folder holds another set, or another process writes to it; no clip could be encoded; the size does
         not fit into memory; a full disk.
     """
-    negative = text.encode([WAN_NEGATIVE_PROMPT] * text_batch_size)[0]
+    negative = _negative_prompt(text, text_batch_size)
     video_shape = jax.ShapeDtypeStruct((batch_size, frames, height, width, 3), jnp.float32)
     info = LatentsInfo(
         text_len=text.text_len,
@@ -218,7 +241,8 @@ def encode_videos(
             results = itertools.islice(reads, len(writer.range_of(shard)))
             skipped: dict[str, str] = {}
             pairs = list(_encode_clips(_without_errors(results, skipped, on_progress), vae, batch_size, on_progress))
-            captions = _encode_texts(text, [clip.caption for clip, _ in pairs], text_batch_size)
+            with text.at_work():
+                captions = list(_encode_texts(text, [clip.caption for clip, _ in pairs], text_batch_size))
             records = []
             for (clip, latents), embeds in zip(pairs, captions, strict=True):
                 if not (np.isfinite(latents).all() and np.isfinite(embeds).all()):
@@ -244,7 +268,7 @@ def encode_prompts(
     Arguments, result and errors are those of `encode_videos`; `text_batch_size` prompts are encoded together.
     """
     prompts = list(dict.fromkeys(prompts))
-    negative = text.encode([WAN_NEGATIVE_PROMPT] * text_batch_size)[0]
+    negative = _negative_prompt(text, text_batch_size)
     info = PromptsInfo(text_len=text.text_len, text_dim=negative.shape[1], text_encoder=text.fingerprint)
     with only_writer(local_path(out)):
         writer = SetWriter(out, info, prompts, inputs_per_shard=shard_size)
@@ -253,12 +277,13 @@ def encode_prompts(
         for shard in pending:
             chosen = [prompts[i] for i in writer.range_of(shard)]
             records, skipped = [], {}
-            for prompt, embeds in zip(chosen, _encode_texts(text, chosen, text_batch_size), strict=True):
-                if np.isfinite(embeds).all():
-                    records.append(prompts_record(text=prompt, prompt_embeds=embeds))
-                else:
-                    skipped[prompt] = f"{prompt!r}: its embeddings are not finite."
-                on_progress(1)
+            with text.at_work():
+                for prompt, embeds in zip(chosen, _encode_texts(text, chosen, text_batch_size), strict=True):
+                    if np.isfinite(embeds).all():
+                        records.append(prompts_record(text=prompt, prompt_embeds=embeds))
+                    else:
+                        skipped[prompt] = f"{prompt!r}: its embeddings are not finite."
+                    on_progress(1)
             writer.write_shard(shard, records, skipped)
         return writer.finish(WAN_NEGATIVE_PROMPT, negative)
 
@@ -355,6 +380,11 @@ def _encode_clips(
 def _encode_texts(text: TextEncoder, texts: Sequence[str], batch_size: int) -> Iterator[np.ndarray]:
     for batch in _batched(texts, batch_size):
         yield from text.encode(batch + batch[-1:] * (batch_size - len(batch)))[: len(batch)]
+
+
+def _negative_prompt(text: TextEncoder, batch_size: int) -> np.ndarray:
+    with text.at_work():
+        return text.encode([WAN_NEGATIVE_PROMPT] * batch_size)[0]
 
 
 def _batched(items: Iterable, size: int) -> Iterator[list]:
