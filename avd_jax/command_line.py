@@ -67,6 +67,22 @@ def define_which() -> flags.FlagHolder:
     return flag
 
 
+def define_hosts() -> Callable[[], None]:
+    """Define the flags that tell one of several processes who takes part.
+
+    Returns:
+      A function that joins the others, see `hosts.connect`; to be called before anything touches a device.
+    """
+    given = (
+        flags.DEFINE_string("coordinator", None, "of several processes: HOST:PORT of process 0"),
+        flags.DEFINE_integer("num_processes", None, "of several processes: how many"),
+        flags.DEFINE_integer("process_id", None, "of several processes: the number of this one, from 0"),
+    )
+    for flag in given:
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[flag.name])  # --help shows it as the script's
+    return lambda: connect(**{flag.name: flag.value for flag in given})
+
+
 def run_training(
     train: Callable[[Recipe, object, Path], int], *, method: str = "", required: Sequence[flags.FlagHolder] = ()
 ) -> None:
@@ -122,10 +138,8 @@ def run_configured(
     config = config_flags.DEFINE_config_file("config", None, "config file; set a field with --config.FIELD=VALUE")
     workdir = path_flag("workdir", None, "the folder of the run: config, checkpoints, metrics")
     explain = flags.DEFINE_bool("explain", False, "print every field of the config with its help, and stop")
-    coordinator = flags.DEFINE_string("coordinator", None, "of several processes: HOST:PORT of process 0")
-    num_processes = flags.DEFINE_integer("num_processes", None, "of several processes: how many")
-    process_id = flags.DEFINE_integer("process_id", None, "of several processes: the number of this one, from 0")
-    for flag in ("config", workdir.name, explain.name, coordinator.name, num_processes.name, process_id.name):
+    connect_hosts = define_hosts()
+    for flag in ("config", workdir.name, explain.name):
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[flag])  # --help shows them as the script's
     flags.mark_flag_as_required("config")
 
@@ -136,7 +150,7 @@ def run_configured(
             print(describe(config.value, fields))
             return 0
         _check_given((workdir, *required))
-        connect(coordinator=coordinator.value, num_processes=num_processes.value, process_id=process_id.value)
+        connect_hosts()
         keep_programs(Path(workdir.value) / "compiled")
         return work(config.value, Path(workdir.value))
 

@@ -8,7 +8,8 @@
 --weights is a folder in any known layout with VAE, text encoder and tokenizer, and the transformer if no
 --checkpoint names one. --out gets an .mp4 and a .json for each video, and contact sheets. A file's name ends in the
 seed and a hash of the settings: other settings never overwrite a video, and the same command resumes after an
-interruption. A prompt and seed give the same video in every batch and on any number of devices, up to rounding.
+interruption. A prompt and seed give the same video in every batch and on any number of devices, up to rounding. On
+several hosts the same command is started on each, with --out on a disk that all share (docs/pods.md).
 
 If a frame interpolator lies with the student, or with --weights, the first half of its steps is at half rate, on every
 second latent frame, which costs a third; --half_rate_steps 0 does without.
@@ -18,16 +19,17 @@ import shlex
 import sys
 from pathlib import Path
 
-import jax
 from absl import flags
 from tqdm import tqdm
 
 from avd_jax import command_line
 from avd_jax.diffusion.student import HALF_RATE_POSITIONS
 from avd_jax.errors import UserError
-from avd_jax.generation.run import generate, make_plan
+from avd_jax.generation.prompt_cache import default_folder
+from avd_jax.generation.run import generate, make_plan, steps
+from avd_jax.generation.sampling import generation_mesh
 from avd_jax.generation.settings import DTYPES, SOLVERS, Options, from_record_file, make_jobs, resolve
-from avd_jax.parallel.mesh import make_mesh
+from avd_jax.parallel.hosts import is_first, leaving_at_once
 
 WEIGHTS = command_line.path_flag("weights", None, "VAE, text encoder, tokenizer (and transformer), in any layout.")
 CHECKPOINT = command_line.path_flag("checkpoint", None, "Student: a training run or checkpoint, an export, a model.pt.")
@@ -39,6 +41,9 @@ SEED = flags.DEFINE_list("seed", ["0"], "Seeds, separated by commas; every promp
 SAMPLES = flags.DEFINE_integer("samples", 1, "Videos for each seed s: the seeds s, s+1, ... so many.")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 1, "Videos to sample together, at least one on every device.")
 FSDP = flags.DEFINE_integer("fsdp", 1, "Devices that share one copy of the transformer.")
+SEQ = flags.DEFINE_integer("seq", None, "Devices that share a video. Default: 1, more if there are fewer videos.")
+PROMPT_CACHE = command_line.path_flag("prompt_cache", str(default_folder()), "Keeps prompts' embeddings; empty: none.")
+connect_hosts = command_line.define_hosts()
 # These decide the video, and have no default here: it depends on the weights.
 flags.DEFINE_enum("solver", None, SOLVERS, "Default: student with a --checkpoint, else unipc.")
 command_line.define_which()
@@ -62,8 +67,7 @@ def main() -> None:
     """Resolve the flags, make what is missing, and say where it is."""
     if BATCH_SIZE.value < 1:
         raise UserError(f"--batch_size {BATCH_SIZE.value}: give at least 1")
-    if FSDP.value < 1 or jax.device_count() % FSDP.value:
-        raise UserError(f"--fsdp {FSDP.value}: give a divisor of the number of devices, which is {jax.device_count()}")
+    connect_hosts()
     notes: list[str] = []
     given = {name: flags.FLAGS[name].value for name in DECISIVE}
     if FROM_JSON.value:
@@ -79,14 +83,18 @@ def main() -> None:
         jobs, fingerprints = make_jobs(**asked), None
         settings = resolve(Options(weights=WEIGHTS.value, checkpoint=CHECKPOINT.value, **given), note=notes.append)
     plan = make_plan(settings, jobs, Path(OUT.value), fingerprints=fingerprints)
-    for note in [*notes, *plan.notes]:
+    mesh = generation_mesh(len(plan.todo), plan.parts.transformer.config.num_heads, fsdp=FSDP.value, seq=SEQ.value)
+    batches = {"mesh": mesh, "batch_size": BATCH_SIZE.value}
+    for note in [*notes, *plan.notes] if is_first() else ():
         print(note)
-    there = len(jobs) - len(plan.todo)
-    with tqdm(total=len(jobs), initial=there, unit="video") as bar:
-        run = {"mesh": make_mesh(fsdp=FSDP.value), "batch_size": BATCH_SIZE.value, "command": shlex.join(sys.argv)}
-        generate(plan, **run, on_progress=bar.update)
-    print(f"{OUT.value}: {len(plan.todo)} made, {there} there already ({settings.solver}, {settings.steps} steps)")
+    there, quiet = len(jobs) - len(plan.todo), not is_first()
+    videos = tqdm(total=len(jobs), initial=there, unit="video", disable=quiet)
+    with videos, tqdm(total=steps(plan, **batches), unit="step", leave=False, disable=quiet) as passes:
+        bars = {"on_progress": videos.update, "on_step": passes.update}
+        generate(plan, **batches, command=shlex.join(sys.argv), prompt_cache=PROMPT_CACHE.value, **bars)
+    if is_first():
+        print(f"{OUT.value}: {len(plan.todo)} made, {there} there already ({settings.solver}, {settings.steps} steps)")
 
 
 if __name__ == "__main__":
-    command_line.run(main, required=(OUT,))
+    command_line.run(leaving_at_once(main), required=(OUT,))

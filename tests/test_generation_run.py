@@ -17,7 +17,7 @@ from generation_cases import DIT, STUDENT, UMT5_SIZES, write_dit, write_weights
 
 from avd_jax.data.video import read_video
 from avd_jax.errors import UserError
-from avd_jax.generation import run
+from avd_jax.generation import run, sampling
 from avd_jax.generation.settings import Job, Options, from_record_file, resolve
 from avd_jax.parallel.mesh import make_mesh
 
@@ -52,27 +52,26 @@ def seen(monkeypatch):
 
 def generate(settings, jobs, out, *, batch_size=2, **kwargs):
     plan = run.make_plan(settings, jobs, out, **kwargs)
+    batches = {"mesh": make_mesh(devices=jax.devices()[:1]), "batch_size": batch_size}
     done = []
-    run.generate(
-        plan, mesh=make_mesh(devices=jax.devices()[:1]), batch_size=batch_size, command="typed", on_progress=done.append
-    )
+    run.generate(plan, **batches, command="typed", prompt_cache=out / ".prompts", on_progress=done.append)
     assert sum(done) == len(plan.todo)
     return plan
 
 
 def names(folder):
-    return sorted(path.name for path in folder.iterdir())
+    return sorted(path.name for path in folder.iterdir() if path.name != ".prompts")
 
 
 def test_files_of_a_run(settings, tmp_path, seen, monkeypatch):
-    alive, load = [], run.load_module
+    alive, load = [], sampling.load_module
 
-    def spy(weights, *args):
+    def spy(weights, *args, **kwargs):
         table = (UMT5_SIZES.vocab_size, UMT5_SIZES.dim)
         alive.append(sum(array.shape == table for array in jax.live_arrays()))
-        return load(weights, *args)
+        return load(weights, *args, **kwargs)
 
-    monkeypatch.setattr(run, "load_module", spy)
+    monkeypatch.setattr(sampling, "load_module", spy)
     plan = generate(settings, JOBS, tmp_path / "new" / "out")
     assert alive == [0, 0, 0]  # the text encoder is freed before the transformer and the VAE are loaded
     out, files = tmp_path / "new" / "out", list(plan.videos.values())
@@ -126,6 +125,15 @@ def test_teacher_again_from_its_record(folder, tmp_path, seen):
         run.make_plan(other, [job], tmp_path / "again", fingerprints=fingerprints)
 
 
+def test_steps_are_those_of_all_batches(settings, tmp_path):
+    """A batch is filled up so that every device has as many videos as the others."""
+    plan = run.make_plan(settings, JOBS, tmp_path)
+    for devices, batch_size, batches in ((1, 2, 2), (1, 8, 1), (2, 1, 2), (2, 3, 1)):
+        mesh = make_mesh(devices=jax.devices()[:devices])
+        assert run.steps(plan, mesh=mesh, batch_size=batch_size) == batches * settings.steps
+    assert run.steps(replace(plan, todo=[]), mesh=mesh, batch_size=1) == 0
+
+
 def test_other_settings_or_weights_are_other_files(settings, folder, tmp_path):
     plans = [
         run.make_plan(changed, JOBS[:1], tmp_path)
@@ -165,19 +173,19 @@ def test_a_student_of_other_weights(settings, tmp_path, change, message):
 def test_a_folder_that_cannot_be_written(settings, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"file/out: cannot be written \(Not a directory\); choose another --out"):
-        run.make_plan(settings, JOBS, tmp_path / "file" / "out")
+        generate(settings, JOBS, tmp_path / "file" / "out")
 
 
-def stub_sample(plan, mesh, size):
+def stub_sample(settings, parts, shape, jobs, **how):
     """Stands in for the networks: noise, which H.264 cannot make small."""
-    shape = (plan.settings.frames, plan.settings.height, plan.settings.width, 3)
-    for job in plan.todo:
+    shape = (settings.frames, settings.height, settings.width, 3)
+    for job in jobs:
         yield job, np.random.default_rng(job.seed).uniform(-1, 1, shape)
 
 
 def test_a_full_disk_leaves_no_part_of_a_video(settings, tmp_path, monkeypatch):
     large = replace(settings, height=160, width=240)
-    monkeypatch.setattr(run, "_sample", stub_sample)
+    monkeypatch.setattr(run, "sample_videos", stub_sample)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
@@ -196,7 +204,7 @@ def test_values_that_are_not_finite_are_no_video(settings, tmp_path, monkeypatch
     def sampler(network, shape, *, timesteps, half_rate):
         return lambda params, keys, conditions: jax.device_put(np.full((2, *shape), np.nan), keys.sharding)
 
-    monkeypatch.setattr(run, "StudentSampler", sampler)
+    monkeypatch.setattr(sampling, "StudentSampler", sampler)
     with pytest.raises(UserError, match=r"'a red ball / rolls', seed 0: not finite"):
         generate(settings, JOBS, tmp_path)
     assert not names(tmp_path)
@@ -212,7 +220,7 @@ def write_and_wait(path, video, *, fps, write=t.run.write_video):
     write(path, video, fps=fps)
     time.sleep(60)
 
-t.run._sample, t.run.write_video = t.stub_sample, write_and_wait
+t.run.sample_videos, t.run.write_video = t.stub_sample, write_and_wait
 settings = t.resolve(t.Options(weights=sys.argv[2], checkpoint=sys.argv[3]))
 t.generate(settings, t.JOBS, Path(sys.argv[4]))
 """
@@ -233,7 +241,7 @@ def test_killed_and_run_again(settings, tmp_path, monkeypatch):
     second.with_suffix(".json").write_text("{}")
     second.with_name(f".{second.name}.tmp").write_bytes(b"half")
 
-    monkeypatch.setattr(run, "_sample", stub_sample)
+    monkeypatch.setattr(run, "sample_videos", stub_sample)
     assert generate(settings, JOBS, tmp_path).todo == JOBS[1:]
     assert first.stat().st_mtime_ns == kept
     assert json.loads(second.with_suffix(".json").read_text())["seed"] == 1

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -41,27 +42,63 @@ def folder(tmp_path_factory):
     return folder
 
 
-def python(*arguments, devices=1, status=0):
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+@pytest.fixture(scope="module", autouse=True)
+def users_cache(tmp_path_factory):
+    """The folder in which the prompts' embeddings are kept by default."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield Path(os.environ["XDG_CACHE_HOME"]) / "avd_jax" / "prompts"
+
+
+def start(*arguments):
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=1"
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
-    done = subprocess.run([sys.executable, *map(str, arguments)], env=environment, capture_output=True, text=True)
-    assert done.returncode == status, done.stderr
-    return done
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def test_student_then_one_of_its_videos_again(folder, tmp_path):
+def python(*arguments, status=0):
+    process = start(*arguments)
+    output, errors = process.communicate()
+    assert process.returncode == status, errors
+    return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
+
+
+def on_two_hosts(*arguments):
+    """Run a command as two processes that know each other; return what each wrote to stdout and to stderr."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        coordinator = f"--coordinator=127.0.0.1:{free.getsockname()[1]}"
+    processes = [start(*arguments, coordinator, "--num_processes=2", f"--process_id={i}") for i in range(2)]
+    try:
+        outputs = [process.communicate(timeout=300) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    return [
+        ("".join(line for line in output.splitlines(True) if not line.startswith("[Gloo]")), errors)
+        for output, errors in outputs
+    ]
+
+
+def test_student_on_two_hosts_then_one_of_its_videos_again(folder, tmp_path, users_cache):
     arguments = ["--checkpoint", folder / "student", "--weights", folder / "wan", "--out", tmp_path / "out"]
     arguments += ["--prompt", "Panda playing the guitar", "--seed", "0,7,8"]
-    # Two devices share out three videos: the batch is filled up to four.
-    done = python(SCRIPT, *arguments, "--batch_size", 3, devices=2)
-    assert done.stdout == f"{tmp_path}/out: 3 made, 0 there already (student, 3 steps)\n"
-    assert "3/3" in done.stderr
+    # Their two devices share out three videos: the batch is filled up to four. One host writes and reports.
+    (output, errors), (silent, others_errors) = on_two_hosts(SCRIPT, *arguments, "--batch_size", 3)
+    assert output == f"{tmp_path}/out: 3 made, 0 there already (student, 3 steps)\n"
+    assert "3/3" in errors
+    assert "3/3" not in others_errors
+    assert silent == ""
+    assert len(list(users_cache.rglob("*.safetensors"))) == 1
     videos = sorted((tmp_path / "out").glob("*.mp4"))
     assert [video.name.split("-")[2] for video in videos] == ["0", "7", "8"]
     assert len(list((tmp_path / "out").glob("sheet-*.png"))) == 1
     record = json.loads(videos[0].with_suffix(".json").read_text())
     assert record["batch_size"] == 4
     assert record["devices"].startswith("2 x ")
+    assert record["mesh"] == {"data": 2, "fsdp": 1, "seq": 1}
     assert record["command"].startswith(str(SCRIPT))
     assert duration(videos[0]) == pytest.approx(5 / 8)
 
@@ -82,7 +119,20 @@ def test_messages(folder, tmp_path):
         (weights, out, prompt, "--prompts=x"): "give either --prompt with a text, or --prompts with a file of them",
         (weights, out, f"--prompts={tmp_path}/empty.txt"): f"{tmp_path}/empty.txt: no prompts in it",
         (weights, out, prompt, "--batch_size=0"): "--batch_size 0: give at least 1",
-        (weights, out, prompt, "--fsdp=2"): "--fsdp 2: give a divisor of the number of devices, which is 1",
+        (weights, out, prompt, *small, "--fsdp=2"): "--fsdp 2: give a divisor of the number of devices, which is 1",
+        (
+            weights,
+            out,
+            prompt,
+            *small,
+            "--seq=2",
+        ): "--seq 2: give one of 1: it must divide the transformer's 2 attention",
+        (
+            weights,
+            out,
+            prompt,
+            "--process_id=1",
+        ): "--coordinator, --num_processes missing: --coordinator, --num_processes",
         (weights, out, prompt, "--steps=-1"): "--steps -1: give at least 1",
         (weights, out, prompt, student, "--steps=4"): "--steps: a student's steps are fixed by the schedule",
         (weights, out, prompt, *small, "--frames=4"): "frames=4 is not 2n + 1; try 3 or 5",

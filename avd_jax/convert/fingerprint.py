@@ -14,12 +14,15 @@ _MOST_LEAVES = 32
 _MOST_VALUES = 1 << 20
 
 
-def fingerprint(weights: Weights) -> str:
-    """Return a short text that identifies a network's weights, in whatever layout they are stored, read from a few."""
+def fingerprint(weights: Weights, telling_leaf: str = _TELLING_LEAF) -> str:
+    """Return a short text that identifies a network's weights, in whatever layout they are stored, read from a few.
+
+    `telling_leaf` is the path of a large leaf that is read too, if there is one.
+    """
     small = sorted(path for path, leaf in weights.leaves.items() if math.prod(leaf.shape) <= _SMALL_LEAF)
     chosen = small[:: math.ceil(len(small) / _MOST_LEAVES) or 1]
-    if _TELLING_LEAF in weights.leaves and _TELLING_LEAF not in chosen:
-        chosen.append(_TELLING_LEAF)
+    if telling_leaf in weights.leaves and telling_leaf not in chosen:
+        chosen.append(telling_leaf)
     digest = hashlib.sha256()
     for path in chosen:
         array = weights.array(path)

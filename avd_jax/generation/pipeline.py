@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 from flax import nnx
 
 from avd_jax.diffusion.guidance import guided_velocity
@@ -63,11 +63,11 @@ def latents_shape(*, frames: int, height: int, width: int, dit: WanDiTConfig, va
     return latent_frames, height // vae.spatial_stride, width // vae.spatial_stride, dit.in_dim
 
 
-def sample_keys(seeds: Sequence[int]) -> Keys:
+def sample_keys(seeds: Sequence[int] | jax.Array) -> Keys:
     """Return one random key a seed, [B]; a seed is 0..2^32 - 1 and gives the same noise at every place in a batch."""
     # threefry by name: only its draws are the same alone and in a batch.
     make = partial(jax.random.key, impl="threefry2x32")
-    return jax.vmap(make)(np.asarray(seeds, np.uint32))
+    return jax.vmap(make)(jnp.asarray(seeds, jnp.uint32))
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ again. Other settings or other weights give another name, so nothing is overwrit
 made again. The `.json` comes first and the video appears only once it is complete: if a video is there, both are whole.
 """
 
-import gc
 import hashlib
 import importlib.metadata
 import json
@@ -16,33 +15,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
-from avd_jax.convert.weights import load_module, lossless_dtype
 from avd_jax.data.atomic import write_text
-from avd_jax.data.encoding import text_encoder, video_decoder
-from avd_jax.data.latents import pad_prompt_embeds
 from avd_jax.data.prompts import WAN_NEGATIVE_PROMPT, file_stem
 from avd_jax.data.tokenizer import TEXT_LENGTH
 from avd_jax.data.video import contact_sheet, read_video, write_video
 from avd_jax.errors import UserError
-from avd_jax.generation.pipeline import (
-    HalfRateSampling,
-    LatentsShape,
-    StudentSampler,
-    latents_shape,
-    make_teacher_sampler,
-    sample_keys,
-)
+from avd_jax.generation.pipeline import LatentsShape, latents_shape
+from avd_jax.generation.prompt_cache import PromptCache, cache_key
+from avd_jax.generation.sampling import sample_videos
 from avd_jax.generation.settings import Job, Settings, to_record
 from avd_jax.generation.weights import Parts, open_parts
-from avd_jax.models.functional import denoiser
-from avd_jax.models.placement import Placement
+from avd_jax.parallel.hosts import from_first, is_first
 from avd_jax.parallel.memory import fitting
-from avd_jax.parallel.mesh import BATCH_AXES, batch_sharding, filled_up, replicated
-from avd_jax.parallel.rules import spec_for
+from avd_jax.parallel.mesh import filled_up
 from avd_jax.paths import local_path
 
 SHEET_ROWS = 12
@@ -76,17 +64,16 @@ class Plan:
 def make_plan(
     settings: Settings, jobs: Sequence[Job], out: Path, *, fingerprints: Mapping[str, str] | None = None
 ) -> Plan:
-    """Open the weights and see what is missing in `out`, a folder that is made.
+    """Open the weights and see what is missing in `out`.
 
     Args:
       settings: from `resolve` or `from_record_file`.
       jobs: the videos, each once.
-      out: folder for the files.
+      out: folder for the files; it need not be there yet. On several hosts it is on a disk that all of them share.
       fingerprints: what the weights must be, to make a video again; None for any.
 
     Raises:
-      UserError: weights that are missing or do not fit, a size that the networks cannot make, or a folder that cannot
-        be written.
+      UserError: weights that are missing or do not fit, or a size that the networks cannot make.
     """
     out = local_path(out)
     parts = open_parts(settings)
@@ -99,11 +86,9 @@ def make_plan(
             raise UserError(f"{source}: this is not the {component} that made the video; name the same weights")
     digest = settings.digest(found)
     videos = {job: out / f"{file_stem(job.prompt, job.seed)}-{digest}.mp4" for job in jobs}
-    todo = [job for job, video in videos.items() if not (video.is_file() and _record_of(video).is_file())]
-    with _reporting(out):
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):  # better known now than after minutes of work
-            pass
+    missing = np.asarray([not (video.is_file() and _record_of(video).is_file()) for video in videos.values()])
+    missing = from_first(missing) if jax.process_count() > 1 else missing
+    todo = [job for job, lacks in zip(videos, missing, strict=True) if lacks]
     notes: list[str] = []
     texts = [job.prompt for job in jobs]
     if settings.negative_prompt not in (None, WAN_NEGATIVE_PROMPT):
@@ -118,101 +103,69 @@ def generate(
     mesh: Mesh,
     batch_size: int,
     command: str,
+    prompt_cache: str | Path | None = None,
     on_progress: Callable[[int], object] = lambda done: None,
+    on_step: Callable[[], object] | None = None,
 ) -> None:
-    """Make the videos that are to do, and contact sheets of all.
+    """Make the videos that are to do, and contact sheets of all. On several hosts all work, and the first one writes.
 
     Args:
       plan: from `make_plan`.
-      mesh: its data and fsdp axes share out each batch, its fsdp axis the transformer's parameters.
+      mesh: its data and fsdp axes share out each batch, its fsdp axis the transformer's parameters, its seq axis a
+        video's tokens.
       batch_size: videos to sample together, rounded up to a multiple of the mesh's batch shards. One program serves
         all batches; the last is filled up and the surplus dropped.
       command: what the user typed, for the record.
+      prompt_cache: folder in which the prompts' embeddings are kept for other calls; None or an empty text: nowhere.
       on_progress: called with the number of further videos that are done.
+      on_step: called at every denoising step of a batch, `steps` times in all, from another thread.
 
     Raises:
-      UserError: a full disk, a size that does not fit into memory, or values that are not finite.
+      UserError: a folder that cannot be written, a full disk, a size that does not fit into memory, or values that are
+        not finite.
     """
     settings, videos, todo = plan.settings, plan.videos, plan.todo
+    if todo and is_first():
+        _check_writable(videos[todo[0]].parent)
     size = filled_up(min(batch_size, len(todo)), mesh)
     made_with = {"fingerprints": plan.fingerprints, "command": command} | _environment(mesh, size)
+    cache = None
+    if prompt_cache and todo:
+        made_by = {"tokenizer": plan.fingerprints["tokenizer"], "dtype": settings.dtype}
+        cache = PromptCache(local_path(prompt_cache), cache_key(plan.parts.text_encoder, **made_by))
     what = f"{settings.frames} frames of {settings.height}x{settings.width}, {size} at once"
     with fitting(what, "give smaller --frames, --height, --width or --batch_size", mesh):
-        for job, pixels in _sample(plan, mesh, size) if todo else ():
-            with _reporting(videos[job]):
-                record = json.dumps(to_record(settings, job) | made_with, indent=2, ensure_ascii=False)
-                write_text(_record_of(videos[job]), record + "\n")
-                write_video(videos[job], pixels, fps=settings.fps)
+        work = {"mesh": mesh, "size": size, "cache": cache, "on_step": on_step}
+        for job, pixels in sample_videos(settings, plan.parts, plan.shape, todo, **work) if todo else ():
+            if is_first():
+                with _reporting(videos[job]):
+                    record = json.dumps(to_record(settings, job) | made_with, indent=2, ensure_ascii=False)
+                    write_text(_record_of(videos[job]), record + "\n")
+                    write_video(videos[job], pixels, fps=settings.fps)
             on_progress(1)
-    _write_sheets(plan)
+        jax.effects_barrier()  # the last steps have been counted
+    if is_first():
+        _write_sheets(plan)
 
 
-def _sample(plan: Plan, mesh: Mesh, size: int) -> Iterator[tuple[Job, np.ndarray]]:
-    """Yield each job that is to do with its video [F H W 3], nominally in [-1, 1]."""
-    settings, parts, shape, jobs = plan.settings, plan.parts, plan.shape, plan.todo
-    texts = _encode_texts(settings, parts, jobs)
-    gc.collect()  # the text encoder is larger than the transformer, and its modules are cycles of references
-    dtype = jnp.dtype(settings.dtype)
-    dit = load_module(parts.transformer, dtype, lambda path, leaf: NamedSharding(mesh, spec_for(path, leaf, mesh)))
-    # The VAE is float32, as Wan runs it.
-    decode = video_decoder(load_module(parts.vae, jnp.float32, lambda path, leaf: replicated(mesh)))
-    dit.placement = Placement(mesh=mesh, batch_axes=BATCH_AXES, sequence_axis="seq")
-    network, params = denoiser(dit)
-
-    def padded(text: str) -> np.ndarray:
-        return pad_prompt_embeds(texts[text], parts.transformer.config.text_len)
-
-    def conditions(embeds: np.ndarray, sharding: NamedSharding) -> dict:
-        return jax.device_put({"prompt_embeds": embeds}, sharding)
-
-    if settings.solver == "student":
-        half_rate = None
-        if settings.half_rate_steps:
-            interpolator = load_module(parts.interpolator, dtype, lambda path, leaf: replicated(mesh))
-            half_rate = HalfRateSampling(settings.half_rate_steps, settings.half_rate_positions, interpolator)
-        sampler = StudentSampler(network, shape, timesteps=settings.timesteps, half_rate=half_rate)
-        negative = ()
-    else:
-        guidance = {"shift": settings.shift, "guidance_scale": settings.guidance_scale}
-        sampler = make_teacher_sampler(network, shape, num_steps=settings.steps, **guidance)
-        negative = (conditions(padded(settings.negative_prompt), replicated(mesh)),)
-
-    def start(batch: list[Job]) -> jax.Array:
-        rows = batch + batch[-1:] * (size - len(batch))
-        keys = jax.device_put(sample_keys([job.seed for job in rows]), batch_sharding(mesh))
-        texts = conditions(np.stack([padded(job.prompt) for job in rows]), batch_sharding(mesh))
-        return decode(sampler(params, keys, texts, *negative))
-
-    batches = [jobs[i : i + size] for i in range(0, len(jobs), size)]
-    running = start(batches[0])
-    for batch, following in zip(batches, [*batches[1:], None], strict=True):
-        # The device works on the next batch while this one is written.
-        done, running = running, start(following) if following else None
-        for row, job in enumerate(batch):
-            pixels = np.asarray(done[row])
-            if not np.isfinite(pixels).all():
-                raise UserError(
-                    f"{job.prompt[:60]!r}, seed {job.seed}: not finite; try --dtype float32, or check the weights"
-                )
-            yield job, pixels
+def _check_writable(out: Path) -> None:
+    """Make the folder and try it: better known now than after minutes of work."""
+    with _reporting(out):
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
 
 
-def _encode_texts(settings: Settings, parts: Parts, jobs: Sequence[Job]) -> dict[str, np.ndarray]:
-    """Return text -> embeddings [L_i text_dim] of its own tokens; the text encoder is freed on return."""
-    texts = dict.fromkeys(job.prompt for job in jobs)
-    if settings.negative_prompt is not None:
-        texts[settings.negative_prompt] = None
-    dtype = jnp.dtype(settings.dtype)
-    umt5 = load_module(parts.text_encoder, dtype, param_dtype=lossless_dtype(parts.text_encoder, dtype))
-    encoder = text_encoder(umt5, parts.tokenizer)
-    # One at a time: a batch's last bits would depend on what else the run generates.
-    return {text: encoder.encode([text])[0] for text in texts}
+def steps(plan: Plan, *, mesh: Mesh, batch_size: int) -> int:
+    """Return how many denoising steps of a batch `generate` makes."""
+    size = filled_up(min(batch_size, len(plan.todo)), mesh)
+    return -(-len(plan.todo) // size) * plan.settings.steps if plan.todo else 0
 
 
 def _environment(mesh: Mesh, size: int) -> dict:
     devices = f"{mesh.devices.size} x {mesh.devices.flat[0].device_kind}"
     versions = {name: _version(name) for name in _PACKAGES}
-    return {"versions": versions, "devices": devices, "batch_size": size}
+    return {"versions": versions, "devices": devices, "mesh": dict(mesh.shape), "batch_size": size}
 
 
 def _version(package: str) -> str:

@@ -53,7 +53,7 @@ class Options:
         else the first half of them, if there is an interpolator.
       half_rate_positions: of the frames in the rotary embedding at these steps, a key of HALF_RATE_POSITIONS.
       frames, height, width, fps: of the videos.
-      dtype: of the parameters and the computation of transformer and text encoder.
+      dtype: in which transformer and text encoder compute.
     """
 
     weights: str | None = None

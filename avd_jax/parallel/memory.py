@@ -31,6 +31,11 @@ def parameter_sharding(path: str, shape: tuple[int, ...], mesh: Mesh, *, memory:
     return sharding.with_memory_kind(MEMORIES[memory]) if _LAYERS.match(path) else sharding
 
 
+def is_exhausted(error: Exception) -> bool:
+    """Return whether a backend's error says that no memory is left."""
+    return isinstance(error, MemoryError) or bool(_EXHAUSTED.search(" ".join(str(error).split())[:200]))
+
+
 @contextlib.contextmanager
 def fitting(what: str, hint: str, mesh: Mesh | None = None) -> Iterator[None]:
     """Turn the backend's report that it has no memory left into a UserError, and so its other failures.
@@ -48,6 +53,6 @@ def fitting(what: str, hint: str, mesh: Mesh | None = None) -> Iterator[None]:
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
         devices = jax.devices()[:1] if mesh is None else list(mesh.devices.flat)
         place, text = f"{len(devices)} x {devices[0].device_kind}", " ".join(str(error).split())[:200]
-        if isinstance(error, MemoryError) or _EXHAUSTED.search(text):
+        if is_exhausted(error):
             raise UserError(f"{what}: does not fit into the memory of {place}; {hint}") from error
         raise UserError(f"{what}: failed on {place} ({text}), likely for want of memory; {hint}") from error

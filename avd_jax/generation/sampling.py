@@ -1,0 +1,240 @@
+"""From texts to pixels: which network is on the devices when, and which devices share what.
+
+The text encoder comes first and leaves before the others are loaded. Then each batch is sampled and decoded. If the
+transformer and the decoder do not fit beside each other, a few batches are sampled, the transformer leaves, they are
+decoded, and its parameters are read again for the next ones. All hosts do the same and get the same.
+"""
+
+import functools
+import gc
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from avd_jax.convert.weights import load_module, lossless_dtype
+from avd_jax.data.encoding import text_encoder, video_decoder
+from avd_jax.data.latents import pad_prompt_embeds
+from avd_jax.errors import UserError, note
+from avd_jax.generation.pipeline import (
+    HalfRateSampling,
+    LatentsShape,
+    StudentSampler,
+    make_teacher_sampler,
+    sample_keys,
+)
+from avd_jax.generation.prompt_cache import PromptCache
+from avd_jax.generation.settings import Job, Settings
+from avd_jax.generation.weights import Parts
+from avd_jax.models.functional import denoiser
+from avd_jax.models.placement import Placement
+from avd_jax.parallel.hosts import to_host
+from avd_jax.parallel.memory import is_exhausted
+from avd_jax.parallel.mesh import BATCH_AXES, batch_sharding, make_mesh, replicated
+from avd_jax.parallel.rules import spec_for
+
+SAMPLED_BEFORE_DECODING = 8  # batches, if the transformer has to leave for the decoder; a kill loses so many at most
+
+
+def generation_mesh(videos: int, heads: int, *, fsdp: int = 1, seq: int | None = None) -> Mesh:
+    """Return the mesh over all devices.
+
+    Args:
+      videos: how many are to be made.
+      heads: attention heads of the transformer, which the devices that share tokens share too.
+      fsdp: devices that share one copy of the transformer.
+      seq: devices that share a video's tokens. By default 1, if there is a video for each device; else as many devices
+        of a host as leave none without a video.
+
+    Raises:
+      UserError: sizes that do not divide the devices or the heads.
+    """
+    devices = jax.device_count()
+    if fsdp < 1 or devices % fsdp:
+        raise UserError(f"--fsdp {fsdp}: give a divisor of the number of devices, which is {devices}")
+    possible = [n for n in range(1, heads + 1) if heads % n == 0 and (devices // fsdp) % n == 0]
+    if seq is None:
+        enough = [n for n in possible if devices // n >= videos and jax.local_device_count() % n == 0]
+        seq = max(enough, default=1)
+    elif seq not in possible:
+        shown = ", ".join(map(str, possible))
+        raise UserError(
+            f"--seq {seq}: give one of {shown}: it must divide the transformer's {heads} attention heads, and with "
+            f"--fsdp {fsdp} the {devices} devices"
+        )
+    return make_mesh(fsdp=fsdp, seq=seq)
+
+
+def sample_videos(
+    settings: Settings,
+    parts: Parts,
+    shape: LatentsShape,
+    jobs: Sequence[Job],
+    *,
+    mesh: Mesh,
+    size: int,
+    cache: PromptCache | None = None,
+    on_step: Callable[[], object] | None = None,
+) -> Iterator[tuple[Job, np.ndarray]]:
+    """Yield each job with its video [F H W 3], nominally in [-1, 1].
+
+    Args:
+      settings: of all jobs.
+      parts: opened weights.
+      shape: (F, H, W, C) of the latents of a video.
+      jobs: what to make.
+      mesh: see `generation_mesh`.
+      size: videos of a batch, a multiple of the mesh's batch shards.
+      cache: of prompt embeddings, or None.
+      on_step: called at every denoising step of a batch, from a thread of JAX's. A program that calls back is not kept
+        in JAX's cache of programs.
+
+    Raises:
+      UserError: values that are not finite.
+    """
+    texts = _embeddings(settings, parts, jobs, cache)
+    gc.collect()  # the text encoder is larger than the transformer, and its modules are cycles of references
+    # The VAE is float32, as Wan runs it.
+    decode = video_decoder(load_module(parts.vae, jnp.float32, lambda path, leaf: replicated(mesh)))
+    sampler = _Sampler(settings, parts, shape, texts, mesh, size, on_step)
+    batches = [list(jobs[i : i + size]) for i in range(0, len(jobs), size)]
+    made, crowded = set(), False
+    try:
+        for batch, videos in zip(batches, _side_by_side(sampler, decode, batches), strict=True):
+            for job, pixels in _rows(batch, videos):
+                made.add(job)
+                yield job, pixels
+    except jax.errors.JaxRuntimeError as error:
+        if not is_exhausted(error):
+            raise
+        crowded = True
+    if crowded:  # outside the handler, which holds the arrays of what failed
+        note("the transformer and the decoder do not fit into memory together: they take turns")
+        sampler.leave()
+        batches = [batch for batch in batches if not made.issuperset(batch)]
+        for batch, videos in zip(batches, _in_turns(sampler, decode, batches), strict=True):
+            yield from ((job, pixels) for job, pixels in _rows(batch, videos) if job not in made)
+
+
+def _side_by_side(sampler: "_Sampler", decode: Callable, batches: Sequence[list[Job]]) -> Iterator[jax.Array]:
+    """Yield the videos of each batch; the devices work on the next batch while one is written."""
+    running = decode(sampler(batches[0]))
+    for following in [*batches[1:], None]:
+        done, running = running, decode(sampler(following)) if following else None
+        yield done
+
+
+def _in_turns(sampler: "_Sampler", decode: Callable, batches: Sequence[list[Job]]) -> Iterator[jax.Array]:
+    """Yield the videos of each batch; the transformer is not on the devices while one is decoded."""
+    for first in range(0, len(batches), SAMPLED_BEFORE_DECODING):
+        sampled = [jax.block_until_ready(sampler(batch)) for batch in batches[first : first + SAMPLED_BEFORE_DECODING]]
+        sampler.leave()
+        for latents in sampled:
+            yield decode(latents)
+
+
+def _rows(batch: list[Job], videos: jax.Array) -> Iterator[tuple[Job, np.ndarray]]:
+    for row, job in enumerate(batch):
+        pixels = np.asarray(videos[row]) if videos.is_fully_addressable else to_host(videos[row])
+        if not np.isfinite(pixels).all():
+            raise UserError(
+                f"{job.prompt[:60]!r}, seed {job.seed}: not finite; try --dtype float32, or check the weights"
+            )
+        yield job, pixels
+
+
+class _Sampler:
+    """From a batch of jobs to latents [B F H W C]; its transformer is loaded when it is needed."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        parts: Parts,
+        shape: LatentsShape,
+        texts: dict[str, np.ndarray],
+        mesh: Mesh,
+        size: int,
+        on_step: Callable[[], object] | None,
+    ):
+        self._settings, self._parts, self._shape, self._mesh, self._size = settings, parts, shape, mesh, size
+        self._params = self._sample = None
+        self._negative, self._texts = (), texts
+        self._keys = jax.jit(sample_keys, out_shardings=batch_sharding(mesh))
+        self._passes, self._on_step = 0, on_step
+
+    def leave(self) -> None:
+        """Free the transformer's parameters; the next call loads them again."""
+        self._params = None
+        gc.collect()
+
+    def __call__(self, batch: list[Job]) -> jax.Array:
+        """Start to sample a batch, filled up to the batch size."""
+        if self._params is None:
+            self._load()
+        rows = batch + batch[-1:] * (self._size - len(batch))
+        keys = self._keys(np.asarray([job.seed for job in rows], np.uint32))
+        texts = self._conditions(np.stack([self._padded(job.prompt) for job in rows]), batch_sharding(self._mesh))
+        return self._sample(self._params, keys, texts, *self._negative)
+
+    def _load(self) -> None:
+        settings, parts, mesh = self._settings, self._parts, self._mesh
+        dtype = jnp.dtype(settings.dtype)
+        dit = load_module(parts.transformer, dtype, lambda path, leaf: NamedSharding(mesh, spec_for(path, leaf, mesh)))
+        dit.placement = Placement(mesh=mesh, batch_axes=BATCH_AXES, sequence_axis="seq")
+        network, self._params = denoiser(dit)
+        if self._sample is not None:
+            return
+
+        def counted(*inputs, **options):
+            if self._on_step is not None:
+                jax.debug.callback(self._count)
+            return network(*inputs, **options)
+
+        if settings.solver == "student":
+            half_rate = None
+            if settings.half_rate_steps:
+                interpolator = load_module(parts.interpolator, dtype, lambda path, leaf: replicated(mesh))
+                half_rate = HalfRateSampling(settings.half_rate_steps, settings.half_rate_positions, interpolator)
+            self._sample = StudentSampler(counted, self._shape, timesteps=settings.timesteps, half_rate=half_rate)
+        else:
+            guidance = {"shift": settings.shift, "guidance_scale": settings.guidance_scale}
+            self._sample = make_teacher_sampler(counted, self._shape, num_steps=settings.steps, **guidance)
+            self._negative = (self._conditions(self._padded(settings.negative_prompt), replicated(mesh)),)
+
+    def _padded(self, text: str) -> np.ndarray:
+        return pad_prompt_embeds(self._texts[text], self._parts.transformer.config.text_len)
+
+    def _conditions(self, embeds: np.ndarray, sharding: NamedSharding) -> dict[str, jax.Array]:
+        return jax.device_put({"prompt_embeds": embeds}, sharding)
+
+    def _count(self) -> None:
+        """Take note of a pass of the transformer; a step of the teacher has two."""
+        self._passes += 1
+        if self._settings.solver == "student" or self._passes % 2 == 0:
+            self._on_step()
+
+
+def _embeddings(
+    settings: Settings, parts: Parts, jobs: Sequence[Job], cache: PromptCache | None
+) -> dict[str, np.ndarray]:
+    """Return text -> embeddings [L_i text_dim] of its own tokens; the text encoder is freed on return."""
+    texts = dict.fromkeys(job.prompt for job in jobs)
+    if settings.negative_prompt is not None:
+        texts[settings.negative_prompt] = None
+    found = {text: cache.get(text) if cache else None for text in texts}
+
+    @functools.cache
+    def encoder():
+        dtype = jnp.dtype(settings.dtype)
+        umt5 = load_module(parts.text_encoder, dtype, param_dtype=lossless_dtype(parts.text_encoder, dtype))
+        return text_encoder(umt5, parts.tokenizer)
+
+    for text in texts:
+        if found[text] is None:
+            # One at a time: a batch's last bits would depend on what else the run generates.
+            found[text] = encoder().encode([text])[0]
+            if cache:
+                cache.keep(text, found[text])
+    return found
