@@ -113,7 +113,11 @@ def test_a_kernel_counts_once_a_grid_cell():
             out_shape=shape(32, 16),
         )(x, y)
 
-    assert count_flops(product, shape(32, 16), shape(16, 16)) == 2 * 32 * 16 * 16
+    once = 2 * 32 * 16 * 16
+    assert count_flops(product, shape(32, 16), shape(16, 16)) == once
+    both = jax.make_jaxpr(lambda x, y: jnp.tanh(product(x, y)) @ y)(shape(32, 16), shape(16, 16))
+    assert jaxpr_flops(both) == 2 * once
+    assert jaxpr_flops(both, kernels_only=True) == once
 
 
 def test_the_transformer():
@@ -155,4 +159,6 @@ def test_cudnn_attention(monkeypatch):
 
     product = 2 * 2 * 4 * 256 * 128 * 64
     assert count_flops(attend, query, key, key) == 2 * product
+    both = jax.make_jaxpr(lambda *args: attend(*args) + jnp.sum(args[0] @ jnp.zeros((64, 8))))(query, key, key)
+    assert jaxpr_flops(both, kernels_only=True) == 2 * product < jaxpr_flops(both)
     assert count_flops(jax.grad(attend, argnums=(0, 1, 2)), query, key, key) == 7 * product

@@ -1,6 +1,6 @@
 """Collectives and cycles read from small HLO texts."""
 
-from avd_jax.capacity.hlo import profile
+from avd_jax.capacity.hlo import cudnn_workspace, profile
 
 HLO = """HloModule jit_step, is_scheduled=true
 
@@ -46,3 +46,13 @@ def test_a_loops_body_counts_as_often_as_it_runs():
 def test_a_loop_of_unknown_length_takes_the_number_given():
     assert profile(UNKNOWN, dynamic_trips=1.5).collective_bytes["all-gather"] == 1.5 * GATHERED
     assert profile(UNKNOWN).cycles == 10 + 7
+
+
+def test_the_workspace_of_cudnns_largest_backward_pass():
+    def call(name, shape):
+        return f'  %c = (bf16[{shape}]{{3,1,2,0}}, u8[0]{{0}}) custom-call(%q), custom_call_target="__cudnn${name}"'
+
+    forward, small = call("fmhaSoftmax", "9,12,32760,128"), call("fmhaSoftmaxBackward", "1,12,512,128")
+    large = call("fmhaSoftmaxBackward", "2,12,32760,128")
+    assert cudnn_workspace("\n".join([forward, small, large])) == 4 * 2 * 12 * 32760 * (128 + 1)
+    assert cudnn_workspace(KNOWN) == 0

@@ -36,14 +36,14 @@ def test_planning_tries_what_divides_batch_and_heads():
 
 
 def test_the_cheapest_that_fits_is_recommended():
-    def report(batch, cycles, total):
+    def report(batch, seconds, total):
         numbers = {"argument_gib": 1.0, "temporary_gib": 1.0, "code_mib": 1.0, "flops": 1.0, "limit_gib": 16}
         mesh = {"data": 1, "fsdp": batch, "seq": 2}
-        return Report("p", "t", mesh, batch, total_gib=total, fits=total < 16, cycles=cycles, **numbers)
+        return Report("p", "t", mesh, batch, total_gib=total, fits=total < 16, cycles=1, seconds=seconds, **numbers)
 
     reports = [report(4, 400, 10), report(8, 640, 15), report(16, 160, 20)]
     assert planning.recommend(reports) == (
         "--config.batch_size=8 --config.mesh.data=1 --config.mesh.fsdp=8 --config.mesh.seq=2"
     )
     assert planning.recommend([report(16, None, 10), *reports]) == planning.recommend(reports), "it has no estimate"
-    assert planning.recommend(reports[2:]).startswith("none: the smallest needs 20.0 GiB of 16")
+    assert planning.recommend(reports[2:]).startswith("none: the smallest needs 20.0 GiB of 16.00")

@@ -87,7 +87,7 @@ def test_every_program_of_a_run_with_half_rate_steps_can_be_traced(inputs):
     assembly = assemble(inputs, half_rate__steps=2)
     names = assembly.program_names()
     assert names == [
-        *("generator_step", "fake_score_step", "student_sample", "student_sample_half_rate"),
+        *("generator_step", "fake_score_step", "student_sample", "student_sample_half_rate", "teacher_sample"),
         *("vae_decode", "vae_encode", "forward"),
     ]
     assert all(expected_flops(assembly.program(name)) > 0 for name in names)

@@ -1,6 +1,7 @@
 """Programs compiled ahead of time for devices that are not there: does each fit, and what does it cost.
 
-The TPU compiler is a library that runs on any CPU; what it reports of memory is what the real run will need.
+The compilers for TPUs and NVIDIA GPUs are libraries that run on any CPU; what they report of memory is what the real
+run will need.
 """
 
 import re
@@ -10,22 +11,37 @@ from dataclasses import asdict, dataclass, field
 import jax
 from jax.sharding import Mesh
 
-from avd_jax.capacity.devices import memory_gib
-from avd_jax.capacity.hlo import profile
+from avd_jax.capacity.budget import GIB, part_of, rounded
+from avd_jax.capacity.devices import Kind, find_kind, memory_gib
+from avd_jax.capacity.hlo import cudnn_workspace, profile
 from avd_jax.capacity.program import Program, expected_flops
 
-GIB, MIB = 2**30, 2**20
+MIB = 2**20
+# A share of the peak that attention kernels, and matrix products of which the compiler has no estimate, reach at Wan's
+# sizes: an assumption, the same for all candidates, and no measurement.
+EFFICIENCY = 0.5
+# Nothing can be tried out without a GPU, so nothing is tuned. Of the two ways to make matrix products, cuBLAS and
+# Triton, the former needs more memory: 12.2 and 11.9 GiB for a step of the 1.3B model on 8 x H100.
+_GPU_OPTIONS = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
+_GIVEN = r"([\d.]+)([KMGT])"
+_ALL_OF_IT = re.compile(rf"Used {_GIVEN} of")
+_TEMPORARIES = re.compile(rf"memory required for HLO temporaries \({_GIVEN}\) exceeds")
 
 
 @dataclass(frozen=True)
 class Report:
-    """What the compiler says about one program; GiB and cycles are a device's, FLOPs all devices' together.
+    """What the compiler says about one program; GiB, cycles and seconds are a device's, FLOPs all devices' together.
 
     Attributes:
+      temporary_gib: with the workspace of cuDNN's attention, which is not in the compiler's figure.
       total_gib: arguments, temporaries, results that reuse no argument, and code.
+      host_gib: what it needs in the pinned memory of one device's host.
+      resident_gib, resident_host_gib: how much of both is arguments that a run holds anyway.
       flops: of one run, the mean over the program's outcomes; see `capacity/flops.py`.
+      kernel_flops: those of attention kernels.
       cycles: the compiler's estimate without attention kernels and collectives.
       collective_gib: kind -> GiB.
+      seconds: an estimate, see `estimated_seconds`; None if too little is known.
       fits: whether it compiled, within the limit.
       error: the compiler's message if memory did not suffice; then only the total is known.
     """
@@ -42,6 +58,11 @@ class Report:
     code_mib: float | None
     flops: float
     cycles: int | None
+    kernel_flops: float = 0.0
+    host_gib: float = 0.0
+    resident_gib: float = 0.0
+    resident_host_gib: float = 0.0
+    seconds: float | None = None
     collective_gib: dict[str, float] = field(default_factory=dict)
     trace_seconds: float = 0.0
     compile_seconds: float = 0.0
@@ -49,8 +70,7 @@ class Report:
 
     def as_dict(self) -> dict:
         """Return the report as JSON takes it, rounded."""
-        rounded = {name: round(value, 3) if isinstance(value, float) else value for name, value in asdict(self).items()}
-        return rounded | {"collective_gib": {kind: round(gib, 3) for kind, gib in self.collective_gib.items()}}
+        return rounded(asdict(self))
 
     def as_text(self) -> str:
         """Return the report as a few lines for people."""
@@ -58,14 +78,19 @@ class Report:
         verdict = "fits" if self.fits else "DOES NOT FIT"
         lines = [f"{self.program} on {self.topology}, mesh {mesh}, batch {self.batch_size}: {verdict}"]
         if self.error:
-            return f"{lines[0]}\n  memory      {self.total_gib:.2f} GiB a device of {self.limit_gib:g}\n  {self.error}"
+            needed = f"{self.total_gib:.2f} GiB a device of {self.limit_gib:.2f}"
+            return f"{lines[0]}\n  memory      {needed}\n  {self.error}"
         moved = ", ".join(f"{kind} {gib:.2f}" for kind, gib in self.collective_gib.items()) or "none"
-        cycles = f"{self.cycles:,} (without attention kernels and collectives)" if self.cycles else "no estimate"
+        cycles = f"{self.cycles:,} cycles" if self.cycles else "no estimate of cycles"
+        code = f", code {self.code_mib:.0f} MiB" if self.code_mib else ""
+        host = f"; {self.host_gib:.2f} GiB of its host's" if self.host_gib else ""
         lines += [
-            f"  memory      {self.total_gib:.2f} GiB a device of {self.limit_gib:g}: "
-            f"arguments {self.argument_gib:.2f}, temporaries {self.temporary_gib:.2f}, code {self.code_mib:.0f} MiB",
-            f"  work        {self.flops:.3e} FLOPs on all devices; {cycles} cycles a device",
+            f"  memory      {self.total_gib:.2f} GiB a device of {self.limit_gib:.2f}: "
+            f"arguments {self.argument_gib:.2f}, temporaries {self.temporary_gib:.2f}{code}{host}",
+            f"  work        {self.flops:.3e} FLOPs on all devices, of which attention kernels {self.kernel_flops:.3e}; "
+            f"{cycles} a device (without attention kernels and collectives)",
             f"  collectives {moved} (GiB a device)",
+            *([f"  estimate    {self.seconds:.2f} s (docs/pods.md)"] if self.seconds else []),
             f"  compiled in {self.compile_seconds:.0f} s, after {self.trace_seconds:.0f} s of tracing",
         ]
         return "\n".join(lines)
@@ -76,7 +101,7 @@ def compile_program(program: Program, *, mesh: Mesh, batch_size: int, topology: 
 
     Args:
       program: sharded over `mesh`.
-      mesh: of devices from `tpu_devices`, or of real ones.
+      mesh: of devices from `topology_devices`, or of real ones.
       batch_size: of the run, for the report.
       topology: what the devices are called in the report.
 
@@ -87,9 +112,10 @@ def compile_program(program: Program, *, mesh: Mesh, batch_size: int, topology: 
       UserError: the program does not fit the mesh, or how much the devices hold is not known.
     """
     device = mesh.devices.flat[0]
+    on_gpu = device.platform in ("gpu", "cuda")
     start = time.monotonic()
     traced = program.function.trace(*program.args)
-    lowered = traced.lower(lowering_platforms=(device.platform,))
+    lowered = traced.lower(lowering_platforms=("cuda" if on_gpu else device.platform,))
     trace_seconds = time.monotonic() - start
     about = {
         "program": program.name,
@@ -98,38 +124,96 @@ def compile_program(program: Program, *, mesh: Mesh, batch_size: int, topology: 
         "batch_size": batch_size,
         "limit_gib": memory_gib(device.device_kind),
         "flops": expected_flops(program, traced=traced),
+        "kernel_flops": expected_flops(program, traced=traced, kernels_only=True),
         "trace_seconds": trace_seconds,
     }
+    own = part_of("own", [arg for i, arg in enumerate(program.args) if i not in program.resident])
     start = time.monotonic()
     try:
-        compiled = lowered.compile()
+        compiled = lowered.compile(compiler_options=_GPU_OPTIONS if on_gpu else None)
     except jax.errors.JaxRuntimeError as error:
-        return _does_not_fit(about, error, time.monotonic() - start), ""
+        arguments = part_of("arguments", program.args).device_gib
+        about |= {"resident_gib": arguments - own.device_gib, "compile_seconds": time.monotonic() - start}
+        return _does_not_fit(about, arguments, error), ""
     text, seconds = compiled.as_text(), time.monotonic() - start
     trips = 1 if program.dynamic_trips is None else program.dynamic_trips
     memory, found = compiled.memory_analysis(), profile(text, dynamic_trips=trips)
     code = memory.generated_code_size_in_bytes
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    total = (memory.argument_size_in_bytes + memory.temp_size_in_bytes + results + code) / GIB
+    temporary = memory.temp_size_in_bytes + (cudnn_workspace(text) if on_gpu else 0)
+    total = (memory.argument_size_in_bytes + temporary + results + code) / GIB
+    on_host = memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes
+    on_host += memory.host_output_size_in_bytes - memory.host_alias_size_in_bytes
+    collectives = {kind: size / GIB for kind, size in found.collective_bytes.items()}
+    per_device = {name: about[name] / mesh.size for name in ("flops", "kernel_flops")}
     report = Report(
         **about,
         argument_gib=memory.argument_size_in_bytes / GIB,
-        temporary_gib=memory.temp_size_in_bytes / GIB,
+        temporary_gib=temporary / GIB,
         total_gib=total,
+        host_gib=on_host / GIB,
+        # Not all that it is given: arguments that it does not read are not there.
+        resident_gib=max(memory.argument_size_in_bytes / GIB - own.device_gib, 0.0),
+        resident_host_gib=max(memory.host_argument_size_in_bytes / GIB - own.host_gib, 0.0),
         fits=total <= about["limit_gib"],
         code_mib=code / MIB,
         cycles=found.cycles or None,
-        collective_gib={kind: size / GIB for kind, size in found.collective_bytes.items()},
+        collective_gib=collectives,
+        seconds=estimated_seconds(
+            find_kind(device.device_kind),
+            cycles=found.cycles or None,
+            collective_gib=sum(collectives.values()),
+            hosts=len({device.process_index for device in mesh.devices.flat}) if on_gpu else 1,
+            **per_device,
+        ),
         compile_seconds=seconds,
     )
     return report, text
 
 
-def _does_not_fit(about: dict, error: Exception, seconds: float) -> Report:
+def estimated_seconds(
+    kind: Kind | None, *, flops: float, kernel_flops: float, cycles: int | None, collective_gib: float, hosts: int = 1
+) -> float | None:
+    """Return how long a program may take on one device: arithmetic, attention and collectives, one after another.
+
+    It ranks meshes, and is no prediction. Arithmetic is the compiler's cycles over the clock, or, without an estimate
+    of cycles (GPUs), matrix products at EFFICIENCY of the peak; attention is at EFFICIENCY of the peak. Collectives
+    move their bytes over all links at full speed, over the network between hosts if there are several. That much of
+    them can run beside the arithmetic is not taken into account. None if something is not known.
+
+    Args:
+      kind: of the device.
+      flops, kernel_flops: of one device, all and those of attention kernels.
+      cycles: the compiler's estimate of the rest.
+      collective_gib: moved by one device.
+      hosts: of GPUs.
+    """
+    if kind is None or not kind.link_bytes or (cycles and not kind.gigahertz):
+        return None
+    at_peak = kind.peak_flops * EFFICIENCY
+    arithmetic = cycles / (kind.gigahertz * 1e9) if cycles else (flops - kernel_flops) / at_peak
+    speed = kind.link_bytes if hosts == 1 else kind.network_bytes
+    return arithmetic + kernel_flops / at_peak + collective_gib * GIB / speed
+
+
+def _does_not_fit(about: dict, argument_gib: float, error: Exception) -> Report:
+    """Return the report that the compiler's message makes; any other error is raised.
+
+    The compiler has two ways to say it, and the second one names only what is needed beside the arguments.
+    """
     text = " ".join(str(error).split())
-    used = re.search(r"Used ([\d.]+)([KMGT]) of", text)
-    if not used:
+    whole, temporaries = _ALL_OF_IT.search(text), _TEMPORARIES.search(text)
+    if whole:
+        total = _gib(*whole.groups())
+    elif temporaries:
+        total = argument_gib + _gib(*temporaries.groups())
+    elif "RESOURCE_EXHAUSTED" in text:
+        total = float("inf")  # in words that are not known here
+    else:
         raise error
-    total = float(used[1]) * 1024 ** ("KMGT".index(used[2]) - 2)
-    unknown = {"argument_gib": None, "temporary_gib": None, "code_mib": None, "cycles": None}
-    return Report(**about, **unknown, total_gib=total, fits=False, compile_seconds=seconds, error=text[:300])
+    unknown = {"temporary_gib": None, "code_mib": None, "cycles": None}
+    return Report(**about, **unknown, argument_gib=argument_gib, total_gib=total, fits=False, error=text[:300])
+
+
+def _gib(number: str, unit: str) -> float:
+    return float(number) * 1024 ** ("KMGT".index(unit) - 2)

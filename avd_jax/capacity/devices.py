@@ -14,28 +14,40 @@ class Kind:
       pattern: of `jax.Device.device_kind`; the same device has several names there, of the compiler and the driver.
       name: as it is spoken of, and as a TPU slice's name begins.
       peak_flops: a second, of dense bfloat16 matrix products, as its maker states them.
+      memory_gib: that programs can have. Of a TPU what its compiler says that it has, which is a little less than the
+        chip; of a GPU 95 % of what the driver reports, `XLA_PYTHON_CLIENT_MEM_FRACTION=0.95`: CUDA, NCCL and cuDNN need
+        the rest.
+      link_bytes: a second, in one direction, over all links to neighbours (TPU) or within a host (GPU).
+      network_bytes: likewise between hosts of GPUs, one 400 or 200 Gb/s card each, or slices of TPUs.
       gigahertz: clock of a TPU.
       cores: of a TPU that work on one kernel.
-      memory_gib: of a TPU, of which the compiler keeps a little for itself. Those of GPUs vary within a kind.
+      host_gib: memory of its usual host, four chips of a TPU; None: it varies.
     """
 
     pattern: str
     name: str
     peak_flops: float
+    memory_gib: float | None = None
+    link_bytes: float | None = None
+    network_bytes: float | None = None
     gigahertz: float | None = None
     cores: int | None = None
-    memory_gib: float | None = None
+    host_gib: float | None = None
 
 
-# The first pattern that fits counts.
+# The first pattern that fits counts. Sources: cloud.google.com/tpu/docs/v4, v5e, v5p and v6e (inter-chip interconnect,
+# machine types), NVIDIA's data sheets; memory from libtpu 0.0.42.1's messages and XLA's descriptions of GPUs.
 KINDS = (
-    Kind(r"TPU v6( lite|e)", "v6e", 918e12, gigahertz=1.75, cores=1, memory_gib=32),
-    Kind(r"TPU v5( lite|e)", "v5e", 197e12, gigahertz=1.5, cores=1, memory_gib=16),
-    Kind(r"TPU v5p?$", "v5p", 459e12, gigahertz=1.75, cores=2, memory_gib=95),
-    Kind(r"TPU v4$", "v4", 275e12, gigahertz=1.05, cores=2, memory_gib=32),
+    Kind(r"TPU v6( lite|e)", "v6e", 918e12, 31.25, 448e9, 12.5e9, gigahertz=1.75, cores=1, host_gib=670),
+    Kind(r"TPU v5( lite|e)", "v5e", 197e12, 15.75, 200e9, 12.5e9, gigahertz=1.5, cores=1, host_gib=178),
+    Kind(r"TPU v5p?$", "v5p", 459e12, 95.74, 600e9, 12.5e9, gigahertz=1.75, cores=2, host_gib=417),
+    Kind(r"TPU v4$", "v4", 275e12, 30.75, 300e9, 12.5e9, gigahertz=1.05, cores=2, host_gib=379),
     Kind(r"H100 PCIe", "H100 PCIe", 756e12),
-    Kind(r"H[12]00", "H100 or H200", 989e12),
-    Kind(r"A100", "A100", 312e12),
+    Kind(r"H200", "H200", 989e12, 0.95 * 141.0, 450e9, 50e9),
+    Kind(r"H100", "H100", 989e12, 0.95 * 79.1, 450e9, 50e9),
+    Kind(r"A100-SXM4-80GB", "A100", 312e12, 0.95 * 79.3, 300e9, 25e9),
+    Kind(r"A100", "A100 of other memory", 312e12),
+    Kind(r"L40S", "L40S", 362e12, 0.95 * 44.5, 32e9, 12.5e9),
 )
 
 
@@ -51,7 +63,7 @@ def peak_flops(device_kind: str) -> float | None:
 
 
 def memory_gib(device_kind: str) -> float:
-    """Return the memory of a TPU in GiB, of which the compiler keeps a little for itself.
+    """Return how much of a device's memory programs can have, in GiB.
 
     Raises:
       UserError: it is not known.

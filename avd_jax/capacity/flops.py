@@ -41,7 +41,11 @@ def count_flops(
 
 
 def jaxpr_flops(
-    jaxpr: Jaxpr | ClosedJaxpr, *, dynamic_trips: float | None = None, draws: Mapping[str, int] | None = None
+    jaxpr: Jaxpr | ClosedJaxpr,
+    *,
+    dynamic_trips: float | None = None,
+    draws: Mapping[str, int] | None = None,
+    kernels_only: bool = False,
 ) -> float:
     """Return the FLOPs of a program over all devices.
 
@@ -53,12 +57,13 @@ def jaxpr_flops(
         Such loops within such loops each run so often.
       draws: the values of numbers that the program draws, by the name after "draw/". Those that it does not name have
         no effect; those that are not given are unknown.
+      kernels_only: count nothing but attention kernels, of which the compiler makes no estimate.
 
     Raises:
       UserError: a loop of unknown length with work in it, if `dynamic_trips` is not given.
     """
     inner = _open(jaxpr)
-    flops, _ = _Count(dynamic_trips, draws or {}).program(jaxpr, [None] * len(inner.invars))
+    flops, _ = _Count(dynamic_trips, draws or {}, kernels_only).program(jaxpr, [None] * len(inner.invars))
     return flops
 
 
@@ -80,8 +85,11 @@ def draws_of(jaxpr: Jaxpr | ClosedJaxpr) -> set[str]:
 class _Count:
     """The count of one program for one set of draws. Every method returns (FLOPs, results as far as they are known)."""
 
-    def __init__(self, dynamic_trips: float | None, draws: Mapping[str, int]):
+    def __init__(self, dynamic_trips: float | None, draws: Mapping[str, int], kernels_only: bool = False):
         self._dynamic_trips = dynamic_trips
+        self._leaves = _LEAVES if not kernels_only else _LEAVES | dict.fromkeys(_OUTSIDE_KERNELS, lambda equation: 0)
+        # What is within a kernel counts in any case.
+        self._within_kernels = _Count(dynamic_trips, draws) if kernels_only else self
         self._draws = draws
         # Programs that are called again with the same known arguments, such as a layer's or a library function's.
         self._done: dict[tuple, tuple[float, list[Known]]] = {}
@@ -114,8 +122,8 @@ class _Count:
 
     def _equation(self, equation: JaxprEqn, inputs):
         name, params = equation.primitive.name, equation.params
-        if name in _LEAVES:
-            return _LEAVES[name](equation), [None] * len(equation.outvars)
+        if name in self._leaves:
+            return self._leaves[name](equation), [None] * len(equation.outvars)
         if _is_draw(equation):
             return 0, [self._drawn(params["name"].removeprefix(DRAW), equation.outvars[0].aval)]
         if name in self._control:
@@ -133,14 +141,15 @@ class _Count:
 
     def _call(self, equation: JaxprEqn, called: list, inputs):
         """Count the programs that an equation calls, whatever its primitive."""
+        count = self._within_kernels if equation.primitive.name == "pallas_call" else self
         inner = _open(called[0])
         arguments, results = _alike(equation.invars, inner.invars), _alike(equation.outvars, inner.outvars)
         # A call hands on all that it is given; shard_map cuts arrays, and what it does not cut is the same inside.
         handed_on = all(arguments + results) or equation.primitive.name == "shard_map"
         if len(called) > 1 or not handed_on:
-            flops = sum(self.program(jaxpr, [None] * len(_open(jaxpr).invars))[0] for jaxpr in called)
+            flops = sum(count.program(jaxpr, [None] * len(_open(jaxpr).invars))[0] for jaxpr in called)
             return flops, [None] * len(equation.outvars)
-        flops, found = self.program(called[0], _where(arguments, inputs))
+        flops, found = count.program(called[0], _where(arguments, inputs))
         return flops, _where(results, found)
 
     def _branches(self, equation: JaxprEqn, inputs):
@@ -289,6 +298,7 @@ def _cudnn_flops(products: int) -> Callable[[JaxprEqn], int]:
     return flops
 
 
+_OUTSIDE_KERNELS = "dot_general", "conv_general_dilated"
 _LEAVES = {
     "dot_general": _dot_flops,
     "conv_general_dilated": _convolution_flops,

@@ -19,6 +19,7 @@ _CALLED = re.compile(r"\b(?:body|condition|calls|to_apply|true_computation|false
 _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_CUDNN_BACKWARD = re.compile(r'custom_call_target="__cudnn\$fmha\w*Backward"')
 _NO_ESTIMATE = 1 << 60  # the compiler writes huge numbers if it has none
 
 
@@ -73,6 +74,21 @@ def profile(text: str, *, dynamic_trips: float = 1) -> Profile:
 
     visit(entry, 1, False)
     return Profile({kind: round(size) for kind, size in sorted(collectives.items())}, round(cycles))
+
+
+def cudnn_workspace(text: str) -> int:
+    """Return the bytes that cuDNN's attention takes for itself on a GPU, which no figure of the compiler contains.
+
+    The backward pass keeps the query's gradient [B S H K] in float32, and a float32 number for each of its rows. What
+    the largest of the calls needs is enough: they run one after another. (cuDNN 9; compared with its own plans.)
+    """
+    found = [0]
+    for line in text.splitlines():
+        if _CUDNN_BACKWARD.search(line) and (call := _INSTRUCTION.match(line)):
+            shape = [int(axis) for axis in _ARRAY.findall(call[2])[0][1].split(",")]
+            rows = math.prod(shape) // shape[-1]
+            found.append(4 * (math.prod(shape) + rows))
+    return max(found)
 
 
 def _parse(text: str) -> tuple[dict[str, dict[str, _Instruction]], str]:

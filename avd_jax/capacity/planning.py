@@ -1,4 +1,4 @@
-"""Which mesh and batch size suit a TPU slice: the sensible ones are compiled, the cheapest that fits is recommended."""
+"""Which mesh and batch size suit some devices: the sensible ones are compiled, the cheapest that fits recommended."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -63,15 +63,19 @@ def candidates(config, devices: Sequence[jax.Device], build: Callable[..., Plann
 
 
 def recommend(reports: Sequence[Report]) -> str:
-    """Return the flags of the fitting plan with the fewest estimated cycles an example, or what to do instead."""
+    """Return the flags of the fitting plan with the fewest estimated seconds an example, or what to do instead.
+
+    The estimate contains attention and collectives (`estimated_seconds`): how many devices share an example's tokens
+    changes little else.
+    """
     fitting = [report for report in reports if report.fits]
     if not fitting:
         least = min(reports, key=lambda report: report.total_gib)
         return (
-            f"none: the smallest needs {least.total_gib:.1f} GiB of {least.limit_gib:g}; take a larger slice, or try "
-            "--config.accumulation_steps=2 or --config.attention.fused_backward=False"
+            f"none: the smallest needs {least.total_gib:.1f} GiB of {least.limit_gib:.2f}; take more devices, or try "
+            "--config.accumulation_steps=2 or, on TPUs, --config.attention.fused_backward=False"
         )
     # Without an estimate a plan is only taken if none has one.
-    best = min(fitting, key=lambda report: math.inf if report.cycles is None else report.cycles / report.batch_size)
+    best = min(fitting, key=lambda report: math.inf if report.seconds is None else report.seconds / report.batch_size)
     mesh = " ".join(f"--config.mesh.{axis}={size}" for axis, size in best.mesh.items())
     return f"--config.batch_size={best.batch_size} {mesh}"

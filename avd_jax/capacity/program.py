@@ -18,6 +18,7 @@ class Program:
       outcomes: the equally likely values of what it draws for the whole batch, by the names that it gives them (see
         `capacity/flops.py`); ({"stop": 0}, {"stop": 1}) for a rollout that stops at one of two steps. With the one
         empty outcome all that it draws is unknown.
+      resident: positions of the arguments that a run holds anyway (see `capacity/budget.py`).
       dynamic_trips: expected length of its loops whose length does not follow from the outcome. The compiled text knows
         no outcomes, so there it is that of every loop of unknown length, one trip if it is not given.
     """
@@ -26,15 +27,17 @@ class Program:
     function: Callable
     args: tuple
     outcomes: tuple[Mapping[str, int], ...] = ({},)
+    resident: tuple[int, ...] = ()
     dynamic_trips: float | None = None
 
 
-def expected_flops(program: Program, *, traced=None) -> float:
+def expected_flops(program: Program, *, traced=None, kernels_only: bool = False) -> float:
     """Return the FLOPs of one run over all devices, the mean over its outcomes.
 
     Args:
       program: is traced once, without a device.
       traced: `program.function.trace(*program.args)`, from a caller that has it.
+      kernels_only: count attention kernels only.
 
     Raises:
       UserError: a loop whose length follows from no outcome, if `dynamic_trips` is not given.
@@ -45,4 +48,5 @@ def expected_flops(program: Program, *, traced=None) -> float:
     if missing:
         raise ValueError(f"{program.name} draws {', '.join(sorted(missing))}, which not every outcome gives")
     trips = program.dynamic_trips
-    return mean(jaxpr_flops(jaxpr, draws=outcome, dynamic_trips=trips) for outcome in program.outcomes)
+    options = {"dynamic_trips": trips, "kernels_only": kernels_only}
+    return mean(jaxpr_flops(jaxpr, draws=outcome, **options) for outcome in program.outcomes)

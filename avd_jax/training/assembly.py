@@ -1,6 +1,6 @@
 """A method put together for its mesh: state, programs and their inputs, for running and for compiling ahead of time."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
@@ -8,13 +8,14 @@ from itertools import product
 import jax
 from jax.sharding import Mesh
 
+from avd_jax.capacity.budget import Part, Stage, part_of
 from avd_jax.capacity.program import Program
 from avd_jax.errors import UserError, closest
 from avd_jax.parallel.compiler import compiler_options
 from avd_jax.parallel.hosts import BatchRows, batch_rows
 from avd_jax.parallel.mesh import batch_sharding, replicated
 from avd_jax.training.method import Method, Update
-from avd_jax.training.state import TrainState, abstract_state, init_state
+from avd_jax.training.state import TrainState, abstract_state, ema_item, init_state
 from avd_jax.training.update import Step, fields_of, make_step, passes_of
 
 
@@ -159,19 +160,55 @@ class Assembly:
 
     def program_names(self) -> list[str]:
         """Return the names of all programs: those of the updates, the last of a cycle first, then the others."""
-        return [*(f"{call.update.network}_step" for call in reversed(self.calls)), *self.method.programs]
+        return [*self._step_names(), *self.method.programs]
+
+    def _step_names(self) -> tuple[str, ...]:
+        return tuple(f"{call.update.network}_step" for call in reversed(self.calls))
+
+    def stages(self) -> tuple[Stage, ...]:
+        """Return what runs in turn: the updates, and what the method says of its other programs."""
+        return Stage("training", self._step_names()), *self.method.stages
+
+    def run_programs(self) -> list[str]:
+        """Return the names of the programs that the stages run, each once."""
+        names = [name for stage in self.stages() for name in stage.programs]
+        return [name for name in dict.fromkeys(names) if name in self.program_names()]
+
+    def parts(self) -> list[Part]:
+        """Return what lies in memory while a run trains and samples.
+
+        While a run begins there is less: beside state and frozen networks one copy of the parameters, for which an
+        update has a gradient.
+        """
+        found = list(self._state_parts())
+        found += [part_of(name, part.abstract) for name, part in self.method.frozen.items()]
+        # Those of the cycle that runs and of the next one, which the host has dispatched.
+        batches = [self._abstract_batch(call) for call in self.calls for _ in range(2 * call.update.times)]
+        found.append(part_of("batches", batches))
+        # Orbax copies the state to the host, and writes it from there while the run goes on.
+        saved = sum(part.device_gib for part in self._state_parts())
+        return [*found, Part("a checkpoint that is written", 0.0, saved)]
+
+    def _state_parts(self) -> Iterator[Part]:
+        for name, network in self.abstract.networks.items():
+            yield part_of(name, network.params)
+            yield part_of(f"{name}_optimizer", network.optimizer)
+            if network.ema is not None:
+                yield part_of(ema_item(name), network.ema)
 
     def _step_program(self, name: str, call: Call) -> Program:
-        rows, whole = batch_sharding(self.method.mesh), replicated(self.method.mesh)
-
-        def shaped(leaf, sharding) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-        batch = {name: self.method.fields[name].abstract for name in call.fields}
-        batch = jax.tree.map(lambda leaf: shaped(leaf, rows), batch)
         frozen = {name: part.abstract for name, part in self.method.frozen.items()}
-        key = shaped(jax.eval_shape(lambda: jax.random.key(0)), whole)
-        return Program(name, call.step, (self.abstract, frozen, batch, key), outcomes=_outcomes(call.update))
+        key = _shaped(jax.eval_shape(lambda: jax.random.key(0)), replicated(self.method.mesh))
+        args = self.abstract, frozen, self._abstract_batch(call), key
+        return Program(name, call.step, args, outcomes=_outcomes(call.update), resident=(0, 1))
+
+    def _abstract_batch(self, call: Call) -> dict:
+        batch = {name: self.method.fields[name].abstract for name in call.fields}
+        return jax.tree.map(lambda leaf: _shaped(leaf, batch_sharding(self.method.mesh)), batch)
+
+
+def _shaped(leaf, sharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def _outcomes(update: Update) -> tuple[dict[str, int], ...]:

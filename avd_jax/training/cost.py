@@ -1,9 +1,11 @@
-"""What a cycle costs, counted from the programs that run: in passes of a network, and as a share of the peak."""
+"""What a run costs: FLOPs of a cycle, counted from the programs that run, and the memory of all its stages."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from avd_jax.capacity.devices import peak_flops
+from avd_jax.capacity.budget import Verdict, needs_of
+from avd_jax.capacity.compiling import Report
+from avd_jax.capacity.devices import find_kind, memory_gib, peak_flops
 from avd_jax.capacity.flops import count_flops
 from avd_jax.capacity.program import expected_flops
 from avd_jax.training.assembly import Assembly
@@ -65,3 +67,25 @@ def seconds_at_peak(assembly: Assembly, cost: CycleCost) -> float | None:
     mesh = assembly.method.mesh
     peak = peak_flops(mesh.devices.flat[0].device_kind)
     return None if peak is None else cost.flops / (peak * mesh.size)
+
+
+def whole_run(assembly: Assembly, reports: Mapping[str, Report], topology: str) -> Verdict:
+    """Return whether a whole run fits its devices.
+
+    Args:
+      assembly: of the run.
+      reports: program -> its report, of all programs of the run's stages.
+      topology: what the devices are called.
+    """
+    devices = assembly.mesh.devices.flatten().tolist()
+    kind, parts = find_kind(devices[0].device_kind), assembly.parts()
+    return Verdict(
+        topology=topology,
+        mesh=dict(assembly.mesh.shape),
+        batch_size=assembly.rows.batch_size,
+        parts=parts,
+        needs=needs_of(assembly.stages(), parts, reports),
+        limit_gib=memory_gib(devices[0].device_kind),
+        devices_a_host=len(devices) // len({device.process_index for device in devices}),
+        host_limit_gib=kind and kind.host_gib,
+    )

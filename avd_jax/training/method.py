@@ -22,6 +22,7 @@ import jax
 import optax
 from jax.sharding import Mesh
 
+from avd_jax.capacity.budget import Stage
 from avd_jax.capacity.program import Program
 from avd_jax.models.functional import Params
 from avd_jax.training.fields import Fields
@@ -237,6 +238,7 @@ class Method:
       unit: (name, function, abstract arguments) of the piece of work in which the cost of a cycle is stated, for a
         whole batch; None states none.
       programs: what else a run compiles, by name, for the memory verdict.
+      stages: when these run, beside the updates.
     """
 
     name: str
@@ -255,6 +257,7 @@ class Method:
     observer: Callable[[Surroundings, Mapping[str, Tree]], Observer] = lambda surroundings, frozen: Observer()
     unit: Callable[[], tuple[str, Callable, tuple]] | None = None
     programs: Mapping[str, Callable[[], Program]] = field(default_factory=dict)
+    stages: tuple[Stage, ...] = ()
 
     @property
     def main_network(self) -> Trained:

@@ -20,7 +20,7 @@ from avd_jax.losses.adaptive_regression import LossHistory
 from avd_jax.methods import transformers
 from avd_jax.methods.avd.objectives import Student
 from avd_jax.methods.avd.observer import AVDObserver
-from avd_jax.methods.avd.programs import programs, unit
+from avd_jax.methods.avd.programs import programs, stages, unit
 from avd_jax.methods.avd.terms import asks_for_fake_score, fake_score_update, generator_update
 from avd_jax.models.attention import check_heads
 from avd_jax.models.functional import Denoiser, Functional, functional, make_denoiser, unallocated
@@ -108,7 +108,8 @@ def build(config, *, devices=None, video: Mapping[str, int] | None = None) -> Me
         inputs=partial(_inputs, config),
         observer=partial(AVDObserver, config, student, teacher, teacher_parts, sizes.model, info, mesh),
         unit=partial(unit, network, sizes.model, sizes.latents, config.batch_size),
-        programs=programs(config, student, sizes.model, sizes.interpolator, mesh),
+        programs=programs(config, student, teacher, teacher_parts, set(frozen), sizes.model, sizes.interpolator, mesh),
+        stages=stages(config),
     )
 
 

@@ -1,6 +1,6 @@
 """What a distillation compiles beside its updates, for the memory verdict, and the unit of its cost."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from functools import partial
 
 import jax
@@ -8,17 +8,23 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
+from avd_jax.capacity.budget import Stage
 from avd_jax.capacity.program import Program
 from avd_jax.data.encoding import decoder_program, decoding_dtype, encoder_program
-from avd_jax.generation.pipeline import HalfRateSampling, LatentsShape, StudentSampler
+from avd_jax.data.tokenizer import TEXT_LENGTH
+from avd_jax.generation.pipeline import HalfRateSampling, LatentsShape, StudentSampler, make_teacher_sampler
 from avd_jax.methods.avd.objectives import Student
 from avd_jax.methods.avd.samples import decoding_mesh
 from avd_jax.methods.transformers import abstract_conditions, make_placement, shaped_params
 from avd_jax.models.functional import Denoiser, make_denoiser
 from avd_jax.models.interpolator import Interpolator, InterpolatorConfig
+from avd_jax.models.umt5 import UMT5Config, UMT5Encoder
 from avd_jax.models.wan_dit import WanDiTConfig
 from avd_jax.models.wan_vae import WanVAE, WanVAEConfig, computing_in
 from avd_jax.parallel.mesh import batch_sharding, filled_up, replicated
+from avd_jax.training.method import Frozen
+
+TEXTS_AT_ONCE = 8  # that scripts/encode.py gives to the text encoder
 
 
 def unit(network: Denoiser, model: WanDiTConfig, shape: LatentsShape, batch_size: int) -> tuple[str, Callable, tuple]:
@@ -32,31 +38,87 @@ def unit(network: Denoiser, model: WanDiTConfig, shape: LatentsShape, batch_size
     return "forward passes of the DiT", network, args
 
 
+def stages(config) -> tuple[Stage, ...]:
+    """Return when the programs run: for sample videos beside the run, and for encoding and generation without one."""
+    samples = "teacher_sample", "student_sample_half_rate", "student_sample", "vae_decode"
+    return (
+        *([Stage("samples", samples)] if config.sample_every else []),
+        Stage("encoding", ("text_encode", "vae_encode"), beside_the_run=False),
+        Stage("generation", ("text_encode", "teacher_sample", "vae_decode"), beside_the_run=False),
+    )
+
+
 def programs(
-    config, student: Student, model: WanDiTConfig, interpolator: InterpolatorConfig | None, mesh: Mesh
+    config,
+    student: Student,
+    teacher: Denoiser,
+    teacher_parts: Mapping[str, Frozen],
+    held: Set[str],
+    model: WanDiTConfig,
+    interpolator: InterpolatorConfig | None,
+    mesh: Mesh,
 ) -> Mapping[str, Callable[[], Program]]:
     """Return the programs by name, each made when it is asked for.
 
-    `student_sample`, `student_sample_half_rate` and `vae_decode` make the sample videos of a run. No run needs the
-    others: `vae_encode` makes its data, and `forward` is one evaluation of the transformer on one example with
-    half-precision weights.
+    `teacher_sample`, `student_sample`, `student_sample_half_rate` and `vae_decode` make the sample videos of a run;
+    `text_encode` is umT5-XXL on one device, and `vae_encode` makes a clip of the run's data; `forward` is one
+    evaluation of the transformer on one example with half-precision weights.
 
     Args:
       config: of `config.FIELDS`.
       student: see its class.
+      teacher: its network.
+      teacher_parts: `teacher` and `negative`, which its samples take.
+      held: names of what the run holds anyway.
       model: sizes of the transformer.
       interpolator: sizes of the frame interpolator, or None.
       mesh: to run on.
     """
     sampled = partial(_student_sample, config, student, model, interpolator, mesh)
     half_rate = {"student_sample_half_rate": partial(sampled, half_rate=True)} if student.half_rate_steps else {}
+    as_wan = {"text_encode": partial(_text_encode, mesh)} if model.text_dim == UMT5Config().dim else {}
+    if config.sample.teacher_steps:
+        shape = student.shape
+        half_rate["teacher_sample"] = partial(_teacher_sample, config, teacher, teacher_parts, held, shape, model, mesh)
     return {
         "student_sample": sampled,
         **half_rate,
         "vae_decode": partial(_vae_decode, config, student.shape, mesh),
         "vae_encode": partial(_vae_encode, student.shape, mesh),
+        **as_wan,
         "forward": partial(_forward, config, student.shape, model, mesh),
     }
+
+
+def _samples(config, model: WanDiTConfig, mesh: Mesh) -> tuple:
+    """Return the keys and conditions of the sample videos, of which every shard has its share."""
+    count = filled_up(config.sample.prompts, mesh)
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), count))
+    return _everywhere(keys, mesh), abstract_conditions(count, model, "float32", replicated(mesh))
+
+
+def _everywhere(leaf, mesh: Mesh) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(mesh))
+
+
+def _teacher_sample(config, teacher: Denoiser, parts, held: Set[str], shape: LatentsShape, model, mesh) -> Program:
+    sample = config.sample
+    sampler = make_teacher_sampler(
+        teacher, shape, num_steps=sample.teacher_steps, shift=sample.teacher_shift, guidance_scale=config.guidance_scale
+    )
+    args = parts["teacher"].abstract, *_samples(config, model, mesh), parts["negative"].abstract
+    resident = tuple(i for i, name in ((0, "teacher"), (3, "negative")) if name in held)
+    return Program("teacher_sample", sampler, args, resident=resident)
+
+
+def _text_encode(mesh: Mesh) -> Program:
+    """Return the program of the text encoder as scripts/encode.py and generate.py run it, on one device."""
+    config = UMT5Config()
+    encoder = nnx.eval_shape(lambda: UMT5Encoder(config, nnx.Rngs(0), dtype=jnp.bfloat16, param_dtype=jnp.bfloat16))
+    graphdef, state = nnx.split(encoder)
+    ids = jax.ShapeDtypeStruct((TEXTS_AT_ONCE, TEXT_LENGTH), jnp.int32)
+    args = _placed((state, ids, ids), replicated(decoding_mesh(mesh, mesh.devices.flat[0].process_index, 1)))
+    return Program("text_encode", jax.jit(lambda state, *inputs: nnx.merge(graphdef, state)(*inputs)), args)
 
 
 def _student_sample(config, student: Student, model, interpolator, mesh, *, half_rate: bool = False) -> Program:
@@ -66,19 +128,14 @@ def _student_sample(config, student: Student, model, interpolator, mesh, *, half
         module = nnx.eval_shape(lambda: Interpolator(interpolator, nnx.Rngs(0)))
         sampling = HalfRateSampling(student.half_rate_steps, student.half_rate_positions, module)
     sampler = StudentSampler(student.network, student.shape, timesteps=student.timesteps, half_rate=sampling)
-    count, everywhere = filled_up(config.sample.prompts, mesh), replicated(mesh)
-
-    def shaped(leaf) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere)
-
-    keys = shaped(jax.eval_shape(lambda: jax.random.split(jax.random.key(0), count)))
-    inputs = keys, abstract_conditions(count, model, "float32", everywhere)
+    inputs = _samples(config, model, mesh)
     params = shaped_params(student.network.abstract_params(), mesh)
     if half_rate:
-        args = params, jax.tree.map(shaped, sampler.interpolator), *inputs
-        return Program("student_sample_half_rate", sampler.first, args)
-    xt = (shaped(jax.ShapeDtypeStruct((count, *student.shape), jnp.float32)),) if sampling else ()
-    return Program("student_sample", sampler.rest, (params, *xt, *inputs))
+        args = params, jax.tree.map(partial(_everywhere, mesh=mesh), sampler.interpolator), *inputs
+        return Program("student_sample_half_rate", sampler.first, args, resident=(0, 1))
+    latents = jax.ShapeDtypeStruct((inputs[0].shape[0], *student.shape), jnp.float32)
+    xt = (_everywhere(latents, mesh),) if sampling else ()
+    return Program("student_sample", sampler.rest, (params, *xt, *inputs), resident=(0,))
 
 
 def _abstract_vae(channels: int, dtype) -> WanVAE:
