@@ -16,6 +16,7 @@ from avd_jax.errors import UserError
 from avd_jax.methods.transformers import architecture
 from avd_jax.models.functional import make_denoiser
 from avd_jax.training.checkpoint import Checkpoints
+from avd_jax.training.state import abstract_state
 
 
 def random_state(config, seed=0, size=4, params=None):
@@ -55,6 +56,21 @@ def test_round_trip(tmp_path, ema_decay):
     for step, state in states.items():
         assert again.meta(step) == {"step": step, "list": [1, 2.5, "x"]}
         chex.assert_trees_all_equal(again.restore(step, abstract(state)), state, strict=True)
+
+
+def test_moments_come_back_to_the_hosts_memory(tmp_path):
+    config = make_config(optimizer__memory="host")
+    state = random_state(config)
+    like = abstract_state(make_method(config, abstract=linear_params()))
+    state = jax.tree.map(lambda leaf, like: jax.device_put(leaf, like.sharding), state, like)
+    checkpoints = Checkpoints(tmp_path, **config.checkpoint)
+    checkpoints.save(1, state, {}, {})
+    checkpoints.wait()
+    restored = checkpoints.restore(1, like)
+    chex.assert_trees_all_equal(restored, state)
+    kinds = [[leaf.sharding.memory_kind for leaf in jax.tree.leaves(tree)] for tree in (restored, like)]
+    assert kinds[0] == kinds[1]
+    assert "pinned_host" in kinds[0]
 
 
 def test_each_network_is_found_by_those_who_load_weights(tmp_path):

@@ -252,7 +252,7 @@ def test_a_change_that_adds_or_drops_a_network_is_refused_and_not_written_down(s
 
 def test_what_fits_a_run_to_other_devices_may_change(straight, inputs, tmp_path):
     workdir = shutil.copytree(straight, tmp_path / "run")
-    fields = {"remat": "none", "attention__kernel": "xla", "accumulation_steps": 2}
+    fields = {"remat": "none", "attention__kernel": "xla", "accumulation_steps": 2, "optimizer__memory": "host"}
     assert train(settings(inputs, **fields, num_steps=6), workdir) == 0
     assert steps(workdir)[-1] == 6
 

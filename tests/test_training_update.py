@@ -9,6 +9,7 @@ import optax
 import pytest
 import toy_method
 
+from avd_jax.parallel.memory import MEMORIES
 from avd_jax.parallel.mesh import make_mesh
 from avd_jax.training.assembly import Assembly
 from avd_jax.training.fields import config_from
@@ -101,6 +102,26 @@ def test_one_update_by_hand(parts):
     np.testing.assert_allclose(metrics["weight"], NUMBERS)
     assert int(metrics["number"]) == int(jax.random.randint(jax.random.key(3), (), 0, 9))
     assert int(after.step) == 1
+
+
+def test_moments_may_wait_in_the_hosts_memory():
+    """They come to the device for the update and go back; what they are does not depend on it."""
+    term = Term("size", 1.0, ("net", "a"), lambda net, a: jnp.sum(net["matrix"] ** 2) * a)
+    update = Update("total", "net", (term,))
+    start, after = {"matrix": jnp.ones((2, 2))}, {}
+    for memory in ("device", "host"):
+        trained = Trained(
+            jax.eval_shape(lambda: start), lambda shardings: start, optax.adam(0.5), optimizer_memory=memory
+        )
+        assembly = Assembly(method_of(update, trained))
+        state = assembly.init_state()
+        for key in jax.random.split(jax.random.key(0)):
+            state, _ = assembly.calls[0].step(state, {}, {"a": NUMBERS}, key)
+        after[memory] = jax.device_get(state)
+        kinds = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(state.networks["net"].optimizer) if leaf.ndim}
+        assert kinds == {MEMORIES[memory]}
+        assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(state.networks["net"].params)} == {"device"}
+    jax.tree.map(np.testing.assert_array_equal, after["host"], after["device"])
 
 
 def test_an_adapter_is_trained_and_what_it_stands_on_stays():

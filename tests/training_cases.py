@@ -143,7 +143,8 @@ def make_method(
 
     def trained(rate: float, ema_decay: float = 0.0) -> Trained:
         decay = (lambda step: ema_decay) if ema_decay else None
-        return Trained(abstract, lambda shardings: linear_params(), constant(settings, rate), decay)
+        optimizer = constant(settings, rate)
+        return Trained(abstract, lambda shardings: linear_params(), optimizer, decay, optimizer_memory=settings.memory)
 
     networks = {
         "generator": trained(settings.learning_rate, config.ema_decay),

@@ -1,4 +1,4 @@
-"""Which of a device's memories a parameter waits in, its own or its host's; and what to say if none is large enough."""
+"""Which of a device's memories an array waits in, its own or its host's; and what to say if none is large enough."""
 
 import contextlib
 import re
@@ -34,6 +34,25 @@ def parameter_sharding(path: str, shape: tuple[int, ...], mesh: Mesh, *, memory:
 def is_exhausted(error: Exception) -> bool:
     """Return whether a backend's error says that no memory is left."""
     return isinstance(error, MemoryError) or bool(_EXHAUSTED.search(" ".join(str(error).split())[:200]))
+
+
+def waiting(shapes, shardings, memory: str):
+    """Return shardings that let the large arrays of a tree wait in a memory, a key of MEMORIES: all but vectors."""
+    return jax.tree.map(
+        lambda leaf, sharding: sharding.with_memory_kind(MEMORIES[memory]) if leaf.ndim > 1 else sharding,
+        shapes,
+        shardings,
+    )
+
+
+def fetched(tree):
+    """Return a tree with those of its arrays on the device that wait in the host's memory; within a program."""
+
+    def on_device(leaf: jax.Array) -> jax.Array:
+        in_host_memory = jax.typeof(leaf).memory_space == jax.memory.Space.Host
+        return jax.device_put(leaf, jax.memory.Space.Device) if in_host_memory else leaf
+
+    return jax.tree.map(on_device, tree)
 
 
 @contextlib.contextmanager

@@ -46,6 +46,8 @@ class Trained:
       ema_decay: step -> share of the old that stays in the running mean of the parameters; None keeps no mean.
       frozen: name of the entry of `Method.frozen` that the trained part adds to, such as the weights under an adapter.
       whole: (trained, frozen) -> the parameters that functions see under the network's name.
+      optimizer_memory: where the optimizer's state waits between two updates of this network: "device", or "host",
+        whose pinned memory it leaves once the gradient is there.
     """
 
     abstract: Params
@@ -54,6 +56,7 @@ class Trained:
     ema_decay: Callable[[jax.Array], float | jax.Array] | None = None
     frozen: str | None = None
     whole: Callable[[Params, Tree], Params] = _alone
+    optimizer_memory: str = "device"
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The state of a run: everything that an update changes, as one pytree of arrays."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from avd_jax.models.functional import Params
+from avd_jax.parallel.memory import waiting
 from avd_jax.parallel.rules import tree_shardings
 from avd_jax.training.method import Method
 
@@ -107,10 +108,15 @@ def abstract_state(method: Method) -> TrainState:
     """Return the state's shapes, dtypes and shardings, to initialise, restore or compile with."""
     params = {name: network.abstract for name, network in method.networks.items()}
     shapes = jax.eval_shape(lambda params: init_state(method, params), params)
+    shardings = tree_shardings(shapes, method.mesh)
+
+    def placed(name: str, network: NetworkState) -> NetworkState:
+        memory = method.networks[name].optimizer_memory
+        return replace(network, optimizer=waiting(shapes.networks[name].optimizer, network.optimizer, memory))
+
+    shardings = replace(shardings, networks={name: placed(name, one) for name, one in shardings.networks.items()})
     return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        shapes,
-        tree_shardings(shapes, method.mesh),
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
     )
 
 

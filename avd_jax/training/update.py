@@ -17,6 +17,7 @@ import optax
 from einops import rearrange
 from jax.ad_checkpoint import checkpoint_name
 
+from avd_jax.parallel.memory import fetched
 from avd_jax.training.method import Made, Method, Term, Update, Value, active
 from avd_jax.training.state import TrainState
 
@@ -54,6 +55,9 @@ def make_step(method: Method, update: Update) -> Step:
         keys = example_keys(key, jnp.arange(size))
         loss, values, gradient = _accumulated(losses, network.params, batch, keys, method.accumulation_steps)
         norm = optax.tree.norm(gradient)
+        # Moments that wait in the host's memory come once the activations are gone.
+        gradient, moments = jax.lax.optimization_barrier((gradient, network.optimizer))
+        network = replace(network, optimizer=fetched(moments))
         changes, optimizer = trained.optimizer.update(gradient, network.optimizer, network.params)
         params = optax.apply_updates(network.params, changes)
         ema = network.ema

@@ -118,6 +118,12 @@ FIELDS: Fields = {
         one_of(MEMORIES),
         changeable=True,
     ),
+    "optimizer.memory": Field(
+        "device",
+        "where AdamW's moments wait between two updates: 'device', or 'host', which sends them for the update",
+        one_of(MEMORIES),
+        changeable=True,
+    ),
     "remat": Field(
         "block", "what the backward pass keeps of a block: " + ", ".join(REMAT_POLICIES), REMAT, changeable=True
     ),

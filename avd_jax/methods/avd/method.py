@@ -82,13 +82,14 @@ def build(config, *, devices=None, video: Mapping[str, int] | None = None) -> Me
             start,
             constant(settings, settings.learning_rate),
             (lambda step: config.ema_decay) if config.ema_decay else None,
+            optimizer_memory=settings.memory,
         )
     }
     updates, frozen = (generator_update(config, student, teacher),), {}
     teacher_parts = _teacher(config, sizes.model, teacher, mesh)
     if asks_for_fake_score(config.loss):
         rate = constant(settings, settings.fake_score_learning_rate)
-        networks["fake_score"] = Trained(network.abstract_params(), start, rate)
+        networks["fake_score"] = Trained(network.abstract_params(), start, rate, optimizer_memory=settings.memory)
         updates, frozen = (fake_score_update(config, student), *updates), dict(teacher_parts)
     if interpolator is not None:
         frozen["interpolator"] = _interpolator_part(config, interpolator, mesh)
