@@ -1,6 +1,7 @@
 """A run put together without being run: its programs, what they hold, and what they would cost."""
 
 import json
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -13,15 +14,17 @@ from avd_jax.capacity.program import expected_flops
 from avd_jax.errors import UserError
 from avd_jax.methods.avd import RECIPE
 from avd_jax.methods.avd.config import default_config
+from avd_jax.training import cost
 from avd_jax.training.assembly import Assembly
-from avd_jax.training.cost import cycle_cost
+from avd_jax.training.cost import cycle_cost, whole_run
 
 VIDEO = {"frames": 9, "height": 32, "width": 32}
 
 
 @pytest.fixture(autouse=True)
 def memory(monkeypatch):
-    monkeypatch.setattr(compiling, "memory_gib", lambda device_kind: 16)
+    for module in (compiling, cost):
+        monkeypatch.setattr(module, "memory_gib", lambda device_kind: 16)
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +94,34 @@ def test_every_program_of_a_run_with_half_rate_steps_can_be_traced(inputs):
         *("vae_decode", "vae_encode", "forward"),
     ]
     assert all(expected_flops(assembly.program(name)) > 0 for name in names)
+
+
+def test_what_a_whole_run_holds(inputs):
+    """By shapes alone: no program is compiled."""
+    assembly = assemble(inputs, ema_decay=0.9, sample__teacher_steps=2)
+    reports = {
+        name: SimpleNamespace(program=name, total_gib=2.0, resident_gib=0.5, host_gib=0.0, resident_host_gib=0.0)
+        for name in assembly.run_programs()
+    }
+    found = whole_run(assembly, reports, "here")
+    parts = {part.name: part.device_gib for part in found.parts}
+    assert set(parts) == {
+        *("generator", "generator_optimizer", "generator_ema", "fake_score", "fake_score_optimizer"),
+        *("teacher", "negative", "batches", "a checkpoint that is written"),
+    }
+    assert parts["generator_optimizer"] == pytest.approx(2 * parts["generator_ema"], rel=1e-3)
+    assert {(need.stage, need.program) for need in found.needs} == {
+        *(("training", f"{network}_step") for network in ("generator", "fake_score")),
+        *(("samples", name) for name in ("teacher_sample", "student_sample", "vae_decode")),
+        *(("generation", name) for name in ("teacher_sample", "vae_decode")),
+    }
+    resident = sum(parts.values())
+    assert found.needs[0].total_gib == pytest.approx(resident + 2.0 - 0.5)
+    assert found.needs[-1].total_gib == 2.0, "generation holds no run"
+    off = assemble(inputs, sample_every=0, optimizer__memory="host")
+    assert "samples" not in {stage.name for stage in off.stages()}
+    moments = next(part for part in off.parts() if part.name == "generator_optimizer")
+    assert moments.device_gib < 0.2 * moments.host_gib, "vectors stay on the device"
 
 
 def test_a_program_that_a_config_does_not_have(inputs):

@@ -5,6 +5,7 @@ are those of XLA's own `xla/backends/gpu/target_config/specs`, those of the L40S
 """
 
 import importlib.util
+import os
 import re
 from dataclasses import dataclass
 
@@ -89,6 +90,7 @@ def gpu_devices(topology: str) -> list[jax.Device]:
             f"--topology {topology}: the compiler for GPUs is missing; it needs no GPU and comes with pip install "
             f"{_WHEELS.format(jax.__version__)}"
         )
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # the compiler warns of what the report says anyway
     _answer_for(gpu)
     try:
         found = topologies.get_topology_desc(

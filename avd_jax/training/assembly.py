@@ -186,7 +186,7 @@ class Assembly:
         batches = [self._abstract_batch(call) for call in self.calls for _ in range(2 * call.update.times)]
         found.append(part_of("batches", batches))
         # Orbax copies the state to the host, and writes it from there while the run goes on.
-        saved = sum(part.device_gib for part in self._state_parts())
+        saved = sum(part.device_gib + part.host_gib for part in self._state_parts())
         return [*found, Part("a checkpoint that is written", 0.0, saved)]
 
     def _state_parts(self) -> Iterator[Part]:
