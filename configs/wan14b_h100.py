@@ -19,9 +19,8 @@ def get_config():
     config.batch_size = 8
     config.num_steps = 2000
     config.mesh.data = 1
-    config.mesh.fsdp = -1  # as many devices as a part of the batch has examples: 4
-    config.mesh.seq = -1  # the rest share the tokens of each example: 2
-    config.accumulation_steps = 2  # halves the activations, and gathers the parameters twice
+    config.mesh.fsdp = -1  # parameters, and as many devices as the batch has examples: all 8
+    config.mesh.seq = -1  # on more nodes the rest share the tokens of each example
     config.optimizer.memory = "host"  # moments are two thirds of the state, and idle while there are activations
     config.checkpoint_every = 100
     config.checkpoint.keep = 1  # one is 343 GB
