@@ -1,5 +1,6 @@
 """The memory of a whole run: what is resident, and what counts beside it."""
 
+import dataclasses
 import json
 import math
 from types import SimpleNamespace
@@ -75,6 +76,13 @@ def test_one_table_and_one_object_say_it_all():
     assert found["fits"] is True
     assert found["largest"] == ["samples", "decode"]
     assert sum(part["device_gib"] for part in found["resident"]) == 7.0
+
+
+def test_what_jax_takes_of_a_gpu_by_itself_may_be_too_little():
+    found = dataclasses.replace(verdict(), default_gib=11.9)
+    assert found.as_text().endswith("run it with XLA_PYTHON_CLIENT_MEM_FRACTION=0.95: else JAX takes 11.9 GiB")
+    assert "FRACTION" not in dataclasses.replace(found, default_gib=12.0).as_text()
+    assert "FRACTION" not in dataclasses.replace(found, limit_gib=11.0).as_text()
 
 
 def test_a_size_that_the_compiler_does_not_tell_fits_nowhere():

@@ -53,6 +53,11 @@ def test_what_libtpu_says(monkeypatch, raised, message):
     assert "\n" not in str(error.value)
 
 
+def test_gpus_where_only_a_tpu_will_do():
+    with pytest.raises(UserError, match="--topology h100:8: these are GPUs; name a TPU slice like v5e:2x2, of v4, v5e"):
+        tpu_devices("h100:8")
+
+
 def test_hosts_of_gpus():
     assert gpu_topology._parsed("h100:8")[1:] == (1, 8)
     assert gpu_topology._parsed("a100:3x8") == (gpu_topology.GPUS["a100"], 3, 8)

@@ -80,6 +80,7 @@ class Verdict:
       limit_gib: of a device.
       devices_a_host: how many devices share a host.
       host_limit_gib: of a host; None: not known.
+      default_gib: what JAX takes of a device if nobody tells it to take more; None: all.
     """
 
     topology: str
@@ -90,6 +91,7 @@ class Verdict:
     limit_gib: float
     devices_a_host: int
     host_limit_gib: float | None = None
+    default_gib: float | None = None
 
     @property
     def largest(self) -> Need:
@@ -135,6 +137,10 @@ class Verdict:
             made_of = f"{need.beside_gib:.2f} + {_gib(need.program_gib).strip()} ="
             name = f"{need.stage}: {need.program}"
             lines.append(_row(name, made_of, need.total_gib, need.host_gib * self.devices_a_host) + mark)
+        if self.default_gib is not None and self.fits and self.largest.total_gib > self.default_gib:
+            lines.append(
+                f"  run it with XLA_PYTHON_CLIENT_MEM_FRACTION=0.95: else JAX takes {self.default_gib:.1f} GiB"
+            )
         return "\n".join(lines)
 
 

@@ -68,6 +68,10 @@ def tpu_devices(topology: str, *, slices: int = 1) -> list[jax.Device]:
 
 def _check_name(topology: str) -> None:
     generation, _, shape = topology.partition(":")
+    if generation in GPUS:
+        raise UserError(
+            f"--topology {topology}: these are GPUs; name a TPU slice like v5e:2x2, of {', '.join(_SHAPES)}"
+        )
     if generation not in _SHAPES or not re.fullmatch(r"\d+(x\d+)+", shape):
         raise UserError(f"--topology {topology}: there is no such slice; {_examples(topology)}")
 

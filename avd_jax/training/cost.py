@@ -78,14 +78,15 @@ def whole_run(assembly: Assembly, reports: Mapping[str, Report], topology: str) 
       topology: what the devices are called.
     """
     devices = assembly.mesh.devices.flatten().tolist()
-    kind, parts = find_kind(devices[0].device_kind), assembly.parts()
+    kind, parts, limit = find_kind(devices[0].device_kind), assembly.parts(), memory_gib(devices[0].device_kind)
     return Verdict(
         topology=topology,
         mesh=dict(assembly.mesh.shape),
         batch_size=assembly.rows.batch_size,
         parts=parts,
         needs=needs_of(assembly.stages(), parts, reports),
-        limit_gib=memory_gib(devices[0].device_kind),
+        limit_gib=limit,
         devices_a_host=len(devices) // len({device.process_index for device in devices}),
         host_limit_gib=kind and kind.host_gib,
+        default_gib=limit * 0.75 / 0.95 if devices[0].platform == "gpu" else None,
     )
