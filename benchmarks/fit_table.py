@@ -1,11 +1,12 @@
 """The table of docs/pods.md: does a whole run fit which devices. Compiled ahead of time; needs neither TPU nor GPU.
 
-    python benchmarks/fit_table.py --cache runs/fit.jsonl
+    python benchmarks/fit_table.py --cache runs/fit.jsonl --write docs/pods.md
     python benchmarks/fit_table.py --cache runs/fit.jsonl --rows h100:8
 
 A program that is compiled, or does not fit, is a line of the cache and is not compiled again, unless the code, the
-config or the compiler has changed. So the command can be stopped at any moment and given again. The table comes last;
-a row whose compiler is not installed says so. All rows take an hour or two on two CPU cores, and 6 GB.
+config or the compiler has changed. So the command can be stopped at any moment and given again. The table comes last,
+and is written if no row is missing. It needs the compilers for TPUs and
+GPUs, `pip install -e ".[cuda_compiler]" "jax[tpu]"`, and for all rows an hour or two on two CPU cores and 6 GB.
 """
 
 import contextlib
@@ -59,33 +60,47 @@ ROWS = (
     Row("wan14b", "h100:2x8"),
     Row("wan14b_h100", "h100:3x8", {"batch_size": 24, "mesh.data": 3}),
 )
+HEAD = (
+    "| config | devices | mesh (data, fsdp, seq); batch | GiB a device | GiB a host | largest |",
+    "| --- | --- | --- | --- | --- | --- |",
+)
 CACHE = command_line.path_flag("cache", "runs/fit.jsonl", "JSON lines, one a program")
 ONLY = flags.DEFINE_list("rows", [], "only rows that contain one of these texts, such as wan14b or h100:8")
+WRITE = command_line.path_flag("write", "", "a page whose table is replaced, with all rows")
 
 
 def main() -> int:
     """Compile what is missing, and print the table."""
+    if WRITE.value and ONLY.value:
+        raise UserError("--write: takes all rows; leave out --rows")
+    if WRITE.value and HEAD[0] not in Path(WRITE.value).read_text():
+        raise UserError(f"--write {WRITE.value}: has no table that begins with {HEAD[0]}")
     rows = [row for row in ROWS if not ONLY.value or any(text in str(row) for text in ONLY.value)]
     if not rows:
         raise UserError(f"--rows {','.join(ONLY.value)}: there is no such row; there are " + "; ".join(map(str, ROWS)))
     Path(CACHE.value).parent.mkdir(parents=True, exist_ok=True)
-    lines = []
+    lines, failed = [], []
     for row in rows:
-        # A compiler is told of its devices once a process.
+        # A compiler is told of its devices once a process, and one that crashes takes its process along.
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            lines.append(pool.submit(table_line, row, Path(CACHE.value)).result())
-    print("| config | devices | mesh (data, fsdp, seq); batch | GiB a device | GiB a host | largest |")
-    print("| --- | --- | --- | --- | --- | --- |")
-    print("\n".join(lines))
+            try:
+                lines.append(table_line(row, pool.submit(verdict_of, row, Path(CACHE.value)).result()))
+            except Exception as error:
+                failed.append(f"{row}: {' '.join(str(error).split())[:300] or type(error).__name__}")
+    table = "\n".join([*HEAD, *lines])
+    print(table)
+    if failed:
+        raise UserError(f"{len(failed)} rows are missing; " + "; ".join(failed))
+    if WRITE.value:
+        page = Path(WRITE.value)
+        before, _, after = page.read_text().partition(HEAD[0])
+        rest = after.partition("\n\n")[2]
+        page.write_text(f"{before}{table}\n\n{rest}")
     return 0
 
 
-def table_line(row: Row, cache: Path) -> str:
-    """Return a row's line of the table; what is missing is compiled."""
-    try:
-        verdict = verdict_of(row, cache)
-    except UserError as error:
-        return f"| {row} | {error} | | | |"
+def table_line(row: Row, verdict: Verdict) -> str:
+    """Return a row's line of the table."""
     mesh = ", ".join(map(str, verdict.mesh.values()))
     total, where = verdict.largest.total_gib, f"{verdict.largest.stage}: {verdict.largest.program}"
     fits = "" if verdict.fits else ", does not fit"

@@ -6,9 +6,11 @@ import sys
 
 import pytest
 from jax.experimental import topologies
+from jax.sharding import NamedSharding, PartitionSpec
 
 from avd_jax.errors import UserError
 from avd_jax.parallel import gpu_topology
+from avd_jax.parallel.mesh import make_mesh
 from avd_jax.parallel.topology import topology_devices, tpu_devices
 
 
@@ -73,12 +75,21 @@ def test_the_compiler_for_gpus_is_missing(monkeypatch):
     assert "\n" not in str(error.value)
 
 
+def test_a_sharding_in_the_hosts_memory_is_another_one():
+    plain = NamedSharding(make_mesh(), PartitionSpec("data"))
+    waiting = gpu_topology._InHostMemory.of(plain)
+    assert waiting.memory_kind == waiting.update(spec=PartitionSpec()).memory_kind == "pinned_host"
+    assert waiting != plain
+    assert waiting == gpu_topology._InHostMemory.of(plain)
+    assert waiting.update(memory_kind="device") == plain
+
+
 def test_programs_compile_for_gpus_that_are_not_there():
     """Attention by cuDNN among them, whose checks ask about the GPU; the workspace is counted."""
     if not all(map(gpu_topology._is_installed, gpu_topology._MODULES)):
         pytest.skip("needs the wheels of pyproject.toml's cuda_compiler")
     found = json.loads(subprocess.run([sys.executable, "-c", GPU_PROGRAM], capture_output=True, check=True).stdout)
-    assert found == [["NVIDIA H100 80GB HBM3", 16, 2], 4 * 2 * 1024 * (64 + 1), True]
+    assert found == [["NVIDIA H100 80GB HBM3", 16, 2], 4 * 2 * 1024 * (64 + 1), True, 4 * 1024]
 
 
 GPU_PROGRAM = """
@@ -89,6 +100,11 @@ devices = topology_devices("h100:2x8")
 x = jax.ShapeDtypeStruct((1, 1024, 2, 64), jnp.bfloat16, sharding=jax.sharding.SingleDeviceSharding(devices[0]))
 attend = lambda x: jnp.sum(jax.nn.dot_product_attention(x, x, x, implementation="cudnn").astype(jnp.float32))
 text = jax.jit(jax.grad(attend)).trace(x).lower(lowering_platforms=("cuda",)).compile().as_text()
+waiting = jax.sharding.NamedSharding(jax.sharding.Mesh(devices, ("x",)), jax.P()).with_memory_kind("pinned_host")
+y = jax.ShapeDtypeStruct((1024,), jnp.float32, sharding=waiting)
+double = jax.jit(lambda y: 2 * jax.device_put(y, jax.memory.Space.Device)).trace(y)
+memory = double.lower(lowering_platforms=("cuda",)).compile().memory_analysis()
 hosts = len({device.process_index for device in devices})
-print(json.dumps([[devices[0].device_kind, len(devices), hosts], cudnn_workspace(text), "cudnn$fmha" in text]))
+print(json.dumps([[devices[0].device_kind, len(devices), hosts], cudnn_workspace(text), "cudnn$fmha" in text,
+                  memory.host_argument_size_in_bytes]))
 """

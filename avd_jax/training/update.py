@@ -55,9 +55,9 @@ def make_step(method: Method, update: Update) -> Step:
         keys = example_keys(key, jnp.arange(size))
         loss, values, gradient = _accumulated(losses, network.params, batch, keys, method.accumulation_steps)
         norm = optax.tree.norm(gradient)
-        # Moments that wait in the host's memory come once the activations are gone.
-        gradient, moments = jax.lax.optimization_barrier((gradient, network.optimizer))
-        network = replace(network, optimizer=fetched(moments))
+        if trained.optimizer_memory != "device":  # the moments come once the activations are gone
+            gradient, waiting = jax.lax.optimization_barrier((gradient, network.optimizer))
+            network = replace(network, optimizer=fetched(waiting))
         changes, optimizer = trained.optimizer.update(gradient, network.optimizer, network.params)
         params = optax.apply_updates(network.params, changes)
         ema = network.ema
