@@ -10,8 +10,6 @@ import re
 from dataclasses import dataclass
 
 import jax
-import jax._src.cudnn.fused_attention_stablehlo as cudnn
-from jax._src.interpreters import pxla
 from jax.experimental import topologies
 from jax.sharding import NamedSharding
 
@@ -131,13 +129,16 @@ def _parsed(topology: str) -> tuple[Gpu, int, int]:
 
 def _answer_for(gpu: Gpu) -> None:
     """Let JAX see this GPU for the rest of the process: its checks of cuDNN and of memories would ask a real one."""
+    import jax._src.cudnn.fused_attention_stablehlo as cudnn  # of no published module; only this needs them
+    from jax._src.interpreters import pxla
+
     cudnn.check_compute_capability = lambda least: gpu.capability >= tuple(map(int, least.split(".")))
     cudnn.is_cuda_compute_capability_equal = lambda wanted: gpu.capability == tuple(map(int, wanted.split(".")))
     cudnn.check_cudnn_version = lambda: _CUDNN[0] * 10000 + _CUDNN[1] * 100 + _CUDNN[2]
 
     NamedSharding.with_memory_kind = lambda self, kind: _InHostMemory.of(self) if kind == "pinned_host" else self
     # It compares memories with what the compiled program says of its own, which is nothing here.
-    pxla._maybe_get_and_check_out_shardings = lambda executable, out_shardings, *_: out_shardings
+    pxla._maybe_get_and_check_out_shardings = lambda executable, out_shardings, *_, **__: out_shardings
 
 
 class _InHostMemory(NamedSharding):
