@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from avd_jax.capacity.compiling import Report
 from avd_jax.capacity.program import Program
 from avd_jax.errors import UserError
+from avd_jax.parallel.mesh import slice_count
 
 
 class Planned(Protocol):
@@ -40,7 +41,7 @@ def candidates(config, devices: Sequence[jax.Device], build: Callable[..., Plann
     Raises:
       UserError: no mesh fits the batch and the heads.
     """
-    slices = len({getattr(device, "slice_index", None) for device in devices})
+    slices = slice_count(devices)
     inside = len(devices) // slices
     found = 0
     for batch_size in (config.batch_size, 2 * config.batch_size):
