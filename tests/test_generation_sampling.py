@@ -108,8 +108,8 @@ def test_transformer_and_decoder_take_turns_if_they_do_not_fit_together(settings
     before = sum(array.shape == kernel for array in jax.live_arrays())
     make, calls = sampling.video_decoder, itertools.count()  # the first time there is just room enough
 
-    def crowded_decoder(vae):
-        decode = make(vae)
+    def crowded_decoder(vae, **options):
+        decode = make(vae, **options)
 
         def decode_alone(latents):
             crowded = sum(array.shape == kernel for array in jax.live_arrays()) > before
@@ -130,7 +130,7 @@ def test_other_failures_of_the_decoder_are_not_taken_for_that(settings, monkeypa
     def failing(latents):
         raise jax.errors.JaxRuntimeError("INTERNAL: something else")
 
-    monkeypatch.setattr(sampling, "video_decoder", lambda vae: failing)
+    monkeypatch.setattr(sampling, "video_decoder", lambda vae, mesh: failing)
     monkeypatch.setattr(sampling._Sampler, "__call__", lambda sampler, batch: None)
     with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
         sampled(settings, JOBS[:1])

@@ -96,8 +96,7 @@ def sample_videos(
     """
     texts = _embeddings(settings, parts, jobs, cache)
     gc.collect()  # the text encoder is larger than the transformer, and its modules are cycles of references
-    # The VAE is float32, as Wan runs it.
-    decode = video_decoder(load_module(parts.vae, jnp.float32, lambda path, leaf: replicated(mesh)))
+    decode = video_decoder(load_module(parts.vae, jnp.float32, lambda path, leaf: replicated(mesh)), mesh=mesh)
     sampler = _Sampler(settings, parts, shape, texts, mesh, size, on_step)
     batches = [list(jobs[i : i + size]) for i in range(0, len(jobs), size)]
     made, crowded = set(), False
