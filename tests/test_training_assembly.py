@@ -113,7 +113,7 @@ def test_what_a_whole_run_holds(inputs):
     assert {(need.stage, need.program) for need in found.needs} == {
         *(("training", f"{network}_step") for network in ("generator", "fake_score")),
         *(("samples", name) for name in ("teacher_sample", "student_sample", "vae_decode")),
-        *(("generation", name) for name in ("teacher_sample", "vae_decode")),
+        *(("encoding", "vae_encode"), ("generation", "teacher_sample"), ("generation", "vae_decode")),
     }
     resident = sum(parts.values())
     assert found.needs[0].total_gib == pytest.approx(resident + 2.0 - 0.5)
