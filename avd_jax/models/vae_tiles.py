@@ -181,7 +181,7 @@ class Pass:
             shape = self.clip.shape[0], *(size * max(self.pixels_in, self.pixels_out) for size in sizes)
             least = (min(map(self.needed, choices)) + held) / GIB
             raise UserError(
-                f"the VAE takes {least:.1f} GiB of a device for {shape[0]} x {shape[1]}x{shape[2]} pixels even in the "
+                f"the VAE takes {least:.3g} GiB of a device for {shape[0]} x {shape[1]}x{shape[2]} pixels even in the "
                 f"smallest tiles, and {memory_gib:g} are granted; grant more, or give fewer frames, pixels or clips at "
                 "once"
             )

@@ -29,7 +29,7 @@ from avd_jax.shapes import Latents, Video
 
 RGB = 3
 # Bytes that layers on pixels hold for each that they keep, at most: see `Pass`.
-ENCODER_WORKING, DECODER_WORKING = 5.5, 3.7
+ENCODER_WORKING, DECODER_WORKING = 5.3, 3.7
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,7 +265,9 @@ def _encode(graphdef, state, video, tiles, memory_gib):
     pixels, latents = (functools.partial(apply, layers) for layers in vae.encoder.stages())
     sizes = {"frames_in": time, "pixels_in": space, "reach": reach(vae.encoder.stages()[0], space)}
     on_pixels = Pass(video, pixels, **sizes, working=ENCODER_WORKING)
-    features = on_pixels.run(tiles or on_pixels.tiles_within(memory_gib, nbytes(state)))
+    # The layers on latents read a copy of the result in another layout.
+    tiles = tiles or on_pixels.tiles_within(memory_gib, nbytes((state, on_pixels.result)))
+    features = on_pixels.run(tiles)
     moments = vae.conv1(Pass(features, latents).run())
     mean, _ = jnp.split(moments.astype(jnp.float32), 2, axis=-1)  # float32: what follows is statistics, not network
     return (mean - jnp.array(vae.config.latents_mean)) / jnp.array(vae.config.latents_std)
