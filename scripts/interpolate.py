@@ -14,6 +14,7 @@ from tqdm import tqdm
 from avd_jax import command_line
 from avd_jax.errors import UserError
 from avd_jax.generation.smoothing import Smoother, sources
+from avd_jax.models.vae_tiles import MEMORY_GIB
 
 SRC = command_line.path_flag("src", None, "Video, folder of videos, or .npy of latents.")
 WEIGHTS = command_line.path_flag("weights", None, "VAE, and the interpolator if no --checkpoint has one.")
@@ -21,6 +22,7 @@ CHECKPOINT = command_line.path_flag("checkpoint", None, "Student with its interp
 WHICH = command_line.define_which()
 OUT = command_line.path_flag("out", None, "Folder for the videos.")
 FPS = flags.DEFINE_float("fps", None, "Frames per second of what the latents of a .npy show; a video says its own.")
+VAE_GIB = flags.DEFINE_float("vae_gib", MEMORY_GIB, "GiB of the device that the VAE may take.", lower_bound=0)
 
 
 def main() -> None:
@@ -28,7 +30,8 @@ def main() -> None:
     if FPS.value is not None and FPS.value <= 0:
         raise UserError(f"--fps {FPS.value}: give a number above 0")
     found = sources(Path(SRC.value), fps=FPS.value)
-    smoother = Smoother(weights=WEIGHTS.value, checkpoint=CHECKPOINT.value, which=WHICH.value)
+    networks = {"weights": WEIGHTS.value, "checkpoint": CHECKPOINT.value, "which": WHICH.value}
+    smoother = Smoother(**networks, vae_gib=VAE_GIB.value)
     for source in tqdm(found, unit="video"):
         smoother.double(source, Path(OUT.value) / f"{source.path.stem}.mp4")
     print(f"{OUT.value}: {len(found)} made, at twice the frame rate")

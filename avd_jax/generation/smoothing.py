@@ -91,7 +91,7 @@ class Smoother:
           UserError: a video of one latent frame, which has no neighbour, a file that cannot be read, or a video that
             the device has no memory for.
         """
-        with fitting(str(source.path), "give a shorter or a smaller video, or let the VAE use less in smaller tiles"):
+        with fitting(str(source.path), "give a shorter or a smaller video, or a lower --vae_gib"):
             latents = self._read_latents(source) if source.is_latents else self._encode(self._read_video(source)[None])
             if latents.shape[1] < 2:
                 raise UserError(f"{source.path}: is one latent frame long; there is nothing between its frames to make")
