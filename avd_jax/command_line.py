@@ -9,6 +9,7 @@ from ml_collections import config_flags
 
 from avd_jax import methods
 from avd_jax.errors import UserError, report_user_errors
+from avd_jax.models.vae_tiles import MEMORY_GIB
 from avd_jax.parallel.compiler import keep_programs
 from avd_jax.parallel.hosts import connect, leaving_at_once
 from avd_jax.paths import local_path
@@ -64,6 +65,13 @@ def define_which() -> flags.FlagHolder:
         "which", None, "Network, where there are several: ema of a run, or its name in a file. Default: generator."
     )
     flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[flag.name])  # --help shows it as the script's
+    return flag
+
+
+def define_vae_gib() -> flags.FlagHolder:
+    """Define --vae_gib, as every script has it that runs the video autoencoder."""
+    flag = flags.DEFINE_float("vae_gib", MEMORY_GIB, "GiB of a device that the VAE may take.", lower_bound=0)
+    flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[flag.name])
     return flag
 
 

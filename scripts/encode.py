@@ -24,9 +24,7 @@ CAPTIONS = command_line.path_flag("captions", None, "Their captions. Default: th
 PROMPTS = command_line.path_flag("prompts", None, "Prompts: text with one a line, JSON, JSON lines, CSV or TSV.")
 SHAPES_WORLD = flags.DEFINE_bool("shapes_world", False, "Draw clips of moving shapes; it needs no files.")
 CLIPS = flags.DEFINE_integer("clips", None, "How many clips of --shapes_world to draw.", lower_bound=1)
-PROMPT_COUNT = flags.DEFINE_integer(
-    "prompt_count", None, "How many captions of --shapes_world to encode as prompts. Default: 0.", lower_bound=0
-)
+PROMPT_COUNT = flags.DEFINE_integer("prompt_count", None, "Captions of it to encode as prompts.", lower_bound=0)
 STYLE = flags.DEFINE_enum("style", None, shapes_world.STYLES, "How --shapes_world is drawn. Default: painted.")
 WEIGHTS = command_line.path_flag("weights", None, "Folder with the VAE, umT5 and its tokenizer, in any known layout.")
 WHICH = command_line.define_which()
@@ -38,6 +36,7 @@ WIDTH = flags.DEFINE_integer("width", None, "Likewise; videos are scaled and cut
 CLIPS_PER_VIDEO = flags.DEFINE_integer("clips_per_video", 1, "Most clips to cut from one video.", lower_bound=1)
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 1, "Clips that the VAE encodes at once.", lower_bound=1)
 TEXT_BATCH_SIZE = flags.DEFINE_integer("text_batch_size", 8, "Texts that umT5 encodes at once.", lower_bound=1)
+VAE_GIB = command_line.define_vae_gib()
 SHARD_SIZE = flags.DEFINE_integer("shard_size", 64, "Clips or prompts a file; what a kill can lose.", lower_bound=1)
 
 
@@ -82,7 +81,7 @@ def main() -> None:
     with tqdm(total=total if SHAPES_WORLD.value else len(work), unit="record") as bar:
         how = {"text_batch_size": TEXT_BATCH_SIZE.value, "shard_size": SHARD_SIZE.value, "on_progress": bar.update}
         if not PROMPTS.value:
-            vae = encoding.video_encoder(convert.load_vae(WEIGHTS.value, key=which))
+            vae = encoding.video_encoder(convert.load_vae(WEIGHTS.value, key=which), memory_gib=VAE_GIB.value)
             how |= {"vae": vae, "batch_size": BATCH_SIZE.value, **size}
         if SHAPES_WORLD.value:
             summaries = encoding.encode_shapes_world(OUT.value, text=text, **counts, **style, **how)

@@ -43,6 +43,7 @@ BATCH_SIZE = flags.DEFINE_integer("batch_size", 1, "Videos to sample together, a
 FSDP = flags.DEFINE_integer("fsdp", 1, "Devices that share one copy of the transformer.")
 SEQ = flags.DEFINE_integer("seq", None, "Devices that share a video. Default: 1, more if there are fewer videos.")
 PROMPT_CACHE = command_line.path_flag("prompt_cache", str(default_folder()), "Keeps prompts' embeddings; empty: none.")
+VAE_GIB = command_line.define_vae_gib()
 connect_hosts = command_line.define_hosts()
 # These decide the video, and have no default here: it depends on the weights.
 flags.DEFINE_enum("solver", None, SOLVERS, "Default: student with a --checkpoint, else unipc.")
@@ -76,8 +77,7 @@ def main() -> None:
         if unused:
             raise UserError(f"--{unused[0]}: --from_json takes it from {FROM_JSON.value}; leave it out")
         paths = {"weights": WEIGHTS.value, "checkpoint": CHECKPOINT.value}
-        settings, job, fingerprints = from_record_file(FROM_JSON.value, **paths)
-        jobs = [job]
+        settings, *jobs, fingerprints = from_record_file(FROM_JSON.value, **paths)
     else:
         asked = {"prompt": PROMPT.value, "prompts": PROMPTS.value, "seeds": SEED.value, "samples": SAMPLES.value}
         jobs, fingerprints = make_jobs(**asked), None
@@ -90,7 +90,7 @@ def main() -> None:
     there, quiet = len(jobs) - len(plan.todo), not is_first()
     videos = tqdm(total=len(jobs), initial=there, unit="video", disable=quiet)
     with videos, tqdm(total=steps(plan, **batches), unit="step", leave=False, disable=quiet) as passes:
-        bars = {"on_progress": videos.update, "on_step": passes.update}
+        bars = {"on_progress": videos.update, "on_step": passes.update, "vae_gib": VAE_GIB.value}
         generate(plan, **batches, command=shlex.join(sys.argv), prompt_cache=PROMPT_CACHE.value, **bars)
     if is_first():
         print(f"{OUT.value}: {len(plan.todo)} made, {there} there already ({settings.solver}, {settings.steps} steps)")

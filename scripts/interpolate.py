@@ -14,7 +14,6 @@ from tqdm import tqdm
 from avd_jax import command_line
 from avd_jax.errors import UserError
 from avd_jax.generation.smoothing import Smoother, sources
-from avd_jax.models.vae_tiles import MEMORY_GIB
 
 SRC = command_line.path_flag("src", None, "Video, folder of videos, or .npy of latents.")
 WEIGHTS = command_line.path_flag("weights", None, "VAE, and the interpolator if no --checkpoint has one.")
@@ -22,7 +21,7 @@ CHECKPOINT = command_line.path_flag("checkpoint", None, "Student with its interp
 WHICH = command_line.define_which()
 OUT = command_line.path_flag("out", None, "Folder for the videos.")
 FPS = flags.DEFINE_float("fps", None, "Frames per second of what the latents of a .npy show; a video says its own.")
-VAE_GIB = flags.DEFINE_float("vae_gib", MEMORY_GIB, "GiB of the device that the VAE may take.", lower_bound=0)
+VAE_GIB = command_line.define_vae_gib()
 
 
 def main() -> None:

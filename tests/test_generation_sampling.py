@@ -130,7 +130,7 @@ def test_other_failures_of_the_decoder_are_not_taken_for_that(settings, monkeypa
     def failing(latents):
         raise jax.errors.JaxRuntimeError("INTERNAL: something else")
 
-    monkeypatch.setattr(sampling, "video_decoder", lambda vae, mesh: failing)
+    monkeypatch.setattr(sampling, "video_decoder", lambda vae, **options: failing)
     monkeypatch.setattr(sampling._Sampler, "__call__", lambda sampler, batch: None)
     with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
         sampled(settings, JOBS[:1])

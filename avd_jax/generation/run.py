@@ -28,6 +28,7 @@ from avd_jax.generation.prompt_cache import PromptCache, cache_key
 from avd_jax.generation.sampling import sample_videos
 from avd_jax.generation.settings import Job, Settings, to_record
 from avd_jax.generation.weights import Parts, open_parts
+from avd_jax.models.vae_tiles import MEMORY_GIB
 from avd_jax.parallel.hosts import from_first, is_first
 from avd_jax.parallel.memory import fitting
 from avd_jax.parallel.mesh import filled_up
@@ -104,6 +105,7 @@ def generate(
     batch_size: int,
     command: str,
     prompt_cache: str | Path | None = None,
+    vae_gib: float = MEMORY_GIB,
     on_progress: Callable[[int], object] = lambda done: None,
     on_step: Callable[[], object] | None = None,
 ) -> None:
@@ -117,6 +119,7 @@ def generate(
         all batches; the last is filled up and the surplus dropped.
       command: what the user typed, for the record.
       prompt_cache: folder in which the prompts' embeddings are kept for other calls; None or an empty text: nowhere.
+      vae_gib: GiB of a device that decoding may take, in as many tiles as that needs.
       on_progress: called with the number of further videos that are done.
       on_step: called at every denoising step of a batch, `steps` times in all, from another thread.
 
@@ -135,7 +138,7 @@ def generate(
         cache = PromptCache(local_path(prompt_cache), cache_key(plan.parts.text_encoder, **made_by))
     what = f"{settings.frames} frames of {settings.height}x{settings.width}, {size} at once"
     with fitting(what, "give smaller --frames, --height, --width or --batch_size", mesh):
-        work = {"mesh": mesh, "size": size, "cache": cache, "on_step": on_step}
+        work = {"mesh": mesh, "size": size, "cache": cache, "on_step": on_step, "vae_gib": vae_gib}
         for job, pixels in sample_videos(settings, plan.parts, plan.shape, todo, **work) if todo else ():
             if is_first():
                 with _reporting(videos[job]):

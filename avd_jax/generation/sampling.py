@@ -30,6 +30,7 @@ from avd_jax.generation.settings import Job, Settings
 from avd_jax.generation.weights import Parts
 from avd_jax.models.functional import denoiser
 from avd_jax.models.placement import Placement
+from avd_jax.models.vae_tiles import MEMORY_GIB
 from avd_jax.parallel.hosts import to_host
 from avd_jax.parallel.memory import is_exhausted
 from avd_jax.parallel.mesh import BATCH_AXES, batch_sharding, make_mesh, replicated
@@ -76,6 +77,7 @@ def sample_videos(
     mesh: Mesh,
     size: int,
     cache: PromptCache | None = None,
+    vae_gib: float = MEMORY_GIB,
     on_step: Callable[[], object] | None = None,
 ) -> Iterator[tuple[Job, np.ndarray]]:
     """Yield each job with its video [F H W 3], nominally in [-1, 1].
@@ -88,6 +90,7 @@ def sample_videos(
       mesh: see `generation_mesh`.
       size: videos of a batch, a multiple of the mesh's batch shards.
       cache: of prompt embeddings, or None.
+      vae_gib: what decoding may take of a device, in as many tiles as that needs.
       on_step: called at every denoising step of a batch, from a thread of JAX's. A program that calls back is not kept
         in JAX's cache of programs.
 
@@ -96,7 +99,8 @@ def sample_videos(
     """
     texts = _embeddings(settings, parts, jobs, cache)
     gc.collect()  # the text encoder is larger than the transformer, and its modules are cycles of references
-    decode = video_decoder(load_module(parts.vae, jnp.float32, lambda path, leaf: replicated(mesh)), mesh=mesh)
+    vae = load_module(parts.vae, jnp.float32, lambda path, leaf: replicated(mesh))
+    decode = video_decoder(vae, mesh=mesh, memory_gib=vae_gib)
     sampler = _Sampler(settings, parts, shape, texts, mesh, size, on_step)
     batches = [list(jobs[i : i + size]) for i in range(0, len(jobs), size)]
     made, crowded = set(), False
