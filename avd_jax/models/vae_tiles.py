@@ -182,8 +182,8 @@ class Pass:
             least = (min(map(self.needed, choices)) + held) / GIB
             raise UserError(
                 f"the VAE takes {least:.3g} GiB of a device for {shape[0]} x {shape[1]}x{shape[2]} pixels even in the "
-                f"smallest tiles, and {memory_gib:g} are granted; grant more (--vae_gib, in a training config.sample.vae_gib), or "
-                "give fewer frames, pixels or clips at once"
+                f"smallest tiles, and {memory_gib:g} are granted; grant more (--vae_gib, in a training "
+                "config.sample.vae_gib), or give fewer frames, pixels or clips at once"
             )
         return min(
             fitting, key=lambda tiles: (math.prod(side.tiles * side.extent for side in self._sides(tiles)), tiles)
