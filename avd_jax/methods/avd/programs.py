@@ -14,14 +14,14 @@ from avd_jax.data.encoding import decoder_program, decoding_dtype, encoder_progr
 from avd_jax.data.tokenizer import TEXT_LENGTH
 from avd_jax.generation.pipeline import HalfRateSampling, LatentsShape, StudentSampler, make_teacher_sampler
 from avd_jax.methods.avd.objectives import Student
-from avd_jax.methods.avd.samples import decoding_mesh
+from avd_jax.methods.avd.samples import own_device
 from avd_jax.methods.transformers import abstract_conditions, make_placement, shaped_params
 from avd_jax.models.functional import Denoiser, make_denoiser
 from avd_jax.models.interpolator import Interpolator, InterpolatorConfig
 from avd_jax.models.umt5 import UMT5Config, UMT5Encoder
 from avd_jax.models.wan_dit import WanDiTConfig
 from avd_jax.models.wan_vae import WanVAE, WanVAEConfig, computing_in
-from avd_jax.parallel.mesh import batch_sharding, filled_up, replicated
+from avd_jax.parallel.mesh import filled_up, replicated
 from avd_jax.training.method import Frozen
 
 TEXTS_AT_ONCE = 8  # that scripts/encode.py gives to the text encoder
@@ -117,7 +117,7 @@ def _text_encode(mesh: Mesh) -> Program:
     encoder = nnx.eval_shape(lambda: UMT5Encoder(config, nnx.Rngs(0), dtype=jnp.bfloat16, param_dtype=jnp.bfloat16))
     graphdef, state = nnx.split(encoder)
     ids = jax.ShapeDtypeStruct((TEXTS_AT_ONCE, TEXT_LENGTH), jnp.int32)
-    args = _placed((state, ids, ids), replicated(decoding_mesh(mesh, mesh.devices.flat[0].process_index, 1)))
+    args = _placed((state, ids, ids), replicated(own_device(mesh, mesh.devices.flat[0].process_index)))
     return Program("text_encode", jax.jit(lambda state, *inputs: nnx.merge(graphdef, state)(*inputs)), args)
 
 
@@ -144,13 +144,12 @@ def _abstract_vae(channels: int, dtype) -> WanVAE:
 
 
 def _vae_decode(config, shape: LatentsShape, mesh) -> Program:
-    """Return the program that decodes the samples, one on each device of a host."""
+    """Return the program that decodes one of the samples, on one device."""
     first = mesh.devices.flat[0]
-    own = decoding_mesh(mesh, first.process_index, config.sample.prompts)
     graphdef, state = nnx.split(_abstract_vae(shape[-1], decoding_dtype(first.platform)))
-    decode = decoder_program(graphdef, platform=first.platform, mesh=own, memory_gib=config.sample.vae_gib)
-    latents = jax.ShapeDtypeStruct((own.size, *shape), jnp.float32)
-    return Program("vae_decode", decode, (_placed(state, replicated(own)), _placed(latents, batch_sharding(own))))
+    decode = decoder_program(graphdef, platform=first.platform, memory_gib=config.sample.vae_gib)
+    args = state, jax.ShapeDtypeStruct((1, *shape), jnp.float32)
+    return Program("vae_decode", decode, _placed(args, replicated(own_device(mesh, first.process_index))))
 
 
 def _vae_encode(shape: LatentsShape, mesh) -> Program:
@@ -161,9 +160,8 @@ def _vae_encode(shape: LatentsShape, mesh) -> Program:
     graphdef, state = nnx.split(vae)
     time, space = vae.config.temporal_stride, vae.config.spatial_stride
     video = jax.ShapeDtypeStruct((1, (frames - 1) * time + 1, height * space, width * space, 3), jnp.float32)
-    own = decoding_mesh(mesh, first.process_index, 1)
     encode = encoder_program(graphdef, platform=first.platform)
-    return Program("vae_encode", encode, _placed((state, video), replicated(own)))
+    return Program("vae_encode", encode, _placed((state, video), replicated(own_device(mesh, first.process_index))))
 
 
 def _placed(tree, sharding):

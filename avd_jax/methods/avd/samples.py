@@ -3,7 +3,6 @@
 Every host samples and decodes, so that all know the same; the first one writes.
 """
 
-import functools
 import hashlib
 import json
 from collections.abc import Mapping
@@ -29,7 +28,7 @@ from avd_jax.models.functional import Denoiser, Params
 from avd_jax.models.wan_dit import WanDiTConfig
 from avd_jax.parallel.hosts import from_first, is_first, to_host
 from avd_jax.parallel.memory import fitting
-from avd_jax.parallel.mesh import AXES, filled_up
+from avd_jax.parallel.mesh import filled_up, replicated
 from avd_jax.training.method import Frozen, Surroundings
 
 
@@ -148,35 +147,30 @@ def _first_prompts(config, text_len: int) -> tuple[list[str], np.ndarray]:
     return [record[text] for record in records], np.stack(embeds)
 
 
-def decoding_mesh(mesh: Mesh, process: int, clips: int) -> Mesh:
-    """Return a mesh of the devices of `mesh` that belong to a process, at most one for each of the clips."""
-    own = [device for device in mesh.devices.flat if device.process_index == process][:clips]
-    # Nothing is exchanged between them, so that their places in the machine do not matter.
-    return Mesh(np.array(own).reshape(-1, 1, 1), AXES)
+def own_device(mesh: Mesh, process: int) -> Mesh:
+    """Return a mesh of the first device of `mesh` that belongs to a process.
+
+    TPU compilers take programs for one device or for a whole slice, and refuse those for some of its devices.
+    """
+    return Mesh(np.array([device for device in mesh.devices.flat if device.process_index == process][:1]), ("one",))
 
 
 def _decoder(config, mesh: Mesh):
-    """Return a function from latents [N F h w C] to videos [N F H W 3]; the VAE is on the devices only while it runs.
+    """Return a function from latents [N F h w C] to videos [N F H W 3]; the VAE is on a device only while it runs.
 
-    Every host decodes all videos, since it looks at all of them, and its devices of the mesh share them.
+    Every host decodes all videos, since it looks at all of them.
     """
     try:
         vae = convert.load_vae(config.sample.vae or config.init_from)
     except UserError as error:
         raise UserError(f"config.sample.vae: {error}; or set sample_every=0 to train without samples") from error
     graphdef, state = nnx.split(vae)
-    vae = nnx.merge(graphdef, jax.device_get(state))
-
-    @functools.cache
-    def decoder_of(clips: int):
-        own = decoding_mesh(mesh, jax.process_index(), clips)
-        return own, video_decoder(vae, mesh=own, memory_gib=config.sample.vae_gib)
+    own = own_device(mesh, jax.process_index())
+    run = video_decoder(nnx.merge(graphdef, jax.device_get(state)), memory_gib=config.sample.vae_gib)
 
     def decode(latents: np.ndarray) -> list[np.ndarray]:
-        own, run = decoder_of(len(latents))
-        rows = np.arange(filled_up(len(latents), own)).reshape(-1, own.size) % len(latents)  # one for each device
         what = f"decoding samples of {'x'.join(map(str, latents.shape[1:4]))} latents"
         with fitting(what, "set config.sample.vae_gib lower, or sample_every=0 to train without samples", own):
-            return [video for chosen in rows for video in np.asarray(run(latents[chosen]))][: len(latents)]
+            return [np.asarray(run(jax.device_put(one[None], replicated(own))))[0] for one in latents]
 
     return decode
