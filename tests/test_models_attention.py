@@ -249,6 +249,21 @@ def test_rows_at_a_time_are_the_same(monkeypatch):
     assert max(held) < 2 * 3 * 7 * 8
 
 
+def test_parts_add_their_gradients_in_float32(monkeypatch):
+    arrays = [x.astype(jnp.bfloat16) for x in wide_inputs(256, 32, head_dim=8)]
+    weights = np.random.default_rng(1).standard_normal((2, 2, 256, 8), np.float32)
+
+    def gradients(dtype):
+        run = lambda *arrays: jnp.sum(attention(*arrays).astype(jnp.float32) * weights)  # noqa: E731
+        return jax.grad(run, argnums=(1, 2))(*(x.astype(dtype) for x in arrays))
+
+    exact = gradients(jnp.float32)
+    monkeypatch.setattr(attention_module, "LARGEST_SCORES", 1)  # a row at a time
+    for found, expected in zip(gradients(jnp.bfloat16), exact, strict=True):
+        error = np.asarray(found, np.float64) - expected
+        assert np.sqrt(np.mean(error**2) / np.mean(np.square(expected))) < 1e-2
+
+
 def _made(jaxpr):
     """Yield the abstract values of all results in a program."""
     for equation in jaxpr.eqns:

@@ -41,6 +41,15 @@ def test_it_is_einsum_and_a_bias_with_the_same_derivatives(equation):
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("arguments", [(1,), (2,), (0, 2), (0, 1)])
+def test_some_of_the_weights_may_be_frozen(arguments):
+    given = arrays("bnd,df->bnf")
+    gradient = lambda function: jax.grad(lambda *given: jnp.sum(function(*given) ** 2), arguments)(*given)  # noqa: E731
+    found = gradient(lambda *given: project("bnd,df->bnf", *given, jnp.float32))
+    expected = gradient(lambda *given: plain("bnd,df->bnf", *given))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), found, expected)
+
+
 def test_gradients_of_weights_are_summed_in_float32_with_half_precision_products():
     rng = np.random.default_rng(0)
     x, slope = (rng.standard_normal((4, 300, 3)).astype(jnp.bfloat16) for _ in range(2))

@@ -145,7 +145,10 @@ def _xla(query, key, value, valid_keys):
         return _xla_rows(query, key, value)
     # Some queries at a time: those of 480p at once would have 48 GiB of scores. The backward pass makes them again.
     parts = rearrange(_padded(query, rows), "b h (part n) k -> part b h n k", n=rows)
-    output = jax.lax.map(jax.checkpoint(lambda part: _xla_rows(part, key, value)), parts)
+    # float32 outside of the loop, which adds up the parts' gradients.
+    wide = key.astype(jnp.float32), value.astype(jnp.float32)
+    attend = jax.checkpoint(lambda part: _xla_rows(part, *(x.astype(query.dtype) for x in wide)))
+    output = jax.lax.map(attend, parts)
     return rearrange(output, "part b h n k -> b h (part n) k")[:, :, :tokens]
 
 

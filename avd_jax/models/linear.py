@@ -35,29 +35,33 @@ def _project(equation, dtype, x, kernel, bias):
 
 def _project_jvp(equation, dtype, primals, tangents):
     x, kernel, bias = primals
-    x_tangent, *weight_tangents = tangents
+    x_tangent, kernel_tangent, bias_tangent = tangents
     (x_axes, kernel_axes), axes = equation.split("->")[0].split(","), equation.split("->")[1]
     bias_axes = "".join(axis for axis in kernel_axes if axis in axes)
 
-    def of_weights(x, weights):
-        kernel, bias = (leaf.astype(dtype) for leaf in weights)
-        return _einsum(equation, x, kernel) + _along(equation, bias)
-
-    def transposed(x, slope):
-        summed = tuple(i for i, axis in enumerate(axes) if axis not in bias_axes)
-        gradients = (
-            _einsum(f"{x_axes},{axes}->{kernel_axes}", x, slope, preferred_element_type=jnp.float32),
-            jnp.sum(slope, summed, dtype=jnp.float32),
-        )
-        return tuple(gradient.astype(leaf.dtype) for gradient, leaf in zip(gradients, (kernel, bias), strict=True))
-
     output = _project(equation, dtype, x, kernel, bias)
     change = jnp.zeros_like(output)
+
+    def of_kernel(x, kernel):
+        return _einsum(equation, x, kernel.astype(dtype))
+
+    def kernel_gradient(x, slope):
+        gradient = _einsum(f"{x_axes},{axes}->{kernel_axes}", x, slope, preferred_element_type=jnp.float32)
+        return gradient.astype(kernel.dtype)
+
+    def of_bias(_, bias):
+        return jnp.broadcast_to(_along(equation, bias.astype(dtype)), output.shape)
+
+    def bias_gradient(_, slope):
+        summed = tuple(i for i, axis in enumerate(axes) if axis not in bias_axes)
+        return jnp.sum(slope, summed, dtype=jnp.float32).astype(bias.dtype)
+
     if type(x_tangent) is not SymbolicZero:  # as that of the model's own inputs is: their gradient would cost a product
         change += _einsum(equation, x_tangent.astype(dtype), kernel.astype(dtype))
-    if not all(type(tangent) is SymbolicZero for tangent in weight_tangents):
-        tangents = tuple(jnp.zeros_like(t) if type(t) is SymbolicZero else t for t in weight_tangents)
-        change += linear_call(of_weights, transposed, x.astype(dtype), tangents)
+    if type(kernel_tangent) is not SymbolicZero:
+        change += linear_call(of_kernel, kernel_gradient, x.astype(dtype), kernel_tangent)
+    if type(bias_tangent) is not SymbolicZero:
+        change += linear_call(of_bias, bias_gradient, (), bias_tangent)
     return output, change
 
 

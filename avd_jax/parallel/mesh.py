@@ -47,8 +47,8 @@ def make_mesh(
     if batch_size is not None and batch_size % (sizes["data"] * sizes["fsdp"]):
         raise UserError(
             f"a batch of {batch_size} (config.batch_size / accumulation_steps) cannot be shared out over "
-            f"data={sizes['data']} x fsdp={sizes['fsdp']}; change it, or set config.mesh.data to 1 and config.mesh.fsdp and "
-            "config.mesh.seq to -1"
+            f"data={sizes['data']} x fsdp={sizes['fsdp']}; change it, or set config.mesh.data to 1 and "
+            "config.mesh.fsdp and config.mesh.seq to -1"
         )
     # Auto axes: the compiler propagates the shardings that the step's inputs and outputs state.
     return Mesh(_arranged(sizes, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
