@@ -70,7 +70,8 @@ def define_which() -> flags.FlagHolder:
 
 def define_vae_gib() -> flags.FlagHolder:
     """Define --vae_gib, as every script has it that runs the video autoencoder."""
-    flag = flags.DEFINE_float("vae_gib", MEMORY_GIB, "GiB of a device that the VAE may take.", lower_bound=0)
+    flag = flags.DEFINE_float("vae_gib", MEMORY_GIB, "GiB of a device that the VAE may take.")
+    flags.register_validator(flag, lambda gib: gib > 0, "give a number above 0")  # as NaN is not
     flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[flag.name])
     return flag
 

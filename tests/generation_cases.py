@@ -36,6 +36,7 @@ class InMemory:
 
     def __init__(self, architecture, config, seed=0):
         self.architecture, self.config, self.leaves = architecture, config, architecture.leaves(config)
+        self.files = ()
         rng = np.random.default_rng(seed)
         self._values = {
             path: (0.2 * rng.standard_normal(leaf.shape) + path.endswith(("scale", "var"))).astype(np.float32)

@@ -1,5 +1,6 @@
 """Embeddings that are kept between calls: the same to the last bit, or made anew."""
 
+import os
 import shutil
 
 import ml_dtypes
@@ -90,6 +91,18 @@ def test_the_key_is_of_all_that_decides_an_embedding():
     ]
     assert len(set(keys)) == len(keys)
     assert cache_key(weights(), **common) == keys[0]
+
+
+def test_the_key_is_another_if_a_file_was_written_anew(tmp_path):
+    """A fingerprint reads few values of large leaves: a change elsewhere must not be missed."""
+    weights, common = InMemory(UMT5, UMT5_SIZES), {"tokenizer": "t", "dtype": "float32"}
+    weights.files = (tmp_path / "weights",)
+    keys = []
+    for time in (1, 2):
+        weights.files[0].write_bytes(b"...")
+        os.utime(weights.files[0], (time, time))
+        keys.append(cache_key(weights, **common))
+    assert keys[0] != keys[1]
 
 
 def test_the_default_folder_is_in_the_users_cache(monkeypatch, tmp_path):

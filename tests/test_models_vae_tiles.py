@@ -115,3 +115,9 @@ def test_how_far_layers_see(full):
     encoder, decoder = full.encoder.stages()[0], full.decoder.stages()[1]
     assert reach(encoder, 8) == (4, 5)  # 29 and 36 pixels
     assert reach(decoder, 1) == (7, 7)
+
+
+@pytest.mark.parametrize("tiles", [(0, 1), (-1, 2), (2,), "22", (2.0, 1), [2, 1]])
+def test_tiles_that_are_none(tiny, tiles):
+    with pytest.raises(UserError, match="give how many in height and width"):
+        tiny.decode(latents_of(1, 2, 2), tiles=tiles)

@@ -30,11 +30,13 @@ class Weights(Protocol):
       architecture: the network.
       config: its sizes.
       leaves: dotted path -> shape and dtype as stored.
+      files: that hold the arrays.
     """
 
     architecture: Architecture
     config: Any
     leaves: dict[str, jax.ShapeDtypeStruct]
+    files: tuple[Path, ...]
 
     def array(self, path: str, dtype=None) -> np.ndarray:
         """Return one leaf in `dtype`."""
@@ -106,6 +108,7 @@ class OrbaxWeights:
         self.architecture = architecture
         self.config = architecture.config_from_record(tree.record, name=str(tree.source))
         self._folder = tree.folder
+        self.files = tuple(sorted(path for path in Path(tree.folder).rglob("*") if path.is_file()))
         self.leaves = orbax_io.read_structure(tree.folder)
         expected = architecture.leaves(self.config)
         for path in expected:
@@ -140,7 +143,7 @@ class TorchWeights:
 
     def __init__(self, found: TorchFiles, architecture: Architecture, key: str, *, asked: str, strict: bool):
         name = str(found.files[0] if found.single or len(found.files) == 1 else found.files[0].parent)
-        self.architecture = architecture
+        self.architecture, self.files = architecture, tuple(found.files)
         files = open_files(found.files)
         self._tensors = network_in(tensors_of(files), architecture, key, name=name, asked=asked, strict=strict)
         shapes = {key: tensor.shape for key, tensor in self._tensors.items()}

@@ -1,8 +1,9 @@
 """Embeddings of prompts, kept between calls: one file a text, so that the text encoder need not be loaded for it again.
 
 A folder `CACHE/<key>/` is for embeddings that come out the same to the last bit: the key is a hash of the encoder's
-weights, the tokenizer, the dtype, the kind of device and JAX's version. A file says which text it is of and holds a
-hash of its values. One that is damaged, or another text's, counts as missing and is written anew.
+weights (some of their values, and size and time of their files), the tokenizer, the dtype, the kind of device and
+JAX's version. A file says which text it is of and holds a hash of its values. One that is damaged, or another text's,
+counts as missing and is written anew.
 """
 
 import contextlib
@@ -33,7 +34,9 @@ def default_folder() -> Path:
 def cache_key(text_encoder: Weights, *, tokenizer: str, dtype: str) -> str:
     """Return the name of what makes the same embeddings: weights, fingerprint of a tokenizer, dtype, device, JAX."""
     device = jax.local_devices()[0].device_kind
-    told = [fingerprint(text_encoder, TELLING_LEAF), tokenizer, dtype, device, jax.__version__]
+    # A fingerprint reads some of the values. A file that was written anew, whatever changed in it, is another one.
+    stamps = [(file.stat().st_size, file.stat().st_mtime_ns) for file in text_encoder.files]
+    told = [fingerprint(text_encoder, TELLING_LEAF), stamps, tokenizer, dtype, device, jax.__version__]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
 
 

@@ -211,6 +211,7 @@ class WanVAE(nnx.Module):
           UserError: naming the size or the dtype that does not fit; even small tiles need more memory.
         """
         video = jnp.asarray(video)
+        _check_tiles(tiles)
         stride, side = self.config.temporal_stride, self.config.spatial_stride
         _check_clip("video", video, "channels", RGB)
         if (video.shape[1] - 1) % stride:
@@ -234,6 +235,7 @@ class WanVAE(nnx.Module):
           UserError: when the latents' axes, channels or dtype do not fit; even small tiles need more memory.
         """
         latents = jnp.asarray(latents)
+        _check_tiles(tiles)
         _check_clip("latents", latents, "z_dim", self.config.z_dim)
         return _decode(*nnx.split(self), latents, tiles, memory_gib)
 
@@ -246,6 +248,12 @@ def computing_in(vae: WanVAE, dtype) -> WanVAE:
         array = leaves[path][...]
         leaf.set_value(array.astype(dtype) if path[-1] == "kernel" else array)
     return nnx.merge(graphdef, state)
+
+
+def _check_tiles(tiles) -> None:
+    numbers = isinstance(tiles, tuple) and len(tiles) == 2 and all(type(n) is int and n > 0 for n in tiles)
+    if tiles is not None and not numbers:
+        raise UserError(f"tiles={tiles!r}: give how many in height and width, such as (1, 2), or None")
 
 
 def _check_clip(name: str, array, channels_name: str, channels: int) -> None:
