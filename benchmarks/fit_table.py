@@ -51,7 +51,7 @@ class Row:
 
 ROWS = (
     Row("wan13b", "v5e:4x4"),
-    Row("wan13b", "v5e:2x4", {"batch_size": 8}),
+    Row("wan13b", "v5e:2x4", {"batch_size": 8, "accumulation_steps": 2}),
     Row("wan13b", "h100:8", {"batch_size": 8}),
     Row("wan13b", "h100:1", {"batch_size": 1}),
     Row("wan14b", "v5e:8x8"),
