@@ -44,7 +44,7 @@ class InMemory:
         }
 
     def array(self, path, dtype=None):
-        return self._values[path].astype(dtype or np.float32)
+        return self._values[path].astype((dtype[path] if isinstance(dtype, dict) else dtype) or np.float32)
 
     def arrays(self, dtype=None):
         for path in self.leaves:

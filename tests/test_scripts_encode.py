@@ -34,7 +34,7 @@ class Network(nnx.Module):
     def __call__(self, ids, mask):
         return (ids * mask)[..., None] * self.weight[...]
 
-    def encode(self, video):
+    def encode(self, video, *, memory_gib):
         return video[:, ::4, ::8, ::8]
 
 
