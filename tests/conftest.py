@@ -6,6 +6,8 @@ Set before jax is imported, and inherited by the scripts that tests start.
 import os
 from pathlib import Path
 
+import pytest
+
 XLA_FLAGS = (
     "--xla_force_host_platform_device_count=8",
     # Half the compile time of a training step; programs this small run no slower.
@@ -19,3 +21,12 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+
+@pytest.fixture
+def cudnn(monkeypatch):
+    """JAX's cuDNN attention believes that there is a GPU that has it; it can be traced, not run."""
+    fused = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
+    monkeypatch.setattr(fused, "check_cudnn_version", lambda: 92_000)
+    monkeypatch.setattr(fused, "check_compute_capability", lambda _: True)
+    monkeypatch.setattr(fused, "is_cuda_compute_capability_equal", lambda _: False)

@@ -146,12 +146,7 @@ def test_the_transformer():
     assert jaxpr_flops(traced.jaxpr) == 3 * forward + blocks - no_gradient
 
 
-def test_cudnn_attention(monkeypatch):
-    """Traced, which needs no GPU once JAX believes in one."""
-    fused = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
-    monkeypatch.setattr(fused, "check_cudnn_version", lambda: 91_000)
-    monkeypatch.setattr(fused, "check_compute_capability", lambda *_: True)
-    monkeypatch.setattr(fused, "is_cuda_compute_capability_equal", lambda *_: False)
+def test_cudnn_attention(cudnn):
     query, key = (jax.ShapeDtypeStruct((2, tokens, 4, 64), jnp.bfloat16) for tokens in (256, 128))
 
     def attend(query, key, value):

@@ -173,15 +173,6 @@ def test_heads_must_be_shared_out_evenly():
         jax.eval_shape(lambda *arrays: attention(*arrays, placement=placement), *wide_inputs(16, 16, heads=12))
 
 
-@pytest.fixture
-def cudnn(monkeypatch):
-    """JAX's cuDNN attention believes that there is a GPU that has it; it can be traced, not run."""
-    fused = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
-    monkeypatch.setattr(fused, "check_cudnn_version", lambda: 92_000)
-    monkeypatch.setattr(fused, "check_compute_capability", lambda _: True)
-    monkeypatch.setattr(fused, "is_cuda_compute_capability_equal", lambda _: False)
-
-
 @pytest.mark.parametrize(("kernel", "name"), [("splash", "_fwd"), ("cudnn", "fwd_wrapper")])
 def test_saved_attention_runs_its_forward_once(kernel, name, cudnn):
     """With that policy a gradient holds as many forward kernels as there are attentions."""

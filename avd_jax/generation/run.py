@@ -87,9 +87,8 @@ def make_plan(
             raise UserError(f"{source}: this is not the {component} that made the video; name the same weights")
     digest = settings.digest(found)
     videos = {job: out / f"{file_stem(job.prompt, job.seed)}-{digest}.mp4" for job in jobs}
-    missing = np.asarray([not (video.is_file() and _record_of(video).is_file()) for video in videos.values()])
-    missing = from_first(missing) if jax.process_count() > 1 else missing
-    todo = [job for job, lacks in zip(videos, missing, strict=True) if lacks]
+    missing = [not (video.is_file() and _record_of(video).is_file()) for video in videos.values()]
+    todo = [job for job, lacks in zip(videos, from_first(np.asarray(missing)), strict=True) if lacks]
     notes: list[str] = []
     texts = [job.prompt for job in jobs]
     if settings.negative_prompt not in (None, WAN_NEGATIVE_PROMPT):

@@ -140,7 +140,7 @@ def _in_turns(sampler: "_Sampler", decode: Callable, batches: Sequence[list[Job]
 
 def _rows(batch: list[Job], videos: jax.Array) -> Iterator[tuple[Job, np.ndarray]]:
     for row, job in enumerate(batch):
-        pixels = np.asarray(videos[row]) if videos.is_fully_addressable else to_host(videos[row])
+        pixels = to_host(videos[row])
         if not np.isfinite(pixels).all():
             raise UserError(
                 f"{job.prompt[:60]!r}, seed {job.seed}: not finite; try --dtype float32, or check the weights"

@@ -18,8 +18,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float
 
 from avd_jax.errors import UserError
+from avd_jax.models.linear import einsum
 from avd_jax.models.placement import Placement
-from avd_jax.models.splash import splash_attention
+from avd_jax.models.splash import padded, splash_attention
 from avd_jax.shapes import Array, Heads, typechecked
 
 ContextHeads = Float[Array, "batch heads context_tokens head_dim"]
@@ -144,7 +145,7 @@ def _xla(query, key, value, valid_keys):
     if rows >= tokens:
         return _xla_rows(query, key, value)
     # Some queries at a time: those of 480p at once would have 48 GiB of scores. The backward pass makes them again.
-    parts = rearrange(_padded(query, rows), "b h (part n) k -> part b h n k", n=rows)
+    parts = rearrange(padded(query, rows), "b h (part n) k -> part b h n k", n=rows)
     # float32 outside of the loop, which adds up the parts' gradients.
     wide = key.astype(jnp.float32), value.astype(jnp.float32)
     attend = jax.checkpoint(lambda part: _xla_rows(part, *(x.astype(query.dtype) for x in wide)))
@@ -153,17 +154,16 @@ def _xla(query, key, value, valid_keys):
 
 
 def _xla_rows(query, key, value):
-    exact = jax.lax.Precision.HIGHEST if query.dtype == jnp.float32 else None
-    scores = jnp.einsum("bhqk,bhmk->bhqm", query, key, precision=exact, preferred_element_type=jnp.float32)
+    scores = einsum("bhqk,bhmk->bhqm", query, key, preferred_element_type=jnp.float32)
     # Scores of 32,760 keys need float32: bf16 sums of so many exponentials are off by percents.
     probabilities = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    return jnp.einsum("bhqm,bhmk->bhqk", probabilities, value, precision=exact)
+    return einsum("bhqm,bhmk->bhqk", probabilities, value)
 
 
 def _cudnn(query, key, value, valid_keys):
     tokens = query.shape[2]
     # Its backward pass refuses odd numbers of queries and of keys. An even number needs no mask.
-    query, key, value = (_padded(x, 2) for x in (query, key[:, :, :valid_keys], value[:, :, :valid_keys]))
+    query, key, value = (padded(x, 2) for x in (query, key[:, :, :valid_keys], value[:, :, :valid_keys]))
     lengths = {}
     if key.shape[2] != valid_keys:
         counts = {"query_seq_lengths": query.shape[2], "key_value_seq_lengths": valid_keys}
@@ -171,8 +171,3 @@ def _cudnn(query, key, value, valid_keys):
     query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
     output = jax.nn.dot_product_attention(query, key, value, scale=1.0, implementation="cudnn", **lengths)
     return jnp.swapaxes(output, 1, 2)[:, :, :tokens]
-
-
-def _padded(x, multiple: int):
-    """Return heads [B H N K] with zeros behind the tokens, up to a multiple."""
-    return jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % multiple), (0, 0)))

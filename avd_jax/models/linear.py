@@ -30,7 +30,7 @@ def project(equation: str, x: Array, kernel: Array, bias: Array, dtype) -> Array
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _project(equation, dtype, x, kernel, bias):
-    return _einsum(equation, x.astype(dtype), kernel.astype(dtype)) + _along(equation, bias.astype(dtype))
+    return einsum(equation, x.astype(dtype), kernel.astype(dtype)) + _along(equation, bias.astype(dtype))
 
 
 def _project_jvp(equation, dtype, primals, tangents):
@@ -43,10 +43,10 @@ def _project_jvp(equation, dtype, primals, tangents):
     change = jnp.zeros_like(output)
 
     def of_kernel(x, kernel):
-        return _einsum(equation, x, kernel.astype(dtype))
+        return einsum(equation, x, kernel.astype(dtype))
 
     def kernel_gradient(x, slope):
-        gradient = _einsum(f"{x_axes},{axes}->{kernel_axes}", x, slope, preferred_element_type=jnp.float32)
+        gradient = einsum(f"{x_axes},{axes}->{kernel_axes}", x, slope, preferred_element_type=jnp.float32)
         return gradient.astype(kernel.dtype)
 
     def of_bias(_, bias):
@@ -57,7 +57,7 @@ def _project_jvp(equation, dtype, primals, tangents):
         return jnp.sum(slope, summed, dtype=jnp.float32).astype(bias.dtype)
 
     if type(x_tangent) is not SymbolicZero:  # as that of the model's own inputs is: their gradient would cost a product
-        change += _einsum(equation, x_tangent.astype(dtype), kernel.astype(dtype))
+        change += einsum(equation, x_tangent.astype(dtype), kernel.astype(dtype))
     if type(kernel_tangent) is not SymbolicZero:
         change += linear_call(of_kernel, kernel_gradient, x.astype(dtype), kernel_tangent)
     if type(bias_tangent) is not SymbolicZero:
@@ -68,7 +68,8 @@ def _project_jvp(equation, dtype, primals, tangents):
 _project.defjvp(_project_jvp, symbolic_zeros=True)
 
 
-def _einsum(equation, one, other, **options):
+def einsum(equation: str, one: Array, other: Array, **options) -> Array:
+    """Return `jnp.einsum` of two arrays of a dtype; of float32 with all its digits."""
     exact = one.dtype == jnp.float32
     return jnp.einsum(equation, one, other, precision=jax.lax.Precision.HIGHEST if exact else None, **options)
 

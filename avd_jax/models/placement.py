@@ -105,3 +105,13 @@ class Placement:
         if self.mesh is None:
             return x
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, self.spec(x.shape[0], self.sequence_axis)))
+
+
+def fetched(tree):
+    """Return a tree with those of its arrays on the device that wait in the host's memory; within a program."""
+
+    def on_device(leaf: jax.Array) -> jax.Array:
+        in_host_memory = jax.typeof(leaf).memory_space == jax.memory.Space.Host
+        return jax.device_put(leaf, jax.memory.Space.Device) if in_host_memory else leaf
+
+    return jax.tree.map(on_device, tree)

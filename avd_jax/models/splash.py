@@ -22,8 +22,8 @@ def splash_attention(
     """
     tokens, keys = query.shape[2], key.shape[2]
     sizes = _block_sizes(blocks, tokens, keys)
-    query = _padded(query, max(sizes.block_q, sizes.block_q_dkv))
-    key, value = (_padded(x, max(sizes.block_kv, sizes.block_kv_dkv)) for x in (key, value))
+    query = padded(query, max(sizes.block_q, sizes.block_q_dkv))
+    key, value = (padded(x, max(sizes.block_kv, sizes.block_kv_dkv)) for x in (key, value))
     heads, padded_tokens, padded_keys = query.shape[1], query.shape[2], key.shape[2]
     segments = None
     if padded_keys != valid_keys:
@@ -67,7 +67,8 @@ def _block_sizes(blocks: SplashBlocks, tokens: int, keys: int) -> kernel.BlockSi
     )
 
 
-def _padded(x, multiple: int):
+def padded(x, multiple: int):
+    """Return heads [B H N K] with zeros behind the tokens, up to a multiple."""
     return jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % multiple), (0, 0)))
 
 

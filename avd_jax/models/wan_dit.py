@@ -18,7 +18,7 @@ from avd_jax.errors import UserError
 from avd_jax.models import rope
 from avd_jax.models.attention import attention, check_heads, keep_attention
 from avd_jax.models.linear import Linear, project
-from avd_jax.models.placement import Placement
+from avd_jax.models.placement import Placement, fetched
 from avd_jax.shapes import Array, Heads, Latents, PromptEmbeds, Timesteps, Tokens, typechecked
 
 REMAT_POLICIES = {
@@ -358,7 +358,7 @@ def _apply_blocks(
     valid_tokens: int,
 ):
     def added_by_block(seen, block_state):
-        block = nnx.merge(graphdef, jax.tree.map(_on_device, block_state))
+        block = nnx.merge(graphdef, fetched(block_state))
         y = block(seen, modulation, context, rotation, placement=placement, valid_tokens=valid_tokens)
         return y - seen.astype(jnp.float32)
 
@@ -373,9 +373,3 @@ def _apply_blocks(
 
     x, _ = jax.lax.scan(apply_block, x, stacked)
     return x
-
-
-def _on_device(leaf: jax.Array) -> jax.Array:
-    """Return a layer's parameter, fetched if the stack of all layers is kept in the host's memory."""
-    in_host_memory = jax.typeof(leaf).memory_space == jax.memory.Space.Host
-    return jax.device_put(leaf, jax.memory.Space.Device) if in_host_memory else leaf

@@ -45,16 +45,6 @@ def waiting(shapes, shardings, memory: str):
     )
 
 
-def fetched(tree):
-    """Return a tree with those of its arrays on the device that wait in the host's memory; within a program."""
-
-    def on_device(leaf: jax.Array) -> jax.Array:
-        in_host_memory = jax.typeof(leaf).memory_space == jax.memory.Space.Host
-        return jax.device_put(leaf, jax.memory.Space.Device) if in_host_memory else leaf
-
-    return jax.tree.map(on_device, tree)
-
-
 @contextlib.contextmanager
 def fitting(what: str, hint: str, mesh: Mesh | None = None) -> Iterator[None]:
     """Turn the backend's report that it has no memory left into a UserError, and so its other failures.

@@ -113,6 +113,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def placed(tree, sharding: NamedSharding):
+    """Return the shapes and dtypes of a tree's arrays, each with the sharding."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
+
+
 def batch_shards(mesh: Mesh) -> int:
     """Return into how many shards the mesh cuts the global batch."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)

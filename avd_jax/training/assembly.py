@@ -13,7 +13,7 @@ from avd_jax.capacity.program import Program
 from avd_jax.errors import UserError, closest
 from avd_jax.parallel.compiler import compiler_options
 from avd_jax.parallel.hosts import BatchRows, batch_rows
-from avd_jax.parallel.mesh import batch_sharding, replicated
+from avd_jax.parallel.mesh import batch_sharding, placed, replicated
 from avd_jax.training.method import Method, Update
 from avd_jax.training.state import TrainState, abstract_state, ema_item, init_state
 from avd_jax.training.update import Step, fields_of, make_step, passes_of
@@ -198,17 +198,13 @@ class Assembly:
 
     def _step_program(self, name: str, call: Call) -> Program:
         frozen = {name: part.abstract for name, part in self.method.frozen.items()}
-        key = _shaped(jax.eval_shape(lambda: jax.random.key(0)), replicated(self.method.mesh))
+        key = placed(jax.eval_shape(lambda: jax.random.key(0)), replicated(self.method.mesh))
         args = self.abstract, frozen, self._abstract_batch(call), key
         return Program(name, call.step, args, outcomes=_outcomes(call.update), resident=(0, 1))
 
     def _abstract_batch(self, call: Call) -> dict:
         batch = {name: self.method.fields[name].abstract for name in call.fields}
-        return jax.tree.map(lambda leaf: _shaped(leaf, batch_sharding(self.method.mesh)), batch)
-
-
-def _shaped(leaf, sharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+        return placed(batch, batch_sharding(self.method.mesh))
 
 
 def _outcomes(update: Update) -> tuple[dict[str, int], ...]:

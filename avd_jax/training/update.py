@@ -17,7 +17,7 @@ import optax
 from einops import rearrange
 from jax.ad_checkpoint import checkpoint_name
 
-from avd_jax.parallel.memory import fetched
+from avd_jax.models.placement import fetched
 from avd_jax.training.method import Made, Method, Term, Update, Value, active
 from avd_jax.training.state import TrainState
 

@@ -26,7 +26,7 @@ from avd_jax.models.attention import check_heads
 from avd_jax.models.functional import Denoiser, Functional, functional, make_denoiser, unallocated
 from avd_jax.models.interpolator import Interpolator, InterpolatorConfig
 from avd_jax.models.wan_dit import WAN_MODELS, WanDiTConfig
-from avd_jax.parallel.mesh import make_mesh, replicated
+from avd_jax.parallel.mesh import make_mesh, placed, replicated
 from avd_jax.training.method import Frozen, Method, Trained
 from avd_jax.training.optimizers import constant
 
@@ -175,15 +175,10 @@ def _interpolator(sizes: InterpolatorConfig) -> Functional:
 
 
 def _interpolator_part(config, interpolator: Functional, mesh) -> Frozen:
-    shapes = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(mesh)),
-        interpolator.abstract_params(),
-    )
-
     def load():
         return jax.device_put(functional(convert.load_interpolator(config.half_rate.interpolator))[1], replicated(mesh))
 
-    return Frozen(shapes, load)
+    return Frozen(placed(interpolator.abstract_params(), replicated(mesh)), load)
 
 
 def _record(config, model: WanDiTConfig, info: LatentsInfo | None) -> dict:

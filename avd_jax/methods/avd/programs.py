@@ -21,7 +21,7 @@ from avd_jax.models.interpolator import Interpolator, InterpolatorConfig
 from avd_jax.models.umt5 import UMT5Config, UMT5Encoder
 from avd_jax.models.wan_dit import WanDiTConfig
 from avd_jax.models.wan_vae import WanVAE, WanVAEConfig, computing_in
-from avd_jax.parallel.mesh import filled_up, replicated
+from avd_jax.parallel.mesh import filled_up, placed, replicated
 from avd_jax.training.method import Frozen
 
 TEXTS_AT_ONCE = 8  # that scripts/encode.py gives to the text encoder
@@ -74,31 +74,24 @@ def programs(
       interpolator: sizes of the frame interpolator, or None.
       mesh: to run on.
     """
-    sampled = partial(_student_sample, config, student, model, interpolator, mesh)
-    half_rate = {"student_sample_half_rate": partial(sampled, half_rate=True)} if student.half_rate_steps else {}
-    as_wan = {"text_encode": partial(_text_encode, mesh)} if model.text_dim == UMT5Config().dim else {}
+    shape, sampled = student.shape, partial(_student_sample, config, student, model, interpolator, mesh)
+    found = {"student_sample": sampled}
+    if student.half_rate_steps:
+        found["student_sample_half_rate"] = partial(sampled, half_rate=True)
     if config.sample.teacher_steps:
-        shape = student.shape
-        half_rate["teacher_sample"] = partial(_teacher_sample, config, teacher, teacher_parts, held, shape, model, mesh)
-    return {
-        "student_sample": sampled,
-        **half_rate,
-        "vae_decode": partial(_vae_decode, config, student.shape, mesh),
-        "vae_encode": partial(_vae_encode, student.shape, mesh),
-        **as_wan,
-        "forward": partial(_forward, config, student.shape, model, mesh),
-    }
+        found["teacher_sample"] = partial(_teacher_sample, config, teacher, teacher_parts, held, shape, model, mesh)
+    found["vae_decode"] = partial(_vae_decode, config, shape, mesh)
+    found["vae_encode"] = partial(_vae_encode, shape, mesh)
+    if model.text_dim == UMT5Config().dim:
+        found["text_encode"] = partial(_text_encode, mesh)
+    return found | {"forward": partial(_forward, config, shape, model, mesh)}
 
 
 def _samples(config, model: WanDiTConfig, mesh: Mesh) -> tuple:
     """Return the keys and conditions of the sample videos, of which every shard has its share."""
     count = filled_up(config.sample.prompts, mesh)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), count))
-    return _everywhere(keys, mesh), abstract_conditions(count, model, "float32", replicated(mesh))
-
-
-def _everywhere(leaf, mesh: Mesh) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(mesh))
+    return placed(keys, replicated(mesh)), abstract_conditions(count, model, "float32", replicated(mesh))
 
 
 def _teacher_sample(config, teacher: Denoiser, parts, held: Set[str], shape: LatentsShape, model, mesh) -> Program:
@@ -117,7 +110,7 @@ def _text_encode(mesh: Mesh) -> Program:
     encoder = nnx.eval_shape(lambda: UMT5Encoder(config, nnx.Rngs(0), dtype=jnp.bfloat16, param_dtype=jnp.bfloat16))
     graphdef, state = nnx.split(encoder)
     ids = jax.ShapeDtypeStruct((TEXTS_AT_ONCE, TEXT_LENGTH), jnp.int32)
-    args = _placed((state, ids, ids), replicated(own_device(mesh, mesh.devices.flat[0].process_index)))
+    args = placed((state, ids, ids), replicated(own_device(mesh, mesh.devices.flat[0].process_index)))
     return Program("text_encode", jax.jit(lambda state, *inputs: nnx.merge(graphdef, state)(*inputs)), args)
 
 
@@ -131,10 +124,10 @@ def _student_sample(config, student: Student, model, interpolator, mesh, *, half
     inputs = _samples(config, model, mesh)
     params = shaped_params(student.network.abstract_params(), mesh)
     if half_rate:
-        args = params, jax.tree.map(partial(_everywhere, mesh=mesh), sampler.interpolator), *inputs
+        args = params, placed(sampler.interpolator, replicated(mesh)), *inputs
         return Program("student_sample_half_rate", sampler.first, args, resident=(0, 1))
     latents = jax.ShapeDtypeStruct((inputs[0].shape[0], *student.shape), jnp.float32)
-    xt = (_everywhere(latents, mesh),) if sampling else ()
+    xt = (placed(latents, replicated(mesh)),) if sampling else ()
     return Program("student_sample", sampler.rest, (params, *xt, *inputs), resident=(0,))
 
 
@@ -149,7 +142,7 @@ def _vae_decode(config, shape: LatentsShape, mesh) -> Program:
     graphdef, state = nnx.split(_abstract_vae(shape[-1], decoding_dtype(first.platform)))
     decode = decoder_program(graphdef, platform=first.platform, memory_gib=config.sample.vae_gib)
     args = state, jax.ShapeDtypeStruct((1, *shape), jnp.float32)
-    return Program("vae_decode", decode, _placed(args, replicated(own_device(mesh, first.process_index))))
+    return Program("vae_decode", decode, placed(args, replicated(own_device(mesh, first.process_index))))
 
 
 def _vae_encode(shape: LatentsShape, mesh) -> Program:
@@ -161,11 +154,7 @@ def _vae_encode(shape: LatentsShape, mesh) -> Program:
     time, space = vae.config.temporal_stride, vae.config.spatial_stride
     video = jax.ShapeDtypeStruct((1, (frames - 1) * time + 1, height * space, width * space, 3), jnp.float32)
     encode = encoder_program(graphdef, platform=first.platform)
-    return Program("vae_encode", encode, _placed((state, video), replicated(own_device(mesh, first.process_index))))
-
-
-def _placed(tree, sharding):
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
+    return Program("vae_encode", encode, placed((state, video), replicated(own_device(mesh, first.process_index))))
 
 
 def _forward(config, shape: LatentsShape, model, mesh) -> Program:
