@@ -8,14 +8,14 @@ world's tokenizer, streamed within 0.5 GB of memory. Then each command runs as a
 own, and its peak of anonymous memory is printed: RssAnon of /proc, every 20 ms, which leaves cached files out. Linux
 only; the machine needs as much memory as the largest row and 20 GB of disk. Videos have 5 frames of 128x128.
 
-Measured on 2 cores and 24 GB that others used too: the seconds say little, and teacher was measured in two parts, with
-the text encoder (13.8) and, once its prompts were kept, without (7.5):
+Measured on 16 cores, of which another program used some; before is what the same command took once:
 
 | command | peak, GB | seconds | before: peak, GB |
 | --- | --- | --- | --- |
-| prompts | 13.6 | 465 | 24 |
-| teacher | 13.8 | | killed at 24 |
-| teacher_again, whose prompt is kept | 7.5 | 309 | |
+| prompts | 13.8 | 48 | 24 |
+| videos | 13.9 | 54 | |
+| teacher | 13.9 | 66 | killed at 24 |
+| teacher_again, whose prompt is kept | 7.4 | 31 | |
 """
 
 import json
@@ -95,7 +95,8 @@ def rehearsal(folder: Path) -> dict[str, list[str]]:
 
 def measure(arguments: list[str], folder: Path, log: Path) -> dict:
     """Run a script to its end; return its peak of anonymous memory in GB, its seconds and its status."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = os.environ | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu"}
     environment["XDG_CACHE_HOME"] = str(folder / "out" / "cache")
     start, peak = time.monotonic(), 0
     with log.open("wb") as output:

@@ -25,8 +25,6 @@ OPTIONS: Mapping[str, Mapping[str, object]] = {
     },
     "gpu": {
         "xla_gpu_enable_latency_hiding_scheduler": True,
-        # Else cuDNN adds up the queries' gradient in any order, and a run that resumes is not the one that was stopped.
-        "xla_gpu_exclude_nondeterministic_ops": True,
     },
 }
 EFFORT_O1 = 19  # a value of XLA's ExecutionOptions.EffortLevel

@@ -1,6 +1,7 @@
 """A training run of any method: it is put together, resumed, driven to its end, saved.
 
-A run that is killed or stopped resumes from its last checkpoint and ends with the same parameters, bit for bit.
+A run that is killed or stopped resumes from its last checkpoint and ends with the same parameters, bit for bit; on
+NVIDIA GPUs up to rounding (docs/training.md).
 """
 
 import contextlib
