@@ -36,12 +36,15 @@ class Leakage:
         """Numbers of the training's texts that are alike to one of the benchmark."""
         return {pair.text for pair in self.pairs}
 
+    def summary(self) -> str:
+        """Return how much there is, in a line."""
+        mine, theirs = len(self.touched), len({pair.other for pair in self.pairs})
+        name = self.benchmark.name
+        return f"{name}: {mine} of {len(self.texts)} texts touch {theirs} of its {len(self.others)} prompts"
+
     def report(self) -> str:
         """Return how much there is of each kind, with examples."""
-        name, prompts = self.benchmark.name, len({pair.other for pair in self.pairs})
-        lines = [
-            f"{name}: {len(self.touched)} of {len(self.texts)} texts touch {prompts} of its {len(self.others)} prompts"
-        ]
+        lines = [self.summary()]
         # A text counts with its closest kind; so does a prompt.
         texts, others = ({}, {})
         for pair in sorted(self.pairs, key=lambda pair: KINDS.index(pair.kind)):
@@ -92,11 +95,22 @@ def read_texts(path: str | Path) -> list[Record]:
     if read_metadata(path).kind == "latents":
         texts = [record["caption"] for record in EncodedSet(path, "latents")]
     else:
-        texts = []
-        for shard in range(len(list((path / "manifest").glob("*.json")))):
-            manifest = read_json(manifest_path(path, shard))  # the texts of a set of prompts are its inputs
-            texts += [text for text in manifest["inputs"] if text not in manifest["skipped"]]
+        texts = _prompts_of(path)
     return [Record(f"{path}:record {number}", text) for number, text in enumerate(texts)]
+
+
+def _prompts_of(folder: Path) -> list[str]:
+    """Return the texts of a set of prompts: from its manifests, where `encode_prompts` writes them, if they are there.
+
+    The records hold a megabyte of embeddings each.
+    """
+    records, texts = EncodedSet(folder, "prompts"), []
+    for shard in range(len(list((folder / "manifest").glob("*.json")))):
+        manifest = read_json(manifest_path(folder, shard))
+        texts += [text for text in manifest["inputs"] if text not in manifest["skipped"]]
+    if len(texts) == len(records) and all(records[place]["text"] == texts[place] for place in (0, -1)):
+        return texts
+    return [record["text"] for record in records]
 
 
 def _short(text: str) -> str:
