@@ -218,6 +218,14 @@ def test_extended_prompts_name_no_files(given, sampled, tmp_path):
     assert record["prompt"] == "A long story about Material of prompt 0."
     assert checked(export) == []
 
+    # The file may move; other texts are another export.
+    moved = aug.rename(tmp_path / "moved.txt")
+    vbench_commands.export(given(VBENCH2, dimensions=["Material"], limit=1, prompt_file=str(moved)), {})
+    moved.write_text(moved.read_text().replace("long", "short"))
+    for prompt_file in (str(moved), None):
+        with pytest.raises(UserError, match="was exported with another --prompt_file or --prompt_order; give another"):
+            vbench_commands.export(given(VBENCH2, dimensions=["Material"], limit=1, prompt_file=prompt_file), {})
+
     # The same prompts in another order, beside the suite's in that order.
     (tmp_path / "order.txt").write_text("".join(f"{row['prompt_en']}\n" for row in rows[::-1]))
     aug.write_text("".join(f"A long story about {row['prompt_en']}\n" for row in rows[::-1]))

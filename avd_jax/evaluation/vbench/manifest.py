@@ -103,7 +103,7 @@ def continued(out: Path, manifest: Mapping) -> dict:
     if before is None:
         return dict(manifest)
     for key, name in FIXED.items():
-        if before[key] != manifest[key]:
+        if _identity(before[key]) != _identity(manifest[key]):
             told = isinstance(manifest[key], str | int) and key != "settings_digest"
             what = f"{name} {before[key]}, not {manifest[key]}" if told else f"another {name}"
             raise UserError(f"{out}: was exported with {what}; give another --out")
@@ -131,6 +131,11 @@ def export_of(videos: Path) -> tuple[Path, dict | None]:
     if manifest is not None and videos_folder(above, manifest["model"]) == videos.absolute():
         return videos, manifest
     return videos, None
+
+
+def _identity(value: object) -> object:
+    """Return what tells a value of a manifest from another; files are told by what is in them, wherever they lie."""
+    return value.get("digest") if isinstance(value, dict) else value
 
 
 def _here(path: str) -> str:
