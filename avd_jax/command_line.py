@@ -1,14 +1,17 @@
 """What every script does with its command line: required flags, no stray arguments, quiet logs, one-line errors."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 from avd_jax import methods
-from avd_jax.errors import UserError, report_user_errors
+from avd_jax.diffusion.student import HALF_RATE_POSITIONS
+from avd_jax.errors import UserError, closest, report_user_errors
+from avd_jax.generation.settings import DTYPES, SOLVERS
 from avd_jax.models.vae_tiles import MEMORY_GIB
 from avd_jax.parallel.compiler import keep_programs
 from avd_jax.parallel.hosts import connect, leaving_at_once
@@ -59,6 +62,79 @@ def run(
     app.run(report_user_errors(checked(main, required)), flags_parser=report_user_errors(parse_flags))
 
 
+@dataclass(frozen=True)
+class Command:
+    """One of several things that a script does.
+
+    Attributes:
+      main: the work; with `more` it gets the further arguments.
+      required: names of flags that must be given.
+      optional: names of flags that may be.
+      more: whether further arguments, each a path, may follow.
+    """
+
+    main: Callable[..., int | None]
+    required: tuple[str, ...]
+    optional: tuple[str, ...] = ()
+    more: bool = False
+
+
+def run_commands(commands: Mapping[str, Command]) -> None:
+    """Run a script whose first argument says what to do, `script.py COMMAND --flag ...`, as `run` runs others."""
+
+    def parse(argv: list[str]) -> list[str]:
+        flags.FLAGS.set_gnu_getopt(True)  # flags may follow the command
+        return app.parse_flags_with_usage(argv)
+
+    app.run(report_user_errors(lambda argv: run_command(commands, argv[1:])), flags_parser=report_user_errors(parse))
+
+
+def run_command(commands: Mapping[str, Command], arguments: Sequence[str]) -> int | None:
+    """Run one of the commands once the flags are parsed (UserError for one that is none, or has wrong flags)."""
+    name, rest = (arguments[0], arguments[1:]) if arguments else ("", ())
+    if name not in commands:
+        shown = f"{name!r}: is no command{closest(name, commands)}; " if name else ""
+        raise UserError(f"{shown}give one of {', '.join(commands)}, before the flags (see --help)")
+    command = commands[name]
+    own = {*command.required, *command.optional}
+    for flag in sorted({flag for other in commands.values() for flag in (*other.required, *other.optional)} - own):
+        if flags.FLAGS[flag].present:
+            raise UserError(f"--{flag}: does not go with {name}; leave it out")
+    holders = [flags.FLAGS[flag] for flag in command.required]
+    if not command.more:
+        return checked(command.main, holders)(["", *rest])
+    return checked(lambda: command.main([str(local_path(path)) for path in rest]), holders)([""])
+
+
+def define_sampling() -> tuple[tuple[str, ...], Callable[[], dict]]:
+    """Define the flags that decide a video beside its weights, prompt and seed; they depend on the weights.
+
+    Returns:
+      Their names, and a function that returns what was given, for `Options`.
+    """
+    made_for = "Default: what the weights were made for, else"
+    given = (
+        flags.DEFINE_enum("solver", None, SOLVERS, "Default: student with a --checkpoint, else unipc."),
+        define_which(),
+        flags.DEFINE_integer("steps", None, "Steps of unipc. Default: 50."),
+        flags.DEFINE_float("shift", None, "Timestep shift of unipc. Default: 5."),
+        flags.DEFINE_float("guidance_scale", None, "Guidance of unipc, Wan's convention. Default: 5."),
+        flags.DEFINE_string("negative_prompt", None, "What unipc's guidance avoids. Default: Wan's."),
+        flags.DEFINE_integer("half_rate_steps", None, "First steps of a student on every second frame; 0: none."),
+        flags.DEFINE_enum(
+            "half_rate_positions", None, HALF_RATE_POSITIONS, "Of their frames. Default: as it was trained."
+        ),
+        flags.DEFINE_integer("frames", None, f"Frames of a video, 4n+1. {made_for} 81."),
+        flags.DEFINE_integer("height", None, f"Pixels, a multiple of 16. {made_for} 480."),
+        flags.DEFINE_integer("width", None, f"Pixels, a multiple of 16. {made_for} 832."),
+        flags.DEFINE_float("fps", None, f"Frames per second. {made_for} 16."),
+        flags.DEFINE_enum("dtype", None, DTYPES, "Of the networks, VAE excepted. Default: bfloat16, on a CPU float32."),
+    )
+    for flag in given:
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[flag.name])  # --help shows it as the script's
+    return tuple(flag.name for flag in given), lambda: {flag.name: flag.value for flag in given}
+
+
 def define_which() -> flags.FlagHolder:
     """Define --which, as every script has it that takes weights."""
     flag = flags.DEFINE_string(
@@ -76,8 +152,11 @@ def define_vae_gib() -> flags.FlagHolder:
     return flag
 
 
+HOSTS = ("coordinator", "num_processes", "process_id")
+
+
 def define_hosts() -> Callable[[], None]:
-    """Define the flags that tell one of several processes who takes part.
+    """Define the flags HOSTS, which tell one of several processes who takes part.
 
     Returns:
       A function that joins the others, see `hosts.connect`; to be called before anything touches a device.

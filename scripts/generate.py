@@ -23,12 +23,11 @@ from absl import flags
 from tqdm import tqdm
 
 from avd_jax import command_line
-from avd_jax.diffusion.student import HALF_RATE_POSITIONS
 from avd_jax.errors import UserError
 from avd_jax.generation.prompt_cache import default_folder
 from avd_jax.generation.run import generate, make_plan, steps
 from avd_jax.generation.sampling import generation_mesh
-from avd_jax.generation.settings import DTYPES, SOLVERS, Options, from_record_file, make_jobs, resolve
+from avd_jax.generation.settings import Options, from_record_file, make_jobs, resolve
 from avd_jax.parallel.hosts import is_first, leaving_at_once
 
 WEIGHTS = command_line.path_flag("weights", None, "VAE, text encoder, tokenizer (and transformer), in any layout.")
@@ -45,23 +44,7 @@ SEQ = flags.DEFINE_integer("seq", None, "Devices that share a video. Default: 1,
 PROMPT_CACHE = command_line.path_flag("prompt_cache", str(default_folder()), "Keeps prompts' embeddings; empty: none.")
 VAE_GIB = command_line.define_vae_gib()
 connect_hosts = command_line.define_hosts()
-# These decide the video, and have no default here: it depends on the weights.
-flags.DEFINE_enum("solver", None, SOLVERS, "Default: student with a --checkpoint, else unipc.")
-command_line.define_which()
-flags.DEFINE_integer("steps", None, "Steps of unipc. Default: 50.")
-flags.DEFINE_float("shift", None, "Timestep shift of unipc. Default: 5.")
-flags.DEFINE_float("guidance_scale", None, "Guidance of unipc, Wan's convention. Default: 5.")
-flags.DEFINE_string("negative_prompt", None, "What unipc's guidance avoids. Default: Wan's.")
-flags.DEFINE_integer("half_rate_steps", None, "First steps of a student on every second frame. Default: see above.")
-flags.DEFINE_enum("half_rate_positions", None, HALF_RATE_POSITIONS, "Of their frames. Default: as it was trained.")
-flags.DEFINE_integer("frames", None, "Frames of a video, 4n+1. Default: what the weights were made for, else 81.")
-flags.DEFINE_integer("height", None, "Pixels, a multiple of 16. Default: what the weights were made for, else 480.")
-flags.DEFINE_integer("width", None, "Pixels, a multiple of 16. Default: what the weights were made for, else 832.")
-flags.DEFINE_float("fps", None, "Frames per second. Default: what the weights were made for, else 16.")
-flags.DEFINE_enum("dtype", None, DTYPES, "Of the networks, VAE excepted. Default: bfloat16, on a CPU float32.")
-
-DECISIVE = ("solver", "which", "steps", "shift", "guidance_scale", "negative_prompt")
-DECISIVE += ("half_rate_steps", "half_rate_positions", "frames", "height", "width", "fps", "dtype")
+DECISIVE, given_decisive = command_line.define_sampling()  # these decide the video
 
 
 def main() -> None:
@@ -70,9 +53,9 @@ def main() -> None:
         raise UserError(f"--batch_size {BATCH_SIZE.value}: give at least 1")
     connect_hosts()
     notes: list[str] = []
-    given = {name: flags.FLAGS[name].value for name in DECISIVE}
+    given = given_decisive()
     if FROM_JSON.value:
-        unused = [name for name, value in given.items() if value is not None]
+        unused = [name for name in DECISIVE if given[name] is not None]
         unused += [flag.name for flag in (PROMPT, PROMPTS, SEED, SAMPLES) if flag.present]
         if unused:
             raise UserError(f"--{unused[0]}: --from_json takes it from {FROM_JSON.value}; leave it out")

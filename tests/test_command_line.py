@@ -13,7 +13,7 @@ from avd_jax.training.fields import flags_parser
 
 SCRIPTS = sorted((Path(__file__).parents[1] / "scripts").glob("*.py"))
 # The flags and fields of text that are no path.
-TEXT_FLAGS = {"topology", "prompt", "negative_prompt", "coordinator"}
+TEXT_FLAGS = {"topology", "prompt", "negative_prompt", "coordinator", "name"}
 TEXT_FIELDS = {"method", "model", "checkpoint.best_metric", "which"}
 FIELDS = {f"{name}.{field}": row for name in methods.names() for field, row in methods.get(name).fields.items()} | {
     f"ablation.{field}": row for field, row in cells.FIELDS.items()
@@ -89,3 +89,38 @@ def test_weights_in_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "tokenizer.json").symlink_to(Path(__file__).parent / "fixtures" / "tokenizer.json")
     assert convert.load_tokenizer("~").vocab_size == convert.load_tokenizer(tmp_path).vocab_size
+
+
+def test_a_script_of_several_commands(monkeypatch):
+    for name in ("command_a", "command_b", "command_c"):
+        flags.DEFINE_string(name, None, f"what {name} is")
+    seen = []
+    commands = {
+        "make": command_line.Command(lambda: seen.append("make") or 3, ("command_a",), ("command_b",)),
+        "read": command_line.Command(lambda more: seen.append(more), ("command_c",), more=True),
+    }
+
+    def run(*arguments):
+        for name in ("command_a", "command_b", "command_c"):
+            flags.FLAGS[name].unparse()
+        flags.FLAGS.set_gnu_getopt(True)
+        monkeypatch.setenv("HOME", "/home/x")
+        return command_line.run_command(commands, flags.FLAGS(["x", *arguments])[1:])
+
+    try:
+        assert run("make", "--command_a=1", "--command_b", "2") == 3
+        assert run("read", "--command_c", "1", "more.txt", "~/y") is None
+        assert seen == ["make", ["more.txt", "/home/x/y"]]
+        for arguments, message in (
+            ((), "give one of make, read, before the flags"),
+            (("mke", "--command_a=1"), r"'mke': is no command \(did you mean 'make'\?\); give one of make, read"),
+            (("make",), "--command_a is missing: what command_a is"),
+            (("make", "--command_a=1", "--command_c=1"), "--command_c: does not go with make; leave it out"),
+            (("make", "x", "--command_a=1"), "'x' is not a flag"),
+            (("read", "--command_c=1", "gs://x"), "gs://x: gs:// is not supported"),
+        ):
+            with pytest.raises(UserError, match=message):
+                run(*arguments)
+    finally:
+        flags.FLAGS.set_gnu_getopt(False)
+    assert len(seen) == 2

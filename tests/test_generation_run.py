@@ -257,6 +257,6 @@ def test_code_that_is_not_installed_has_no_version(monkeypatch):
         return "1.0"
 
     monkeypatch.setattr(importlib.metadata, "version", version)
-    versions = run._environment(make_mesh(devices=jax.devices()[:1]), 1)["versions"]
+    versions = run.environment(make_mesh(devices=jax.devices()[:1]), 1)["versions"]
     assert versions["avd_jax"] == "not installed"
     assert versions["jax"] == "1.0"

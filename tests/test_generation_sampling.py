@@ -67,6 +67,13 @@ def test_devices_without_a_video_of_their_own_share_one(videos, heads, options, 
     assert tuple(generation_mesh(videos, heads, **options).shape.values()) == sizes
 
 
+def test_a_mesh_of_some_devices():
+    devices = jax.devices()[4:6]
+    mesh = generation_mesh(1, 12, devices=devices)
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 1, "seq": 2}
+    assert set(mesh.devices.flat) == set(devices)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

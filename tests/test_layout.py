@@ -31,7 +31,7 @@ ALLOWED = {
         *("generation", "training"),
     },
     "experiments": {"convert", "parallel", "data", "evaluation", "generation", "training", "methods"},
-    "command_line": {"models", "parallel", "training", "methods"},
+    "command_line": {"models", "diffusion", "parallel", "generation", "training", "methods"},
 }
 FRAMEWORKS = {"torch", "tensorflow", "diffusers", "transformers"}
 

@@ -110,3 +110,24 @@ def test_a_host_that_holds_some_rows_puts_each_in_its_place(monkeypatch):
     monkeypatch.setattr(jax, "make_array_from_callback", make)
     rows.put(whole[[1, 3]])
     assert seen == {"shape": (4,), "1": [10], "3": [30]}
+
+
+def test_what_only_this_host_has_is_not_asked_of_the_others(monkeypatch):
+    def collective(*args, **kwargs):
+        raise AssertionError("the others are not here")
+
+    monkeypatch.setattr(hosts.multihost_utils, "process_allgather", collective)
+    mesh = make_mesh(devices=jax.local_devices()[:4])
+    values = np.arange(8.0)
+    np.testing.assert_array_equal(hosts.to_host(jax.device_put(values, batch_sharding(mesh))), values)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_shares_are_all_and_each_once(monkeypatch, count):
+    monkeypatch.setattr(jax, "process_count", lambda: count)
+    shares = []
+    for host in range(count):
+        monkeypatch.setattr(jax, "process_index", lambda host=host: host)
+        shares.append(hosts.share_of(list(range(12))))
+    assert sorted(item for share in shares for item in share) == list(range(12))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1

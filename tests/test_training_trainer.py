@@ -322,6 +322,7 @@ def test_data_that_does_not_fit(inputs, tmp_path):
         ({"data__latents": inputs["data__prompts"]}, "is a set of prompts, not of latents"),
         ({"data__prompts": inputs["data__latents"]}, "is a set of latents, not of prompts"),
         ({"data__prompts": str(tmp_path / "nowhere")}, "nowhere: holds no encoded set"),
+        ({"data__held_out": str(tmp_path / "nowhere.txt")}, "nowhere.txt: cannot be read"),
         (other_sets(tmp_path / "a", shape=(3, 4, 4, 16)), "has 16 channels and text_dim 16, the model of"),
         (other_sets(tmp_path / "b", text_dim=12), "has 4 channels and text_dim 12, the model of"),
         (other_sets(tmp_path / "c", shape=(3, 5, 4, 4)), r"patch \(1, 2, 2\) does not divide latents of \(3, 5, 4\)"),

@@ -32,13 +32,18 @@ def read_prompts(path: str | os.PathLike) -> list[str]:
     Raises:
       UserError: the file cannot be read as such, holds no prompt, or one that has half a character in it.
     """
+    return [record.value for record in read_prompt_records(path)]
+
+
+def read_prompt_records(path: str | os.PathLike) -> list[Record]:
+    """Read prompts as `read_prompts` does, each with its file and line (UserError as there)."""
     records = read_records(path, _FIELDS)
     if records is None:
         # Only a newline ends a prompt: `splitlines` would also cut at form feeds and Unicode separators within one.
-        texts = read_text(path).split("\n")
+        records = [Record(f"{path}:{line}", text) for line, text in enumerate(read_text(path).split("\n"), 1)]
     else:
-        texts = [_prompt(record) for record in records]
-    prompts = [stripped for text in texts if (stripped := text.strip())]
+        records = [Record(record.where, _prompt(record)) for record in records]
+    prompts = [Record(record.where, stripped) for record in records if (stripped := record.value.strip())]
     if not prompts:
         raise UserError(f"{path}: no prompts in it; write one a line")
     return prompts

@@ -40,16 +40,14 @@ _PACKAGES = ("avd_jax", "jax", "jaxlib", "flax", "av")
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What there is to do; everything that can be checked before the work has been.
+class Opened:
+    """Weights opened for some settings; everything that can be checked before the work has been.
 
     Attributes:
       settings: of all videos.
       parts: opened weights.
       fingerprints: component -> what identifies its weights.
       shape: (F, H, W, C) of the latents of a video.
-      videos: every video that is asked for -> its file.
-      todo: those that are not there yet.
       notes: what the user should know: prompts that are cut.
     """
 
@@ -57,9 +55,46 @@ class Plan:
     parts: Parts
     fingerprints: dict[str, str]
     shape: LatentsShape
+    notes: list[str]
+
+
+@dataclass(frozen=True)
+class Plan(Opened):
+    """What there is to do.
+
+    Attributes:
+      videos: every video that is asked for -> its file.
+      todo: those that are not there yet.
+    """
+
     videos: dict[Job, Path]
     todo: list[Job]
-    notes: list[str]
+
+
+def open_for(settings: Settings, texts: Sequence[str], *, fingerprints: Mapping[str, str] | None = None) -> Opened:
+    """Open the weights.
+
+    Args:
+      settings: from `resolve` or `from_record_file`.
+      texts: the prompts.
+      fingerprints: what the weights must be, to make a video again; None for any.
+
+    Raises:
+      UserError: weights that are missing or do not fit, or a size that the networks cannot make.
+    """
+    parts = open_parts(settings)
+    configs = {"dit": parts.transformer.config, "vae": parts.vae.config}
+    shape = latents_shape(frames=settings.frames, height=settings.height, width=settings.width, **configs)
+    found = parts.fingerprints()
+    for component, expected in (fingerprints or {}).items():
+        if found.get(component) != expected:
+            source = settings.checkpoint if settings.checkpoint and component == "transformer" else settings.weights
+            raise UserError(f"{source}: this is not the {component} that made the video; name the same weights")
+    notes: list[str] = []
+    if settings.negative_prompt not in (None, WAN_NEGATIVE_PROMPT):
+        texts = [*texts, settings.negative_prompt]
+    parts.tokenizer.tell_what_is_cut(texts, min(TEXT_LENGTH, parts.transformer.config.text_len), notes.append)
+    return Opened(settings, parts, found, shape, notes)
 
 
 def make_plan(
@@ -77,24 +112,12 @@ def make_plan(
       UserError: weights that are missing or do not fit, or a size that the networks cannot make.
     """
     out = local_path(out)
-    parts = open_parts(settings)
-    configs = {"dit": parts.transformer.config, "vae": parts.vae.config}
-    shape = latents_shape(frames=settings.frames, height=settings.height, width=settings.width, **configs)
-    found = parts.fingerprints()
-    for component, expected in (fingerprints or {}).items():
-        if found.get(component) != expected:
-            source = settings.checkpoint if settings.checkpoint and component == "transformer" else settings.weights
-            raise UserError(f"{source}: this is not the {component} that made the video; name the same weights")
-    digest = settings.digest(found)
+    opened = open_for(settings, [job.prompt for job in jobs], fingerprints=fingerprints)
+    digest = settings.digest(opened.fingerprints)
     videos = {job: out / f"{file_stem(job.prompt, job.seed)}-{digest}.mp4" for job in jobs}
     missing = [not (video.is_file() and _record_of(video).is_file()) for video in videos.values()]
     todo = [job for job, lacks in zip(videos, from_first(np.asarray(missing)), strict=True) if lacks]
-    notes: list[str] = []
-    texts = [job.prompt for job in jobs]
-    if settings.negative_prompt not in (None, WAN_NEGATIVE_PROMPT):
-        texts.append(settings.negative_prompt)
-    parts.tokenizer.tell_what_is_cut(texts, min(TEXT_LENGTH, parts.transformer.config.text_len), notes.append)
-    return Plan(settings, parts, found, shape, videos, todo, notes)
+    return Plan(**vars(opened), videos=videos, todo=todo)
 
 
 def generate(
@@ -128,31 +151,58 @@ def generate(
     """
     settings, videos, todo = plan.settings, plan.videos, plan.todo
     if todo and is_first():
-        _check_writable(videos[todo[0]].parent)
+        check_writable(videos[todo[0]].parent)
     size = filled_up(min(batch_size, len(todo)), mesh)
-    made_with = {"fingerprints": plan.fingerprints, "command": command} | _environment(mesh, size)
-    cache = None
-    if prompt_cache and todo:
-        made_by = {"tokenizer": plan.fingerprints["tokenizer"], "dtype": settings.dtype}
-        cache = PromptCache(local_path(prompt_cache), cache_key(plan.parts.text_encoder, **made_by))
-    what = f"{settings.frames} frames of {settings.height}x{settings.width}, {size} at once"
-    with fitting(what, "give smaller --frames, --height, --width or --batch_size", mesh):
-        work = {"mesh": mesh, "size": size, "cache": cache, "on_step": on_step, "vae_gib": vae_gib}
-        for job, pixels in sample_videos(settings, plan.parts, plan.shape, todo, **work) if todo else ():
-            if is_first():
-                with _reporting(videos[job]):
-                    record = json.dumps(to_record(settings, job) | made_with, indent=2, ensure_ascii=False)
-                    write_text(_record_of(videos[job]), record + "\n")
-                    write_video(videos[job], pixels, fps=settings.fps)
-            on_progress(1)
-        jax.effects_barrier()  # the last steps have been counted
+    made_with = {"fingerprints": plan.fingerprints, "command": command} | environment(mesh, size)
+    work = {"mesh": mesh, "size": size, "prompt_cache": prompt_cache, "vae_gib": vae_gib, "on_step": on_step}
+    for job, pixels in sample(plan, todo, **work):
+        if is_first():
+            with reporting(videos[job]):
+                record = json.dumps(to_record(settings, job) | made_with, indent=2, ensure_ascii=False)
+                write_text(_record_of(videos[job]), record + "\n")
+                write_video(videos[job], pixels, fps=settings.fps)
+        on_progress(1)
     if is_first():
         _write_sheets(plan)
 
 
-def _check_writable(out: Path) -> None:
+def sample(
+    opened: Opened,
+    jobs: Sequence[Job],
+    *,
+    mesh: Mesh,
+    size: int,
+    prompt_cache: str | Path | None = None,
+    vae_gib: float = MEMORY_GIB,
+    on_step: Callable[[], object] | None = None,
+) -> Iterator[tuple[Job, np.ndarray]]:
+    """Yield each job with its video [F H W 3], nominally in [-1, 1].
+
+    Args:
+      opened: from `open_for`, or a plan.
+      jobs: what to make.
+      mesh, prompt_cache, vae_gib, on_step: as for `generate`.
+      size: videos to sample together, a multiple of the mesh's batch shards.
+
+    Raises:
+      UserError: a size that does not fit into memory, or values that are not finite.
+    """
+    if not jobs:
+        return
+    settings, cache = opened.settings, None
+    if prompt_cache:
+        made_by = {"tokenizer": opened.fingerprints["tokenizer"], "dtype": settings.dtype}
+        cache = PromptCache(local_path(prompt_cache), cache_key(opened.parts.text_encoder, **made_by))
+    what = f"{settings.frames} frames of {settings.height}x{settings.width}, {size} at once"
+    with fitting(what, "give smaller --frames, --height, --width or --batch_size", mesh):
+        work = {"mesh": mesh, "size": size, "cache": cache, "on_step": on_step, "vae_gib": vae_gib}
+        yield from sample_videos(settings, opened.parts, opened.shape, jobs, **work)
+        jax.effects_barrier()  # the last steps have been counted
+
+
+def check_writable(out: Path) -> None:
     """Make the folder and try it: better known now than after minutes of work."""
-    with _reporting(out):
+    with reporting(out):
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out):
             pass
@@ -164,7 +214,8 @@ def steps(plan: Plan, *, mesh: Mesh, batch_size: int) -> int:
     return -(-len(plan.todo) // size) * plan.settings.steps if plan.todo else 0
 
 
-def _environment(mesh: Mesh, size: int) -> dict:
+def environment(mesh: Mesh, size: int) -> dict:
+    """Return what a record says of where its video was made, in batches of `size`."""
     devices = f"{mesh.devices.size} x {mesh.devices.flat[0].device_kind}"
     versions = {name: _version(name) for name in _PACKAGES}
     return {"versions": versions, "devices": devices, "mesh": dict(mesh.shape), "batch_size": size}
@@ -205,7 +256,7 @@ def _write_sheets(plan: Plan) -> None:
         if sheet.is_file() and set(plan.todo).isdisjoint(rows):
             continue
         captions = [f"{job.prompt} (seed {job.seed})" for job in rows]
-        with _reporting(sheet):
+        with reporting(sheet):
             contact_sheet(_Thumbnails(files, plan.settings), sheet, captions, thumbnail_height=THUMBNAIL_HEIGHT)
 
 
@@ -214,7 +265,8 @@ def _record_of(video: Path) -> Path:
 
 
 @contextmanager
-def _reporting(path: Path) -> Iterator[None]:
+def reporting(path: Path) -> Iterator[None]:
+    """Turn an error of the system while `path` is written into a UserError."""
     try:
         yield
     except OSError as error:

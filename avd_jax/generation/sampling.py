@@ -39,8 +39,15 @@ from avd_jax.parallel.rules import spec_for
 SAMPLED_BEFORE_DECODING = 8  # batches, if the transformer has to leave for the decoder; a kill loses so many at most
 
 
-def generation_mesh(videos: int, heads: int, *, fsdp: int = 1, seq: int | None = None) -> Mesh:
-    """Return the mesh over all devices.
+def generation_mesh(
+    videos: int,
+    heads: int,
+    *,
+    fsdp: int = 1,
+    seq: int | None = None,
+    devices: Sequence[jax.Device] | None = None,
+) -> Mesh:
+    """Return the mesh over all devices, or those that are given.
 
     Args:
       videos: how many are to be made.
@@ -48,24 +55,25 @@ def generation_mesh(videos: int, heads: int, *, fsdp: int = 1, seq: int | None =
       fsdp: devices that share one copy of the transformer.
       seq: devices that share a video's tokens. By default 1, if there is a video for each device; else as many devices
         of a host as leave none without a video.
+      devices: None for those of all hosts.
 
     Raises:
       UserError: sizes that do not divide the devices or the heads.
     """
-    devices = jax.device_count()
-    if fsdp < 1 or devices % fsdp:
-        raise UserError(f"--fsdp {fsdp}: give a divisor of the number of devices, which is {devices}")
-    possible = [n for n in range(1, heads + 1) if heads % n == 0 and (devices // fsdp) % n == 0]
+    count = jax.device_count() if devices is None else len(devices)
+    if fsdp < 1 or count % fsdp:
+        raise UserError(f"--fsdp {fsdp}: give a divisor of the number of devices, which is {count}")
+    possible = [n for n in range(1, heads + 1) if heads % n == 0 and (count // fsdp) % n == 0]
     if seq is None:
-        enough = [n for n in possible if devices // n >= videos and jax.local_device_count() % n == 0]
+        enough = [n for n in possible if count // n >= videos and jax.local_device_count() % n == 0]
         seq = max(enough, default=1)
     elif seq not in possible:
         shown = ", ".join(map(str, possible))
         raise UserError(
             f"--seq {seq}: give one of {shown}: it must divide the transformer's {heads} attention heads, and with "
-            f"--fsdp {fsdp} the {devices} devices"
+            f"--fsdp {fsdp} the {count} devices"
         )
-    return make_mesh(fsdp=fsdp, seq=seq)
+    return make_mesh(fsdp=fsdp, seq=seq, devices=devices)
 
 
 def sample_videos(

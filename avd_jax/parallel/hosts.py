@@ -7,7 +7,7 @@ Every host runs the same script over its own devices. `connect` is called before
 import os
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -97,6 +97,11 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
+def share_of(items: Sequence) -> Sequence:
+    """Return this host's share of what all hosts have in the same order; no two get the same, and none is left."""
+    return items[jax.process_index() :: jax.process_count()]
+
+
 def barrier(name: str) -> None:
     """Return once every host has come here."""
     multihost_utils.sync_global_devices(name)
@@ -108,7 +113,9 @@ def from_first(value: np.ndarray | bool) -> np.ndarray:
 
 
 def to_host(array: jax.Array) -> np.ndarray:
-    """Return a global array whole on every host."""
+    """Return an array whole: one over the devices of all hosts on every host, one of this host's on this one."""
+    if array.is_fully_addressable:  # the others may not have it
+        return np.asarray(array)
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 

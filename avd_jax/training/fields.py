@@ -170,6 +170,16 @@ def local(value: str) -> str | None:
     return None
 
 
+def listed(value: str) -> list[str]:
+    """Return the paths of a field that names several, separated by commas."""
+    return [path.strip() for path in value.split(",") if path.strip()]
+
+
+def all_local(value: str) -> str | None:
+    """Check a field that names several paths, or none."""
+    return next((problem for path in listed(value) if (problem := local(path))), None)
+
+
 def flags_parser(fields_of: Callable[[str], Fields]) -> Callable[[Sequence[str]], list[str]]:
     """Return a `flags_parser` for `absl.app.run` that checks the config file and the names of fields first.
 

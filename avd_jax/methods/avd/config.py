@@ -17,6 +17,7 @@ from avd_jax.training.config import ACCUMULATION_FIELDS, MESH_FIELDS, RUN_FIELDS
 from avd_jax.training.fields import (
     Field,
     Fields,
+    all_local,
     at_least,
     band,
     below_one,
@@ -52,6 +53,13 @@ FIELDS: Fields = {
         "",
         "folder of encoded prompts (scripts/encode.py --prompts); empty: the captions of data.latents",
         local,
+        changeable=True,
+    ),
+    "data.held_out": Field(
+        "",
+        "lists of prompts that the student will be judged by, separated by commas: a run begins with a line for each "
+        "of them that training texts are like; with captions for prompts it reads all of data.latents for that",
+        all_local,
         changeable=True,
     ),
     "student.timesteps": Field((1000.0, 900.0, 757.0, 522.0), "timesteps (1000 sigma) of the student's steps"),

@@ -13,6 +13,7 @@ from avd_jax.convert.fingerprint import fingerprint
 from avd_jax.convert.networks import DEFAULT
 from avd_jax.convert.weights import open_weights
 from avd_jax.data.latents import EncodedSet, LatentsInfo
+from avd_jax.data.leakage import read_texts
 from avd_jax.diffusion.student import StudentSchedule, check_half_rate
 from avd_jax.errors import UserError
 from avd_jax.generation.pipeline import LatentsShape
@@ -27,6 +28,7 @@ from avd_jax.models.functional import Denoiser, Functional, functional, make_den
 from avd_jax.models.interpolator import Interpolator, InterpolatorConfig
 from avd_jax.models.wan_dit import WAN_MODELS, WanDiTConfig
 from avd_jax.parallel.mesh import make_mesh, placed, replicated
+from avd_jax.training.fields import listed
 from avd_jax.training.method import Frozen, Method, Trained
 from avd_jax.training.optimizers import constant
 
@@ -62,6 +64,8 @@ def build(config, *, devices=None, video: Mapping[str, int] | None = None) -> Me
     check_heads(sizes.model.num_heads, mesh.shape["seq"])
     if config.data.prompts:
         EncodedSet(config.data.prompts, "prompts")  # a wrong folder is to be named before the weights are read
+    for path in listed(config.data.held_out):
+        read_texts(path)  # so is a wrong list
     make = partial(make_denoiser, sizes.model, placement=transformers.make_placement(config.attention, mesh))
     network = make(dtype=config.compute_dtype, param_dtype="float32", remat=config.remat)
     teacher = make(dtype=config.teacher_dtype, param_dtype=config.teacher_dtype, remat="none")

@@ -1,12 +1,14 @@
 """What a distillation shows while it trains: its meters, histograms of the regression weight, and sample videos."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from avd_jax import convert
 from avd_jax.convert.shipping import write_interpolator
+from avd_jax.data.leakage import leakage, read_texts
 from avd_jax.methods.avd.meters import BINS, Meters
 from avd_jax.methods.avd.samples import SampleWriter
 from avd_jax.parallel.hosts import is_first
+from avd_jax.training.fields import listed
 from avd_jax.training.method import Observer, Surroundings
 
 
@@ -21,6 +23,8 @@ class AVDObserver(Observer):
         if config.half_rate.interpolator and is_first():
             # A copy stays with the run, for its student to find.
             write_interpolator(convert.load_interpolator(config.half_rate.interpolator), surroundings.workdir)
+        if is_first():
+            _tell_of_leakage(config, self._writer.message)
         self.sample_every = config.sample_every
         self._meters = Meters(
             config.meters, config.student.timesteps, self._writer.message, batch_size=config.batch_size
@@ -46,3 +50,16 @@ class AVDObserver(Observer):
     def sample(self, step: int, state) -> None:
         """Write the student's videos, and rate them."""
         self._samples.write(step, state.networks["generator"].latest)
+
+
+def _tell_of_leakage(config, message: Callable[[str], None]) -> None:
+    """Send a line for each list that the student will be judged by, if it trains on prompts like those."""
+    source = config.data.prompts or config.data.latents
+    texts = read_texts(source) if config.data.held_out else []
+    for path in listed(config.data.held_out):
+        found = leakage(texts, path)
+        if found.pairs:
+            message(
+                f"leakage: {found.summary()} ({source}); scripts/vbench.py leakage --prompts {source} --against {path} "
+                "shows them"
+            )
