@@ -1,7 +1,10 @@
 """The TPU attention kernel: `jax.experimental.pallas.ops.tpu.splash_attention`, with padding and masked keys."""
 
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
@@ -25,23 +28,37 @@ def splash_attention(
     query = padded(query, max(sizes.block_q, sizes.block_q_dkv))
     key, value = (padded(x, max(sizes.block_kv, sizes.block_kv_dkv)) for x in (key, value))
     heads, padded_tokens, padded_keys = query.shape[1], query.shape[2], key.shape[2]
-    segments = None
+    mask = masks.FullMask((padded_tokens, padded_keys))
     if padded_keys != valid_keys:
         # Padded queries see the valid keys too: a softmax over nothing would be undefined.
-        segments = kernel.SegmentIds(
-            q=jnp.zeros(padded_tokens, jnp.int32), kv=(jnp.arange(padded_keys) >= valid_keys).astype(jnp.int32)
-        )
+        mask = _FirstKeys((padded_tokens, padded_keys), valid_keys)
     # Built while tracing: a cached kernel would hold on to the tracers of the program that it was first built in.
     attend = kernel.make_splash_mha(
-        masks.MultiHeadMask([masks.FullMask((padded_tokens, padded_keys))] * heads),
+        masks.MultiHeadMask([mask] * heads),
         block_sizes=sizes,
         head_shards=1,
         q_seq_shards=1,
         residual_checkpoint_name=residual_name,
         interpret=interpret,
     )
-    output = jax.vmap(lambda q, k, v: attend(q, k, v, segment_ids=segments))(query, key, value)
+    output = jax.vmap(attend)(query, key, value)
     return output[:, :, :tokens]
+
+
+@dataclass(frozen=True)
+class _FirstKeys(masks.Mask):
+    """All queries see the first keys; only blocks with others among them are masked in the kernel."""
+
+    size: tuple[int, int]
+    keys: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.size
+
+    def __getitem__(self, index) -> np.ndarray:
+        queries, keys = (np.arange(size)[part] for size, part in zip(self.size, index, strict=True))
+        return np.broadcast_to(keys < self.keys, (len(queries), len(keys)))
 
 
 def _block_sizes(blocks: SplashBlocks, tokens: int, keys: int) -> kernel.BlockSizes:

@@ -366,10 +366,12 @@ def _apply_blocks(
     if policy is not None:
         added_by_block = jax.checkpoint(added_by_block, policy=policy, prevent_cse=False)
 
-    def apply_block(x, block_state):
+    def apply_block(carried, block_state):
         # What a block sees is what the backward pass keeps: half as much in half precision. The stream itself, to which
-        # many blocks each add little, is float32.
-        return placement.constrain(x + added_by_block(x.astype(dtype), block_state)), None
+        # many blocks each add little, is float32. It is rounded where it is written, and so need not be read for that.
+        x, seen = carried
+        x = placement.constrain(x + added_by_block(seen, block_state))
+        return (x, x.astype(dtype)), None
 
-    x, _ = jax.lax.scan(apply_block, x, stacked)
+    (x, _), _ = jax.lax.scan(apply_block, (x, x.astype(dtype)), stacked)
     return x
