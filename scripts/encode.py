@@ -15,7 +15,7 @@ from absl import flags
 from tqdm import tqdm
 
 from avd_jax import command_line, convert
-from avd_jax.data import encoding, inputs, prompts, shapes_world, world_clips
+from avd_jax.data import encode_sets, encoding, inputs, prompts, shapes_world, world_clips
 from avd_jax.errors import UserError
 
 WAN_SIZE = {"frames": 81, "height": 480, "width": 832}
@@ -84,9 +84,9 @@ def main() -> None:
             vae = encoding.video_encoder(convert.load_vae(WEIGHTS.value, key=which), memory_gib=VAE_GIB.value)
             how |= {"vae": vae, "batch_size": BATCH_SIZE.value, **size}
         if SHAPES_WORLD.value:
-            summaries = encoding.encode_shapes_world(OUT.value, text=text, **counts, **style, **how)
+            summaries = encode_sets.encode_shapes_world(OUT.value, text=text, **counts, **style, **how)
         else:
-            encode = encoding.encode_prompts if PROMPTS.value else encoding.encode_videos
+            encode = encode_sets.encode_prompts if PROMPTS.value else encode_sets.encode_videos
             summaries = {OUT.value: encode(work, OUT.value, text=text, **how)}
     for folder, summary in summaries.items():
         reasons = [*summary.skipped.values(), *(f"{name}: has no caption in {place}." for name in uncaptioned)]
