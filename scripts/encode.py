@@ -4,10 +4,12 @@
   python scripts/encode.py --prompts=prompts.txt --weights=Wan2.1-T2V-1.3B --out=runs/prompts
   python scripts/encode.py --shapes_world --weights=weights/tiny --clips=128 --prompt_count=256 --out=runs/tiny/data
 
-captions.jsonl holds one {"file": "a.mp4", "caption": "..."} a line (docs/data.md: other layouts); without it a.txt is
-the caption of a.mp4. Videos that cannot be used are reported and left out. The third command needs no files and writes
-OUT/latents and OUT/prompts. The same command resumes after an interruption; to try mended videos give a new --out.
+captions.jsonl holds one {"file": "a.mp4", "caption": "..."} a line, with "start" and "end" in seconds for a part of it
+(docs/data.md: other layouts); without it a.txt is the caption of a.mp4. What cannot be used is reported and left out.
+The third command writes OUT/latents and OUT/prompts. The same command resumes; for mended videos give a new --out.
 """
+
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +17,11 @@ from absl import flags
 from tqdm import tqdm
 
 from avd_jax import command_line, convert
-from avd_jax.data import encode_sets, encoding, inputs, prompts, shapes_world, world_clips
+from avd_jax.data import captions, encode_sets, encoding, inputs, prompts, shapes_world, world_clips
 from avd_jax.errors import UserError
 
 WAN_SIZE = {"frames": 81, "height": 480, "width": 832}
-VIDEOS = command_line.path_flag("videos", None, "Folder of video files.")
+VIDEOS = command_line.path_flag("videos", None, "Folder of video files. Default: names are relative to --captions.")
 CAPTIONS = command_line.path_flag("captions", None, "Their captions. Default: the .txt beside each video.")
 PROMPTS = command_line.path_flag("prompts", None, "Prompts: text with one a line, JSON, JSON lines, CSV or TSV.")
 SHAPES_WORLD = flags.DEFINE_bool("shapes_world", False, "Draw clips of moving shapes; it needs no files.")
@@ -51,8 +53,6 @@ def check_flags() -> None:
             raise UserError(f"--{flag.name} only goes with --shapes_world.")
     if not SHAPES_WORLD.value and bool(PROMPTS.value) == bool(VIDEOS.value or CAPTIONS.value):
         raise UserError("give either --prompts, or --videos (and --captions).")
-    if CAPTIONS.value and not VIDEOS.value:
-        raise UserError("--videos is missing: the folder that --captions is about.")
 
 
 def main() -> None:
@@ -62,22 +62,25 @@ def main() -> None:
     size = {flag.name: usual[flag.name] if flag.value is None else flag.value for flag in (FRAMES, HEIGHT, WIDTH)}
     inputs.check_clip_size(**size, prefix="--")
     size["fps"], which = FPS.value, WHICH.value
-    work, texts, uncaptioned, place = [], [], [], CAPTIONS.value or "a .txt beside it"
+    work, texts, left_out = [], [], []
     if SHAPES_WORLD.value:
         counts, style = {"clips": CLIPS.value, "prompts": PROMPT_COUNT.value or 0}, {"style": STYLE.value or "painted"}
         total = counts["clips"] + len(world_clips.training_prompts(counts["prompts"], clips=counts["clips"]))
     elif PROMPTS.value:
         texts = work = list(dict.fromkeys(prompts.read_prompts(PROMPTS.value)))
     else:
-        captions, most = inputs.read_captions(CAPTIONS.value, VIDEOS.value), CLIPS_PER_VIDEO.value
-        work, uncaptioned = inputs.clips_from_folder(VIDEOS.value, captions, **size, clips_per_video=most)
-        texts = list(captions.values())
+        folder = VIDEOS.value or Path(CAPTIONS.value).parent
+        rows = captions.read_captions(CAPTIONS.value, folder)
+        work, left_out = inputs.clips_of(rows, folder, **size, clips_per_video=CLIPS_PER_VIDEO.value)
+        for name in captions.without_caption(folder, rows) if VIDEOS.value else ():
+            left_out.append(f"{name}: has no caption in {CAPTIONS.value or 'a .txt beside it'}.")
+        texts = list(dict.fromkeys(row.caption for row in rows))
     tokenizer = convert.load_tokenizer(WEIGHTS.value)
     tokenizer.tell_what_is_cut(texts)
     # As Wan runs it. A CPU gains nothing from products in bfloat16, nor does the world's tiny encoder.
     dtype = jnp.float32 if SHAPES_WORLD.value or jax.default_backend() == "cpu" else jnp.bfloat16
     umt5 = convert.load_umt5(WEIGHTS.value, dtype, which)
-    text = encoding.text_encoder(umt5, tokenizer, takes_turns=bool(VIDEOS.value))
+    text = encoding.text_encoder(umt5, tokenizer, takes_turns=not (PROMPTS.value or SHAPES_WORLD.value))
     with tqdm(total=total if SHAPES_WORLD.value else len(work), unit="record") as bar:
         how = {"text_batch_size": TEXT_BATCH_SIZE.value, "shard_size": SHARD_SIZE.value, "on_progress": bar.update}
         if not PROMPTS.value:
@@ -89,10 +92,8 @@ def main() -> None:
             encode = encode_sets.encode_prompts if PROMPTS.value else encode_sets.encode_videos
             summaries = {OUT.value: encode(work, OUT.value, text=text, **how)}
     for folder, summary in summaries.items():
-        reasons = [*summary.skipped.values(), *(f"{name}: has no caption in {place}." for name in uncaptioned)]
-        print(f"{folder}: {summary.written} written, {len(reasons)} skipped")
-        for reason in reasons:
-            print(f"  skipped {reason}")
+        reasons = [f"  skipped {reason}" for reason in (*summary.skipped.values(), *left_out)]
+        print(f"{folder}: {summary.written} written, {len(reasons)} skipped", *reasons, sep="\n")
 
 
 if __name__ == "__main__":

@@ -257,7 +257,6 @@ def test_messages(folder):
         (prompts, "--weights=hf://a/b", out): "--weights hf://a/b: hf:// is not supported",
         (f"--prompts={folder}/half.json", weights, out): f"{folder}/half.json:2: the prompt is no UTF-8",
         (videos, f"--captions={folder}/half.csv", weights, out): f"{folder}/half.csv:1: the caption is no UTF-8",
-        (captions, weights, out): "--videos is missing",
         (prompts, out): "--weights is missing: Folder with the VAE",
         (prompts, weights): "--out is missing",
         (videos, captions, weights, out, "--frames=16"): "--frames 16 is not 4n+1; try 17.",

@@ -18,15 +18,13 @@ import numpy as np
 from avd_jax.data import world_clips
 from avd_jax.data.atomic import only_writer
 from avd_jax.data.encoding import TextEncoder, VideoEncoder
-from avd_jax.data.inputs import Clip
+from avd_jax.data.inputs import READ_THREADS, Clip
 from avd_jax.data.latents import BFLOAT16, LatentsInfo, PromptsInfo, latents_record, prompts_record
 from avd_jax.data.prompts import WAN_NEGATIVE_PROMPT
 from avd_jax.data.set_writer import SetWriter, Summary
 from avd_jax.errors import UserError
 from avd_jax.parallel.memory import fitting
 from avd_jax.paths import local_path
-
-READ_THREADS = 4
 
 
 def encode_videos(
@@ -102,6 +100,7 @@ def encode_videos(
                     skipped[clip.clip_id] = f"{clip.clip_id}: its latents or embeddings are not finite."
                     continue
                 about = {"clip_id": clip.clip_id, "caption": clip.caption, "source": clip.source, "fps": fps}
+                about |= {"scores": clip.scores}
                 records.append(latents_record(**about, latents=latents, prompt_embeds=embeds))
             writer.write_shard(shard, records, skipped)
         return writer.finish(WAN_NEGATIVE_PROMPT, negative)
