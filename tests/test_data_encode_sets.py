@@ -1,6 +1,7 @@
 """Encoding into sets with stand-in networks: what is stored, skipped and resumed."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from avd_jax.data.encoding import TextEncoder, VideoEncoder
 from avd_jax.data.inputs import Clip
 from avd_jax.data.latents import EncodedSet, read_metadata, read_negative_prompt_embeds
 from avd_jax.data.prompts import WAN_NEGATIVE_PROMPT
+from avd_jax.data.set_finish import WHOLE, Part, merge
 from avd_jax.errors import UserError
 
 SIZE = {"frames": 5, "height": 16, "width": 32}
@@ -122,12 +124,91 @@ def test_values_that_are_not_finite_are_skipped(tmp_path):
     assert summary.skipped == {"dark": "dark: its latents or embeddings are not finite."}
 
 
-def test_a_corrected_caption_is_another_set(tmp_path):
-    clips = shape_clips(2)
-    encode_sets.encode_videos(clips, tmp_path / "set", vae=VAE, text=TEXT, fps=16.0, **SIZE)
-    other = [clips[0], Clip(clips[1].clip_id, "a corrected caption", clips[1].source, clips[1].read)]
-    with pytest.raises(UserError, match="other inputs"):
-        encode_sets.encode_videos(other, tmp_path / "set", vae=VAE, text=TEXT, fps=16.0, **SIZE)
+def counting(seen):
+    """Return the VAE, noting how many clips it encodes."""
+    return VideoEncoder(
+        lambda video: (isinstance(video, np.ndarray) and seen.append(len(video)), pool(video))[1], "vae"
+    )
+
+
+def test_only_what_is_new_is_encoded(tmp_path):
+    clips, seen, done, said = shape_clips(6, broken={1}), [], [], []
+    how = {"text": TEXT, "fps": 16.0, **SIZE, "shard_size": 2}
+    encode_sets.encode_videos(clips[:3], tmp_path / "set", vae=VAE, **how)
+    corrected = Clip(clips[0].clip_id, "a corrected caption", clips[0].source, clips[0].read, {"motion": 0.5})
+    listed = [*clips[3:], *clips[1:3], corrected]
+    more = {"on_progress": done.append, "say": said.append}
+    summary = encode_sets.encode_videos(listed, tmp_path / "set", vae=counting(seen), **how, **more)
+    assert (summary.written, list(summary.skipped)) == (5, ["1.mp4@0.000"])
+    assert sum(seen) == 4, "three clips and the one of the corrected caption; the one that is broken cannot be read"
+    assert sum(done) == 6
+    assert said[0] == f"{tmp_path}/set: 5 of 6 to encode, about 1 kB on disk"
+    assert len(said) == 2
+    assert said[1].startswith(f"{tmp_path}/set: about 0 s to go (")
+    encoded = EncodedSet(tmp_path / "set", "latents")
+    assert [clip["source"] for clip in encoded] == ["2.mp4", "3.mp4", "4.mp4", "5.mp4", "0.mp4"]
+    assert (encoded[4]["caption"], encoded[4]["scores"]) == ("a corrected caption", {"motion": 0.5})
+
+
+def test_parts_give_the_set_of_one_machine(tmp_path):
+    """Each on its own disk, one of them killed in the middle; their folders are then copied into one."""
+    clips, how = shape_clips(9, broken={4}), {"text": TEXT, "fps": 16.0, **SIZE, "shard_size": 2}
+    encode_sets.encode_videos(clips, tmp_path / "whole", vae=VAE, **how)
+
+    class Killed(BaseException):
+        pass
+
+    def kill(done):
+        if done:
+            raise Killed
+
+    for index in range(3):
+        part, folder = Part(index, 3), tmp_path / str(index)
+        if index == 0:
+            with pytest.raises(Killed):
+                encode_sets.encode_videos(clips, folder, vae=VAE, **how, part=part, on_progress=kill)
+        summary = encode_sets.encode_videos(clips, folder, vae=VAE, **how, part=part)
+        assert (summary.written, len(summary.skipped), summary.finished) == (*((4, 0), (3, 0), (1, 1))[index], False)
+    for index in (0, 2):
+        shutil.copytree(tmp_path / str(index), tmp_path / "merged", dirs_exist_ok=True)
+    with pytest.raises(UserError, match=r"2 of 5 files are missing, the first: .*-00001-of-00005; run --shard 1/3"):
+        merge(tmp_path / "merged")
+    with pytest.raises(UserError, match="not finished"):
+        read_metadata(tmp_path / "merged")
+    shutil.copytree(tmp_path / "1", tmp_path / "merged", dirs_exist_ok=True)
+    summary = merge(tmp_path / "merged")
+    assert (summary.written, list(summary.skipped)) == (8, ["4.mp4@0.000"])
+    assert contents(tmp_path / "merged") == contents(tmp_path / "whole")
+    assert merge(tmp_path / "merged") == summary
+    assert contents(tmp_path / "merged") == contents(tmp_path / "whole")
+
+
+def test_parts_of_one_folder_and_what_is_mixed(tmp_path):
+    """On a shared disk; machines that know of each other are refused at once, others when their files are together."""
+    clips, how = shape_clips(5), {"text": TEXT, "fps": 16.0, **SIZE, "shard_size": 2}
+    other = VideoEncoder(pool, fingerprint="other")
+    encode_sets.encode_videos(clips, tmp_path / "set", vae=VAE, **how, part=Part(0, 2))
+    with pytest.raises(UserError, match="set: holds a set encoded from other weights of the VAE"):
+        encode_sets.encode_videos(clips, tmp_path / "set", vae=other, **how, part=Part(1, 2))
+    with pytest.raises(UserError, match=r"nothing: holds no parts of a set; run scripts/encode\.py with --shard first"):
+        merge(tmp_path / "nothing")
+    for changes, named in (({"vae": other}, "other weights of the VAE"), ({"fps": 8.0}, "fps 8.0, not 16.0")):
+        encode_sets.encode_videos(clips, tmp_path / named, **{"vae": VAE, **how, **changes}, part=Part(1, 2))
+        shutil.copytree(tmp_path / "set", tmp_path / named, dirs_exist_ok=True)
+        with pytest.raises(UserError, match=f"shard-1-of-2.json: that part was encoded from {named}; encode it again"):
+            merge(tmp_path / named)
+    encode_sets.encode_videos(clips[:4], tmp_path / "list", vae=VAE, **how, part=Part(1, 2))
+    shutil.copytree(tmp_path / "set", tmp_path / "list", dirs_exist_ok=True)
+    with pytest.raises(UserError, match=r"shard-1-of-2.json: that part was encoded from other inputs"):
+        merge(tmp_path / "list")
+    with only_writer(tmp_path / "set", "0-of-2"):
+        encode_sets.encode_videos(clips, tmp_path / "set", vae=VAE, **how, part=Part(1, 2))
+        for part in (WHOLE, Part(0, 2), Part(1, 3)):
+            with pytest.raises(UserError, match="another process is writing to it"):
+                encode_sets.encode_videos(clips, tmp_path / "set", vae=VAE, **how, part=part)
+    encode_sets.encode_videos(clips, tmp_path / "whole", vae=VAE, **how)
+    assert merge(tmp_path / "set").written == 5
+    assert contents(tmp_path / "set") == contents(tmp_path / "whole")
 
 
 KILLED = """

@@ -5,6 +5,7 @@ while the device works. Text encoder and VAE take turns, a shard each, so that a
 """
 
 import itertools
+import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,10 +19,12 @@ import numpy as np
 from avd_jax.data import world_clips
 from avd_jax.data.atomic import only_writer
 from avd_jax.data.encoding import TextEncoder, VideoEncoder
+from avd_jax.data.estimate import Estimate, disk_size, size_in_words
 from avd_jax.data.inputs import READ_THREADS, Clip
 from avd_jax.data.latents import BFLOAT16, LatentsInfo, PromptsInfo, latents_record, prompts_record
 from avd_jax.data.prompts import WAN_NEGATIVE_PROMPT
-from avd_jax.data.set_writer import SetWriter, Summary
+from avd_jax.data.set_finish import WHOLE, Part, Summary
+from avd_jax.data.set_writer import SetWriter, input_of
 from avd_jax.errors import UserError
 from avd_jax.parallel.memory import fitting
 from avd_jax.paths import local_path
@@ -40,9 +43,13 @@ def encode_videos(
     batch_size: int = 1,
     text_batch_size: int = 8,
     shard_size: int = 64,
+    part: Part = WHOLE,
     on_progress: Callable[[int], object] = lambda done: None,
+    say: Callable[[str], object] = lambda text: None,
 ) -> Summary:
     """Encode clips and their captions into a `latents` set; call it again to resume after an interruption.
+
+    With other clips than before it encodes those that were added, see `set_plan.py`.
 
     Args:
       clips: with different clip_ids.
@@ -56,15 +63,17 @@ def encode_videos(
       batch_size: clips that go through the VAE together.
       text_batch_size: captions that go through the text encoder together.
       shard_size: clips a shard; an interruption loses at most the work of one shard.
+      part: of the set, that this machine encodes; another than WHOLE leaves it to `set_finish.merge` to finish it.
       on_progress: called with the number of further clips that are done.
+      say: called with what the work will take, once the disk that it needs is known, and once the time.
 
     Returns:
       How many clips were written, and which were left out and why: those whose `read` raises a UserError, and those
       that give values that are not finite.
 
     Raises:
-      UserError: the folder holds another set, or another process writes to it; no clip could be encoded; the size does
-        not fit into memory; a full disk.
+      UserError: the folder holds a set of other settings or of no clip in common, or another process writes to it; no
+        clip could be encoded; the size does not fit into memory; a full disk.
     """
     negative = _negative_prompt(text, text_batch_size)
     video_shape = jax.ShapeDtypeStruct((batch_size, frames, height, width, 3), jnp.float32)
@@ -79,19 +88,23 @@ def encode_videos(
         latents_shape=jax.eval_shape(vae.encode, video_shape).shape[1:],
         vae=vae.fingerprint,
     )
-    # The caption is part of an input's identity: a corrected caption is another set.
-    inputs = [f"{clip.clip_id} {clip.caption}" for clip in clips]
+    inputs = [input_of({"clip_id": clip.clip_id, "caption": clip.caption}) for clip in clips]
     hint = "give smaller --frames, --height, --width or --batch_size"
-    with only_writer(local_path(out)), fitting(f"clips of {frames}x{height}x{width}, {batch_size} at once", hint):
-        writer = SetWriter(out, info, inputs, inputs_per_shard=shard_size)
-        pending = writer.pending()
-        on_progress(len(clips) - sum(len(writer.range_of(shard)) for shard in pending))
-        todo = (clips[i] for shard in pending for i in writer.range_of(shard))
-        reads = _read_ahead(todo, ahead=READ_THREADS + batch_size)
+    at_once = fitting(f"clips of {frames}x{height}x{width}, {batch_size} at once", hint)
+    with only_writer(local_path(out), _part_name(part)), at_once:
+        writer = SetWriter(out, info, inputs, inputs_per_shard=shard_size, part=part)
+        pending, todo = _begin(writer, [clip.caption for clip in clips], info, on_progress, say)
+        estimate = Estimate(len(todo), lambda text: say(f"{out}: {text}"))
+        reads = _read_ahead((clips[i] for i in todo), ahead=READ_THREADS + batch_size)
+
+        def on_batch(count: int) -> None:
+            estimate.done(count)
+            on_progress(count)
+
         for shard in pending:
-            results = itertools.islice(reads, len(writer.range_of(shard)))
+            results = itertools.islice(reads, len(writer.to_encode(shard)))
             skipped: dict[str, str] = {}
-            pairs = list(_encode_clips(_without_errors(results, skipped, on_progress), vae, batch_size, on_progress))
+            pairs = list(_encode_clips(_without_errors(results, skipped, on_progress), vae, batch_size, on_batch))
             with text.at_work():
                 captions = list(_encode_texts(text, [clip.caption for clip, _ in pairs], text_batch_size))
             records = []
@@ -113,7 +126,9 @@ def encode_prompts(
     text: TextEncoder,
     text_batch_size: int = 8,
     shard_size: int = 64,
+    part: Part = WHOLE,
     on_progress: Callable[[int], object] = lambda done: None,
+    say: Callable[[str], object] = lambda text: None,
 ) -> Summary:
     """Encode prompts, each different one once and in their order, into a `prompts` set.
 
@@ -122,12 +137,11 @@ def encode_prompts(
     prompts = list(dict.fromkeys(prompts))
     negative = _negative_prompt(text, text_batch_size)
     info = PromptsInfo(text_len=text.text_len, text_dim=negative.shape[1], text_encoder=text.fingerprint)
-    with only_writer(local_path(out)):
-        writer = SetWriter(out, info, prompts, inputs_per_shard=shard_size)
-        pending = writer.pending()
-        on_progress(len(prompts) - sum(len(writer.range_of(shard)) for shard in pending))
+    with only_writer(local_path(out), _part_name(part)):
+        writer = SetWriter(out, info, prompts, inputs_per_shard=shard_size, part=part)
+        pending, _ = _begin(writer, prompts, info, on_progress, say)
         for shard in pending:
-            chosen = [prompts[i] for i in writer.range_of(shard)]
+            chosen = [prompts[i] for i in writer.to_encode(shard)]
             records, skipped = [], {}
             with text.at_work():
                 for prompt, embeds in zip(chosen, _encode_texts(text, chosen, text_batch_size), strict=True):
@@ -155,7 +169,9 @@ def encode_shapes_world(
     text_batch_size: int = 8,
     shard_size: int = 64,
     style: str = "painted",
+    part: Part = WHOLE,
     on_progress: Callable[[int], object] = lambda done: None,
+    say: Callable[[str], object] = lambda text: None,
 ) -> dict[Path, Summary]:
     """Encode the built-in world: its first training clips into `out/latents`, later captions into `out/prompts`.
 
@@ -174,7 +190,8 @@ def encode_shapes_world(
       UserError: one of the folders holds another set, or clips and prompts reach into the held-out ones.
     """
     size = {"frames": frames, "height": height, "width": width}
-    shared = {"text": text, "text_batch_size": text_batch_size, "shard_size": shard_size, "on_progress": on_progress}
+    shared = {"text": text, "text_batch_size": text_batch_size, "shard_size": shard_size, "part": part}
+    shared |= {"on_progress": on_progress, "say": say}
     captions = world_clips.training_prompts(prompts, clips=clips)
     chosen = world_clips.training_clips(clips, **size, style=style)
     latents_dir, prompts_dir = local_path(out) / "latents", local_path(out) / "prompts"
@@ -184,6 +201,25 @@ def encode_shapes_world(
     if captions:
         summaries[prompts_dir] = encode_prompts(captions, prompts_dir, **shared)
     return summaries
+
+
+def _begin(
+    writer: SetWriter, texts: Sequence[str], info: PromptsInfo, on_progress: Callable, say: Callable
+) -> tuple[list[int], list[int]]:
+    """Return the shards to write and the indices of the inputs to encode for them; say so, and what disk they take."""
+    pending = writer.pending()
+    todo = [i for shard in pending for i in writer.to_encode(shard)]
+    on_progress(len(texts) - len(todo))
+    if todo:
+        values = math.prod(info.latents_shape) if isinstance(info, LatentsInfo) else 0
+        text = {"texts": (texts[i] for i in todo), "text_len": info.text_len, "text_dim": info.text_dim}
+        size = size_in_words(disk_size(records=len(todo), values=values, **text))
+        say(f"{writer.folder}: {len(todo)} of {len(texts)} to encode, about {size} on disk")
+    return pending, todo
+
+
+def _part_name(part: Part) -> str:
+    return "" if part == WHOLE else str(part)
 
 
 def _read(clip: Clip) -> np.ndarray | UserError:

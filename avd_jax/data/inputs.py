@@ -14,6 +14,7 @@ from avd_jax.data.captions import Row, video_folder
 from avd_jax.data.video import ROUNDING, duration, frame_rate_and_size, read_video
 from avd_jax.errors import UserError
 
+WAN_SIZE: Mapping[str, int] = {"frames": 81, "height": 480, "width": 832}  # what Wan was trained on
 READ_THREADS = 4  # that look at, or decode, files at once
 
 
