@@ -34,6 +34,7 @@ from avd_jax.errors import UserError
 from avd_jax.parallel.hosts import barrier, is_first
 from avd_jax.paths import local_path
 
+_MODULE = "avd_jax.data.set_writer"  # as TFDS records it; the same in every set, wherever this code lies
 _PART_FILE = re.compile(r"shard-(\d+)-of-(\d+)\.json")
 
 
@@ -188,7 +189,7 @@ def _keep_earlier(folder: Path, lengths: Sequence[int]) -> None:
 def _write_dataset_info(folder: Path, metadata: Mapping, lengths: Sequence[int], num_bytes: int) -> None:
     kind = metadata["kind"]
     identity = tfds.core.DatasetIdentity(
-        name=kind, version=tfds.core.Version(SCHEMA_VERSION), data_dir=folder, module_name=__name__
+        name=kind, version=tfds.core.Version(SCHEMA_VERSION), data_dir=folder, module_name=_MODULE
     )
     dataset_info = tfds.core.DatasetInfo(
         builder=identity, features=FEATURES[kind], description=f"Encoded {kind}; see metadata.json."
