@@ -11,10 +11,11 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
+import numpy as np
 import tensorflow_datasets as tfds
 
 from avd_jax.data.atomic import only_writer, write_text
@@ -31,7 +32,7 @@ from avd_jax.data.latents import (
 )
 from avd_jax.data.set_plan import Plan, stored_plan
 from avd_jax.errors import UserError
-from avd_jax.parallel.hosts import barrier, is_first
+from avd_jax.parallel.hosts import barrier, from_first, is_first
 from avd_jax.paths import local_path
 
 _MODULE = "avd_jax.data.set_writer"  # as TFDS records it; the same in every set, wherever this code lies
@@ -94,18 +95,20 @@ def merged_on_pod(summaries: dict[Path, Summary]) -> dict[Path, Summary]:
       summaries: folder -> how this process' part came out.
 
     Returns:
-      How the sets came out, of the first process.
+      How the sets came out, of the first process; of the others how their parts did.
     """
     if jax.process_count() == 1:
         return summaries
     barrier("encoded")
-    if not is_first():
+    merged = {}
+    if is_first():
+        try:
+            merged = {folder: merge(folder) for folder in summaries}
+        except UserError as error:
+            print(f"not merged: {error}")
+    if not from_first(np.asarray(bool(merged))):
         return summaries
-    try:
-        return {folder: merge(folder) for folder in summaries}
-    except UserError as error:
-        print(f"not merged: {error}")
-        return summaries
+    return merged or {folder: replace(summary, finished=True) for folder, summary in summaries.items()}
 
 
 def merge(folder: str | os.PathLike) -> Summary:
