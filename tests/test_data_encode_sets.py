@@ -197,6 +197,8 @@ def test_parts_of_one_folder_and_what_is_mixed(tmp_path):
         shutil.copytree(tmp_path / "set", tmp_path / named, dirs_exist_ok=True)
         with pytest.raises(UserError, match=f"shard-1-of-2.json: that part was encoded from {named}; encode it again"):
             merge(tmp_path / named)
+        with pytest.raises(UserError, match=f"that part was encoded from {named}"):
+            encode_sets.encode_videos(clips, tmp_path / named, vae=VAE, **how)
     encode_sets.encode_videos(clips[:4], tmp_path / "list", vae=VAE, **how, part=Part(1, 2))
     shutil.copytree(tmp_path / "set", tmp_path / "list", dirs_exist_ok=True)
     with pytest.raises(UserError, match=r"shard-1-of-2.json: that part was encoded from other inputs"):

@@ -119,15 +119,12 @@ def merge(folder: str | os.PathLike) -> Summary:
     """
     folder = local_path(folder)
     path = folder / "metadata.json"
-    parts = sorted(file for file in folder.glob("shard-*-of-*.json") if _PART_FILE.fullmatch(file.name))
+    parts = _part_files(folder)
     if not path.exists() or not (parts or (folder / "dataset_info.json").exists()):
         raise UserError(f"{folder}: holds no parts of a set; run scripts/encode.py with --shard first.")
     metadata = read_json(path)
     plan, inputs_sha256 = stored_plan(folder, metadata)
-    expected = metadata | {"inputs_sha256": inputs_sha256, "plan_sha256": plan_sha256(plan)}
-    for file in parts:
-        if other := difference(read_json(file), expected, but=("inputs",)):
-            raise UserError(f"{file}: that part was encoded from {other}; encode it again as the others.")
+    check_parts(folder, metadata | {"inputs_sha256": inputs_sha256, "plan_sha256": plan_sha256(plan)}, but=("inputs",))
     shards = [shard for shard, places in enumerate(plan) if places is not None]
     missing = [shard for shard in shards if not _is_there(folder, metadata, shard)]
     if missing:
@@ -140,10 +137,19 @@ def merge(folder: str | os.PathLike) -> Summary:
     if not (folder / NEGATIVE_PROMPT_FILE).exists():
         raise UserError(f"{folder / NEGATIVE_PROMPT_FILE}: is missing; copy it from one of the machines.")
     with only_writer(folder):
-        summary = publish(folder, metadata, plan)
-        for file in parts:
-            file.unlink()
-    return summary
+        return publish(folder, metadata, plan)
+
+
+def check_parts(folder: Path, expected: Mapping, *, but: Sequence[str]) -> None:
+    """Raise a UserError if a part in a folder was encoded with other settings than expected, those in `but` aside."""
+    for file in _part_files(folder):
+        if other := difference(read_json(file), expected, but=but):
+            raise UserError(f"{file}: that part was encoded from {other}; encode it again as the others.")
+
+
+def _part_files(folder: Path) -> list[Path]:
+    """Return the files in which machines say what they encode with."""
+    return sorted(file for file in folder.glob("shard-*-of-*.json") if _PART_FILE.fullmatch(file.name))
 
 
 def merge_all(out: str | os.PathLike) -> dict[Path, Summary]:
@@ -173,6 +179,8 @@ def publish(folder: Path, metadata: Mapping, plan: Plan) -> Summary:
         _keep_earlier(folder, lengths)
         num_bytes = sum(manifest["record_bytes"] for manifest in filter(None, manifests))
         _write_dataset_info(folder, metadata, lengths, num_bytes)
+        for file in _part_files(folder):
+            file.unlink()
     return Summary(sum(lengths), skipped)
 
 

@@ -24,7 +24,7 @@ from avd_jax.data.latents import (
     read_json,
     shard_path,
 )
-from avd_jax.data.set_finish import WHOLE, Part, Summary, difference, plan_sha256, publish, reporting
+from avd_jax.data.set_finish import WHOLE, Part, Summary, check_parts, difference, plan_sha256, publish, reporting
 from avd_jax.data.set_plan import PLAN_FILE, Plan, changed_plan, save_plan, stored_plan
 from avd_jax.errors import UserError
 from avd_jax.paths import local_path
@@ -82,7 +82,9 @@ class SetWriter:
                     f"{self.folder}: holds a set encoded from {other}; give a new folder, or delete this one."
                 )
             self._plan, self._copies = self._planned(settings["inputs_sha256"])
-            if part.count > 1:
+            if part.count == 1:  # parts that were copied here may be of other weights
+                check_parts(self.folder, settings, but=("inputs", "inputs_sha256"))
+            else:
                 # What this machine encodes with, to be compared once the parts are together, wherever they were made.
                 settings["plan_sha256"] = plan_sha256(self._plan)
                 write_text(self.folder / f"shard-{part}.json", json.dumps(settings, indent=2) + "\n")
