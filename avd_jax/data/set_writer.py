@@ -71,7 +71,8 @@ class SetWriter:
         settings |= {"inputs_per_shard": inputs_per_shard, "inputs": len(inputs)}
         settings["inputs_sha256"] = hashlib.sha256(json.dumps(self.inputs).encode()).hexdigest()
         path = self.folder / "metadata.json"
-        if not path.exists() and self.folder.exists() and any(not _is_hidden(p) for p in self.folder.iterdir()):
+        holds_something = self.folder.exists() and any(not _is_hidden(p) for p in self.folder.iterdir())
+        if holds_something and not path.exists():  # in this order: another machine may be about to begin the set
             raise UserError(f"{folder}: is not empty and holds no encoded set; give a new folder.")
         with reporting(self.folder):
             if not path.exists() or self._nothing_is_encoded_of_another_list(settings):
