@@ -237,7 +237,7 @@ def run_configured(
         if explain.value:
             print(describe(config.value, fields))
             return 0
-        _check_given((workdir, *required))
+        check_given((workdir, *required))
         connect_hosts()
         keep_programs(Path(workdir.value) / "compiled")
         return work(config.value, Path(workdir.value))
@@ -252,13 +252,14 @@ def checked(main: Callable[[], int | None], required: Sequence[flags.FlagHolder]
         logging.set_verbosity(logging.FATAL)  # Orbax reports every step that it takes, and errors that we report
         if len(argv) > 1:
             raise UserError(f"{argv[1]!r} is not a flag; every argument has a name, and text needs quotes (see --help)")
-        _check_given(required)
+        check_given(required)
         return main()
 
     return checked_main
 
 
-def _check_given(required: Sequence[flags.FlagHolder]) -> None:
+def check_given(required: Sequence[flags.FlagHolder]) -> None:
+    """Raise a UserError that names a flag which must be given and is not."""
     for flag in required:
         if not flag.value:
             raise UserError(f"--{flag.name} is missing: {flags.FLAGS[flag.name].help}")

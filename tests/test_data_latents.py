@@ -49,8 +49,8 @@ def record(i):
 def write(folder, shards=None, skip=(), info=INFO, inputs=INPUTS, per_shard=3):
     writer = SetWriter(folder, info, inputs, inputs_per_shard=per_shard)
     for shard in writer.pending() if shards is None else shards:
-        kept = [i for i in writer.range_of(shard) if i not in skip]
-        skipped = {INPUTS[i]: f"{INPUTS[i]}: broken" for i in writer.range_of(shard) if i in skip}
+        kept = [i for i in writer.to_encode(shard) if i not in skip]
+        skipped = {INPUTS[i]: f"{INPUTS[i]}: broken" for i in writer.to_encode(shard) if i in skip}
         writer.write_shard(shard, [record(i) for i in kept], skipped)
     return writer
 
@@ -167,8 +167,7 @@ def test_unfinished_set_says_how_to_finish_it(tmp_path):
         ({"info": replace(INFO, vae="cccc")}, "other weights of the VAE"),
         ({"info": replace(INFO, text_encoder="cccc")}, "other weights of the text encoder"),
         ({"info": sets.PromptsInfo(16, 6, "aaaa")}, "kind latents, not prompts"),
-        ({"inputs": INPUTS[:5]}, "7 inputs, not these 5"),
-        ({"inputs": INPUTS[::-1]}, "other inputs"),
+        ({"inputs": ["clip 7", "clip 8"]}, "other inputs, none of which is among these"),
         ({"per_shard": 4}, "inputs_per_shard 3, not 4"),
     ],
 )

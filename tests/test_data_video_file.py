@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from video_cases import Track, corners, noise, write
 
-from avd_jax.data.inputs import clips_from_folder
+from avd_jax.data.captions import Row
+from avd_jax.data.inputs import clips_of
 from avd_jax.data.video import duration, frame_rate_and_size, read_video, read_whole_video
 from avd_jax.errors import UserError
 
@@ -217,7 +218,7 @@ def test_clips_of_a_file_that_starts_late_or_states_no_length(tmp_path, name, fi
     assert duration(path) == pytest.approx(2.0, abs=0.002)
     size = {"frames": 5, "fps": 12.5, "height": 96, "width": 96}
     for most, count in ((4, 4), (100, 5)):
-        clips, _ = clips_from_folder(tmp_path, {name: "x"}, **size, clips_per_video=most)
+        clips, _ = clips_of([Row(name, "x")], tmp_path, **size, clips_per_video=most)
         assert len(clips) == count
         for clip in clips:
             start = float(clip.clip_id.split("@")[1])

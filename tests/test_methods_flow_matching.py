@@ -11,6 +11,7 @@ from flax import nnx
 from avd_jax import convert
 from avd_jax.convert.shipping import write_dit
 from avd_jax.data import encoding, shapes_world
+from avd_jax.data.encode_sets import encode_videos
 from avd_jax.data.inputs import Clip
 from avd_jax.errors import UserError
 from avd_jax.methods.flow_matching import FIELDS, RECIPE
@@ -42,7 +43,7 @@ def latents_dir(tmp_path_factory):
     ]
     text = encoding.TextEncoder(embed, text_len=TEXT_LEN, fingerprint="t")
     vae = encoding.VideoEncoder(encode, fingerprint="v")
-    encoding.encode_videos(clips, folder, vae=vae, text=text, fps=16, **size)
+    encode_videos(clips, folder, vae=vae, text=text, fps=16, **size)
     return folder
 
 

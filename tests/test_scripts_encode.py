@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -65,7 +66,7 @@ for arguments in json.loads(sys.argv[2]):
     for name in flags.FLAGS:
         flags.FLAGS[name].unparse()
     try:
-        command_line.checked(script["main"], (script["WEIGHTS"], script["OUT"]))(flags.FLAGS(["encode.py", *arguments]))
+        command_line.checked(script["main"], ())(flags.FLAGS(["encode.py", *arguments]))
         messages.append("")
     except UserError as error:
         messages.append(str(error))
@@ -105,11 +106,27 @@ def folder(tmp_path):
 def test_videos_and_prompts(folder):
     size = ["--frames=9", "--fps=16", "--height=32", "--width=48", "--shard_size=2"]
     command = [f"--videos={folder}/videos", f"--captions={folder}/captions.jsonl", "--weights=w", *size]
-    done = encode(*command, f"--out={folder}/latents")
-    lines = done.stdout.splitlines()
-    assert lines[0] == f"{folder}/latents: 2 written, 4 skipped"
+    latents = [*command, f"--out={folder}/latents"]
+    (folder / "beside").mkdir()
+    for name in ("a", "b"):  # captions beside the videos, one of them too long
+        shutil.copy(folder / "videos" / f"{name}.mp4", folder / "beside")
+    (folder / "beside" / "a.txt").write_text("a long caption")
+    commands = {
+        "encode": latents,
+        "again": latents,
+        "other": [*latents, "--weights=other"],
+        "beside": [f"--videos={folder}/beside", "--weights=w", *size, f"--out={folder}/set"],
+        "prompts": [f"--prompts={folder}/prompts.txt", "--weights=w", f"--out={folder}/prompts"],
+    }
+    found, printed, log = run_all(commands.values())
+    messages = dict(zip(commands, found, strict=True))
+    assert messages.pop("other").startswith(f"{folder}/latents: holds a set encoded from other weights")
+    assert set(messages.values()) == {""}
+    assert f"{folder}/latents: 5 of 5 to encode, about 2.37 kB on disk" in log
+
+    assert printed[0] == f"{folder}/latents: 2 written, 4 skipped"
     for line, (name, reason) in zip(
-        lines[1:],
+        printed[1:5],
         [
             ("short", "too short"),
             ("gone", "cannot be read as a video"),
@@ -119,6 +136,13 @@ def test_videos_and_prompts(folder):
         strict=True,
     ):
         assert f"{name}.mp4: {reason}" in line
+    assert printed[5:10] == printed[:5], "again nothing is done, and the same is said"
+    assert printed[10:] == [
+        "cut off: a long caption",
+        f"{folder}/set: 1 written, 1 skipped",
+        "  skipped b.mp4: has no caption in a .txt beside it.",
+        f"{folder}/prompts: 3 written, 0 skipped",
+    ]
     encoded = EncodedSet(folder / "latents", "latents")
     assert [encoded[i]["clip_id"] for i in range(len(encoded))] == ["a.mp4@0.000", "b.mp4@0.000"]
     assert encoded[1]["prompt_embeds"][:, 0].tolist() == [7, 2, 1]
@@ -127,29 +151,56 @@ def test_videos_and_prompts(folder):
     assert isinstance(info, LatentsInfo)
     assert (info.frames, info.fps, info.height, info.width) == (9, 16.0, 32, 48)
     assert info.latents_shape == (3, 4, 6, 3)
-
-    # Again: nothing is done, the same is said. With other weights: refused.
-    assert encode(*command, f"--out={folder}/latents").stdout == done.stdout
-    other = encode(*command, "--weights=other", f"--out={folder}/latents", status=1)
-    assert other.stderr.splitlines()[-1].startswith(f"error: {folder}/latents: holds a set encoded from other weights")
-    assert "Traceback" not in other.stderr
-
-    # Captions beside the videos, one of them too long.
-    (folder / "videos" / "a.txt").write_text("a long caption")
-    done = encode(f"--videos={folder}/videos", "--weights=w", *size, f"--out={folder}/beside")
-    assert done.stdout.splitlines()[:3] == [
-        "cut off: a long caption",
-        f"{folder}/beside: 1 written, 4 skipped",
-        "  skipped b.mp4: has no caption in a .txt beside it.",
-    ]
-    assert EncodedSet(folder / "beside", "latents")[0]["caption"] == "a long caption"
-
-    done = encode(f"--prompts={folder}/prompts.txt", "--weights=w", f"--out={folder}/prompts")
-    assert done.stdout == f"{folder}/prompts: 3 written, 0 skipped\n"
+    assert EncodedSet(folder / "set", "latents")[0]["caption"] == "a long caption"
     prompts = EncodedSet(folder / "prompts", "prompts")
     assert [prompts[i]["text"] for i in range(3)] == ["one two", "three/four", "“five” six seven"]
     assert prompts.info.text_encoder == info.text_encoder
     assert len(list((folder / "prompts").glob("prompts-train*"))) == 1
+
+
+def test_a_curated_list_in_two_sizes_and_three_parts_and_then_a_longer_one(folder):
+    """Rows of one file with start and end, names relative to the list; tall videos come into a set of their own."""
+    write_video(folder / "videos" / "tall.mp4", np.full((20, 48, 32, 3), -0.5), fps=16)
+    (folder / "curated").mkdir()
+    rows = [
+        *({"file": "../videos/tall.mp4", "start": start, "end": start + 0.3125} for start in (0.0, 0.3125, 0.625)),
+        {"file": "../videos/a.mp4", "start": 0.25, "end": 0.5625, "scores": {"motion": {"value": 0.5}}},
+        {"file": "../videos/tall.mp4", "start": 0.9, "end": 1.2},
+    ]
+    lines = [json.dumps(row | {"caption": f"caption {i}"}) for i, row in enumerate(rows)]
+    (folder / "curated" / "captions.jsonl").write_text("\n".join(lines))
+    more = {"file": "../videos/b.mp4", "start": 0.0, "end": 0.5, "caption": "more"}
+    (folder / "curated" / "more.jsonl").write_text("\n".join([json.dumps(more), *lines]))
+    how = ["--weights=w", "--frames=5", "--sizes=32x48,48x32", "--shard_size=1"]
+    command, longer = ([f"--captions={folder}/curated/{name}.jsonl", *how] for name in ("captions", "more"))
+    commands = [[*command, f"--out={folder}/whole"]]
+    commands += [[*command, f"--out={folder}/parts", f"--shard={i}/3"] for i in range(3)]
+    commands += [["--merge", f"--out={folder}/parts"], [*longer, f"--out={folder}/parts"]]
+    messages, printed, log = run_all(commands)
+    assert set(messages) == {""}
+    assert printed[:4] == [
+        f"{folder}/whole/32x48: 1 written, 0 skipped",
+        f"{folder}/whole/48x32: 3 written, 1 skipped",
+        "  skipped ../videos/tall.mp4@0.900: a clip of 5 frames at 16 fps reaches beyond its end, 1.2 s "
+        f"({folder}/curated/captions.jsonl:5).",
+        f"{folder}/parts/32x48: 1 written, 0 skipped; this is part 0-of-3, --merge makes one set of all",
+    ]
+    assert [line for line in printed if "written" in line and "part " not in line][2:] == [
+        f"{folder}/parts/32x48: 1 written, 0 skipped",
+        f"{folder}/parts/48x32: 3 written, 0 skipped",
+        f"{folder}/parts/32x48: 2 written, 0 skipped",
+        f"{folder}/parts/48x32: 3 written, 1 skipped",
+    ]
+    assert log.count("1 of 2 to encode") == 1
+    whole, parts = (read_all(folder / name / "48x32", "latents") for name in ("whole", "parts"))
+    assert [clip["clip_id"] for clip in whole] == [f"../videos/tall.mp4@{start:.3f}" for start in (0, 0.3125, 0.625)]
+    assert str(whole) == str(parts)
+    assert whole[0]["latents"].shape == (2, 6, 4, 3)
+    clips = read_all(folder / "parts" / "32x48", "latents")
+    assert [(clip["clip_id"], clip["scores"]) for clip in clips] == [
+        ("../videos/a.mp4@0.250", {"motion": 0.5}),
+        ("../videos/b.mp4@0.000", {}),
+    ]
 
 
 def test_videos_of_unusual_kinds(tmp_path):
@@ -228,14 +279,19 @@ def test_the_world_of_shapes(tmp_path):
     drawn, _ = shapes_world.clip(1, frames=5, height=32, width=48, style="outline")
     np.testing.assert_allclose(inked[1]["latents"].astype(np.float32), drawn[::4, ::8, ::8], atol=2**-8)
 
-    # Again, with one of the files lost: only that one is made anew. Another number of clips is refused.
+    # Again, with one of the files lost: only that one is made anew. With a clip less the set has one less.
     lost, *kept = sorted(out.glob("*/*-train*"))
     times, bytes_lost = [file.stat().st_mtime_ns for file in kept], lost.read_bytes()
     lost.unlink()
     messages, printed, _ = run_all([command, [*command, "--clips=2"]])
-    assert messages[0] == ""
-    assert messages[1].startswith(f"{out}/latents: holds a set encoded from 3 inputs, not these 2;")
-    assert printed == [f"{out}/latents: 3 written, 0 skipped", f"{out}/prompts: 4 written, 0 skipped"]
+    assert messages == ["", ""]
+    assert printed == [
+        *(f"{out}/latents: 3 written, 0 skipped", f"{out}/prompts: 4 written, 0 skipped"),
+        *(f"{out}/latents: 2 written, 0 skipped", f"{out}/prompts: 4 written, 0 skipped"),
+    ]
+    assert [clip["clip_id"] for clip in read_all(out / "latents", "latents")] == [
+        f"shapes_world@00000{i}" for i in (0, 1)
+    ]
     assert [file.stat().st_mtime_ns for file in kept] == times
     assert lost.read_bytes() == bytes_lost
 
@@ -246,19 +302,36 @@ def test_messages(folder):
     world = "--shapes_world"
     (folder / "half.json").write_text('["one",\n"two \\ud83d"]')
     (folder / "half.csv").write_text('{"file": "a.mp4", "caption": "two \\ud83d"}\n')
+    (folder / "times.csv").write_text("file,caption,start,end\na.mp4,x,2,1\n")
+    (folder / "late.csv").write_text("file,caption,start,end\na.mp4,x,0.5,1\n")
     (folder / "bad.jsonl").write_text('{"file": "a.mp4"}\n')
     cases = {
         (): "--weights is missing",
-        (weights, out): "give either --prompts, or --videos (and --captions).",
-        (prompts, videos, captions, weights, out): "give either --prompts, or --videos (and --captions).",
+        (weights, out): "give either --prompts, or --videos or --captions or both.",
+        (prompts, videos, captions, weights, out): "give either --prompts, or --videos or --captions or both.",
         (videos, weights, out): f"{folder}/videos: no video has a caption; give --captions",
         (prompts, weights, "--out=gs://bucket/x"): "--out gs://bucket/x: gs:// is not supported, only local paths are;",
         ("--prompts=s3://bucket/x", weights, out): "--prompts s3://bucket/x: s3:// is not supported",
         (prompts, "--weights=hf://a/b", out): "--weights hf://a/b: hf:// is not supported",
         (f"--prompts={folder}/half.json", weights, out): f"{folder}/half.json:2: the prompt is no UTF-8",
         (videos, f"--captions={folder}/half.csv", weights, out): f"{folder}/half.csv:1: the caption is no UTF-8",
-        (captions, weights, out): "--videos is missing",
         (prompts, out): "--weights is missing: Folder with the VAE",
+        ("--merge",): "--out is missing",
+        ("--merge", out): f"{folder}/out: holds no parts of a set; run scripts/encode.py with --shard first.",
+        (prompts, weights, out, "--shard=3/3"): "--shard '3/3': write i/n, i from 0 to n - 1, such as 0/3 on the first",
+        (prompts, weights, out, "--sizes=32x32"): "--sizes is for videos, and instead of --height and --width",
+        (videos, captions, weights, out, "--sizes=32x32", "--width=32"): "--sizes is for videos, and instead of",
+        (videos, captions, weights, out, "--sizes=32"): "--sizes '32': write HEIGHTxWIDTH with commas between",
+        (
+            f"--captions={folder}/times.csv",
+            weights,
+            out,
+        ): f"{folder}/times.csv:2: 'end' is 1 s, not after the",
+        (
+            f"--captions={folder}/late.csv",
+            weights,
+            out,
+        ): f"{folder}/late.csv: gives no clip; the first: a.mp4@0.5",
         (prompts, weights): "--out is missing",
         (videos, captions, weights, out, "--frames=16"): "--frames 16 is not 4n+1; try 17.",
         (videos, captions, weights, out, "--frames=0"): "--frames 0 is not 4n+1; try 1.",

@@ -9,6 +9,13 @@ A set is a folder that `tfds.builder_from_directory(folder).as_data_source("trai
     manifest/00000.json ...                         inputs and skipped inputs of each shard, with its size
     skipped.jsonl                                   every skipped input with the reason
 
+The number behind `-of-` is that of the list with which the set began. Once that list has changed there are also
+
+    plan.json                                       which inputs lie in which file, see `set_plan.py`
+    earlier/dataset_info-00001.json ...             dataset_info.json of the set as it was before
+
+and of the files some may be part of the set no longer: dataset_info.json then says that they hold no record.
+
 A record of `latents` holds
 
     clip_id              text, source and start of the clip
@@ -201,13 +208,13 @@ def read_metadata(folder: str | os.PathLike) -> LatentsInfo | PromptsInfo:
     info_class = {"latents": LatentsInfo, "prompts": PromptsInfo}.get(metadata.get("kind"))
     if info_class is None or any(field.name not in metadata for field in fields(info_class)):
         raise UserError(f"{path}: is damaged; encode the set again.")
-    shards = -(-metadata["inputs"] // metadata["inputs_per_shard"])
-    for shard in range(shards):
-        file = Path(shard_template(folder, metadata["kind"]).sharded_filepath(shard_index=shard, num_shards=shards))
-        manifest = manifest_path(folder, shard)
+    for shard, records in enumerate(published_lengths(folder)):
+        if not records:
+            continue
+        file, manifest = shard_path(folder, metadata, shard), manifest_path(folder, shard)
         if not file.exists() or not manifest.exists():
             raise UserError(f"{file if manifest.exists() else manifest}: is missing; {again}.")
-        if file.stat().st_size != read_json(manifest)["file_bytes"]:
+        if not is_whole(file, read_json(manifest)):
             raise UserError(f"{file}: is cut short or changed; {again}.")
     values = {field.name: metadata[field.name] for field in fields(info_class)}
     if "latents_shape" in values:
@@ -216,11 +223,31 @@ def read_metadata(folder: str | os.PathLike) -> LatentsInfo | PromptsInfo:
 
 
 def set_fingerprint(folder: str | os.PathLike) -> str:
-    """Return a short text that identifies a finished set: how it was encoded, and which inputs in which order."""
-    folder, digest = local_path(folder), hashlib.sha256()
-    for path in (folder / "metadata.json", *sorted((folder / "manifest").glob("*.json"))):
-        digest.update(json.dumps(read_json(path), sort_keys=True).encode())
+    """Return a short text that identifies a finished set: how it was encoded, and which inputs in which order.
+
+    A set that was added to is another one, and so is one from which something was taken away.
+    """
+    folder = local_path(folder)
+    said = [read_json(folder / "metadata.json")]
+    for shard, records in enumerate(published_lengths(folder)):
+        path = manifest_path(folder, shard)
+        manifest = read_json(path) if records or path.exists() else {"records": 1}
+        if records == manifest["records"]:  # else the shard is part of the set no longer
+            said.append(manifest)
+    digest = hashlib.sha256()
+    for values in said:
+        digest.update(json.dumps(values, sort_keys=True).encode())
     return digest.hexdigest()[:16]
+
+
+def published_lengths(folder: Path) -> list[int]:
+    """Return how many records of each shard are part of a finished set, as dataset_info.json says."""
+    path = folder / "dataset_info.json"
+    try:
+        (split,) = json.loads(path.read_text(encoding="utf-8"))["splits"]
+        return [int(length) for length in split["shardLengths"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: cannot be opened ({_one_line(error)}); encode the set again.") from error
 
 
 def read_negative_prompt_embeds(folder: str | os.PathLike, text_len: int) -> np.ndarray:
@@ -238,11 +265,32 @@ def _array_fields(name: str, array: np.ndarray) -> dict:
     return {name: array.tobytes(), f"{name}_shape": np.asarray(array.shape, np.int32)}
 
 
-def shard_template(folder: Path, kind: str) -> tfds.core.ShardedFileTemplate:
-    """Return TFDS's naming scheme for the shards of a set."""
+def shard_template(folder: Path, metadata: Mapping, shards: int) -> tfds.core.ShardedFileTemplate:
+    """Return TFDS's naming scheme for so many shards of a set."""
+    first = _first_shards(metadata)
+    # Files keep their names while a set grows, since a training may be reading them.
+    template = f"{{DATASET}}-{{SPLIT}}.{{FILEFORMAT}}-{{SHARD_INDEX}}-of-{first:05d}" if shards != first else None
     return tfds.core.ShardedFileTemplate(
-        dataset_name=kind, data_dir=folder, split="train", filetype_suffix="array_record"
+        dataset_name=metadata["kind"],
+        data_dir=folder,
+        split="train",
+        filetype_suffix="array_record",
+        **({"template": template} if template else {}),
     )
+
+
+def shard_path(folder: Path, metadata: Mapping, shard: int) -> Path:
+    """Return where a shard of a set lies."""
+    return folder / f"{metadata['kind']}-train.array_record-{shard:05d}-of-{_first_shards(metadata):05d}"
+
+
+def is_whole(shard: Path, manifest: Mapping) -> bool:
+    """Return whether the file of a shard is there and of the size that its manifest states."""
+    return shard.exists() and shard.stat().st_size == manifest["file_bytes"]
+
+
+def _first_shards(metadata: Mapping) -> int:
+    return -(-metadata["inputs"] // metadata["inputs_per_shard"])
 
 
 def manifest_path(folder: Path, shard: int) -> Path:

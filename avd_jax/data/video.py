@@ -18,11 +18,19 @@ from avd_jax.errors import UserError
 
 BT709 = 1  # FFmpeg's number of the HDTV matrix, primaries and transfer curve
 LIMITED_RANGE = 1
+ROUNDING = 0.0015  # seconds; times in containers and lists are in milliseconds, and a length is a difference of two
 TIE = 1e-6  # seconds; keeps the choice between two equally near frames free of rounding
 
 
 def read_video(
-    path: str | os.PathLike, *, frames: int, fps: float, height: int, width: int, start: float = 0.0
+    path: str | os.PathLike,
+    *,
+    frames: int,
+    fps: float,
+    height: int,
+    width: int,
+    start: float = 0.0,
+    end: float | None = None,
 ) -> np.ndarray:
     """Read one clip, resampled in time and space.
 
@@ -37,6 +45,8 @@ def read_video(
       height: pixels.
       width: pixels.
       start: seconds after the first frame of the video.
+      end: seconds likewise. With it only the frames from `start` on and before `end` are taken, so that a scene
+        before or behind is not seen, however slow the video is.
 
     Returns:
       float32 [frames height width 3] in [-1, 1].
@@ -50,7 +60,8 @@ def read_video(
     with opened(path) as file:
         times = start + np.arange(frames) / fps
         period = 1 / (file.rate or fps)
-        for frame in _nearest(file.frames(start), times, period):
+        source = file.frames(start) if end is None else _within(file.frames(start), start, end)
+        for frame in _nearest(source, times, period):
             if frame is not last:
                 last, pixels = frame, _scaled(frame, file, height, width)
             clip[filled] = pixels
@@ -187,6 +198,17 @@ def contact_sheet(
             sheet.save(temporary, format="PNG")
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error}).") from error
+
+
+def _within(
+    decoded: Iterator[tuple[float, av.VideoFrame]], start: float, end: float
+) -> Iterator[tuple[float, av.VideoFrame]]:
+    """Yield the frames from `start` on and before `end`, both of which may be rounded."""
+    for time, frame in decoded:
+        if time > end - ROUNDING:
+            return
+        if time > start - ROUNDING:
+            yield time, frame
 
 
 def _nearest(

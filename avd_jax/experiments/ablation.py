@@ -21,7 +21,8 @@ from avd_jax import convert
 from avd_jax.convert.layouts import read_json
 from avd_jax.convert.loading import open_interpolator_of
 from avd_jax.data.atomic import write_text
-from avd_jax.data.encoding import encode_prompts, encode_shapes_world, text_encoder, video_encoder
+from avd_jax.data.encode_sets import encode_prompts, encode_shapes_world
+from avd_jax.data.encoding import text_encoder, video_encoder
 from avd_jax.data.video import read_whole_video
 from avd_jax.data.world_clips import training_prompts
 from avd_jax.errors import UserError

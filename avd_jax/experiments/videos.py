@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from avd_jax.convert.layouts import read_json
-from avd_jax.data.inputs import VIDEO_SUFFIXES, read_captions
+from avd_jax.data.captions import VIDEO_SUFFIXES, read_captions
 from avd_jax.data.records import check_text, printable
 from avd_jax.data.video import read_whole_video
 from avd_jax.errors import UserError
@@ -44,7 +44,10 @@ def videos_in(folder: Path, captions: Path | None = None) -> list[CaptionedVideo
         captions = folder / CAPTIONS_FILE
     if captions is None:
         return [CaptionedVideo(file, _recorded_prompt(file)) for file in files]
-    texts = read_captions(captions, folder)
+    rows = read_captions(captions, folder)
+    if part := next((row for row in rows if row.start is not None or row.end is not None), None):
+        raise UserError(f"{part.where}: speaks of a part of {part.name}; whole videos are measured, so cut it out")
+    texts = {row.name: row.caption for row in rows}
     missing = [name for name in texts if not (folder / name).is_file()]
     if missing:
         raise UserError(f"{captions}: names {missing[0]}, which is not in {folder}")

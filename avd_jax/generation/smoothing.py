@@ -11,8 +11,8 @@ from flax import nnx
 from avd_jax import convert
 from avd_jax.convert.networks import DEFAULT
 from avd_jax.convert.weights import load_module
+from avd_jax.data.captions import VIDEO_SUFFIXES
 from avd_jax.data.encoding import video_decoder, video_encoder
-from avd_jax.data.inputs import VIDEO_SUFFIXES
 from avd_jax.data.video import duration, frame_rate_and_size, read_video, write_video
 from avd_jax.errors import UserError
 from avd_jax.models.vae_tiles import MEMORY_GIB

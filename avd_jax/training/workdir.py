@@ -115,7 +115,7 @@ def check_inputs(before: Mapping[str, str] | None, now: Mapping[str, str], check
     if changed:
         raise UserError(
             f"{checkpoint}: the run began with other contents of {', '.join(changed)}; name a copy of those, or "
-            "another --workdir"
+            "another --workdir (docs/data.md says how to have a set back that has grown)"
         )
 
 
