@@ -18,7 +18,7 @@ EMBEDS = np.ones((2, 6))
 def write_set(folder, info, inputs, records, skipped=()):
     writer = SetWriter(folder, info, inputs, inputs_per_shard=2)
     for shard in writer.pending():
-        own = [inputs[i] for i in writer.range_of(shard)]
+        own = [inputs[i] for i in writer.to_encode(shard)]
         writer.write_shard(
             shard, [records[x] for x in own if x not in skipped], {x: "bad" for x in own if x in skipped}
         )
@@ -38,6 +38,12 @@ def test_texts_of_lists_and_sets(tmp_path):
     folder = write_set(tmp_path / "prompts", sets.PromptsInfo(**info), texts, prompts, skipped=["b/c"])
     assert [record.value for record in read_texts(folder)] == ["a", "d"]
     assert read_texts(folder)[1].where == f"{folder}:record 1"
+
+    # A set that has changed: the file of what left it is still there, and counts nothing.
+    texts = ["d", "e"]
+    prompts = {text: sets.prompts_record(text=text, prompt_embeds=EMBEDS) for text in texts}
+    write_set(folder, sets.PromptsInfo(**info), texts, prompts)
+    assert [record.value for record in read_texts(folder)] == texts
 
     shape = (1, 2, 2, 4)
     video = {"frames": 1, "height": 16, "width": 16, "fps": 8.0, "latents_shape": shape, "vae": "b"}

@@ -33,7 +33,7 @@ def write_sets(folder, clips=11, prompts=13, latents_info=LATENTS, prompts_info=
                 fps=16.0,
                 source="",
             )
-            for i in writer.range_of(shard)
+            for i in writer.to_encode(shard)
         ]
         writer.write_shard(shard, records, {})
     writer.finish("", NEGATIVE)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from avd_jax.data.latents import EncodedSet, manifest_path, read_json, read_metadata
+from avd_jax.data.latents import EncodedSet, manifest_path, published_lengths, read_json, read_metadata
 from avd_jax.data.overlap import KINDS, Overlap, overlaps
 from avd_jax.data.prompts import read_prompt_records
 from avd_jax.data.records import Record, printable
@@ -105,8 +105,8 @@ def _prompts_of(folder: Path) -> list[str]:
     The records hold a megabyte of embeddings each.
     """
     records, texts = EncodedSet(folder, "prompts"), []
-    for shard in range(len(list((folder / "manifest").glob("*.json")))):
-        manifest = read_json(manifest_path(folder, shard))
+    for shard, length in enumerate(published_lengths(folder)):
+        manifest = read_json(manifest_path(folder, shard)) if length else {"inputs": []}
         texts += [text for text in manifest["inputs"] if text not in manifest["skipped"]]
     if len(texts) == len(records) and all(records[place]["text"] == texts[place] for place in (0, -1)):
         return texts
