@@ -210,6 +210,14 @@ def test_codec_motion_is_absent_where_the_codec_tells_none(tmp_path):
     assert "codec_motion" not in analysed(other)["clips"][0]["scores"]
 
 
+@pytest.mark.parametrize("rate", [24, 25, 30])
+def test_motion_is_in_pixels_at_720_lines(tmp_path, rate):
+    """2 pixels of 144 a source frame; resampling to 16 a second makes steps of 1 and 2 of them."""
+    images = made.scene(0, 60)
+    result = analysed(made.write(tmp_path / "a.mp4", images, rate=rate), frames=29)
+    assert result["clips"][0]["scores"]["motion"]["value"] == pytest.approx(2 * 720 / 144 * rate / 16, rel=0.1)
+
+
 def test_a_broken_video_is_one_line(tmp_path):
     whole = made.write(tmp_path / "a.mp4", made.scene(0, 60)).read_bytes()
     for name, data in {

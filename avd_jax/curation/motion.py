@@ -10,9 +10,9 @@ from avd_jax.data.picture import side_data
 
 EXPORT = {"flags2": "+export_mvs"}  # option of FFmpeg's decoders: motion vectors come along as side data
 UNIT = 720  # motion is told in pixels of a picture whose shorter side has so many: the paper's smallest videos
-# Frames modulo 4 that are compared with the one before: half of the pairs, of even and odd numbers alike, since at 24
-# frames a second every other pair of a clip at 16 is twice as far apart.
-MEASURED, COMPARED = (0, 1), (3, 0)
+# Of every 7 frames, 0 and 1 are measured against the one before, which is enough for a mean. Resampling makes steps of
+# unequal length in turns (1 and 2 frames from 24 to 16 a second), of which a cycle of 7 meets all.
+CYCLE, MEASURED, COMPARED = 7, (0, 1), (6, 0)
 AROUND = (5, 5)  # pixels over which changes of luma are averaged
 PRESETS = {
     "ultrafast": cv2.DISOPTICAL_FLOW_PRESET_ULTRAFAST,
@@ -27,9 +27,8 @@ class Flow:
     def __init__(self, settings: Mapping):
         self._still = settings["still"]
         self.method = (
-            f"mean length of OpenCV's DIS flow ({settings['preset']}) between consecutive frames of the clip, of every "
-            f"second pair, at a "
-            f"shorter side of {settings['short_side']} pixels, 0 where the luma around changes by less than "
+            f"mean length of OpenCV's DIS flow ({settings['preset']}) between consecutive frames of the clip "
+            f"({len(MEASURED)} of {CYCLE} pairs) at a shorter side of {settings['short_side']} pixels, 0 where the luma around changes by less than "
             f"{self._still} of 255, in pixels at a shorter side of {UNIT}"
         )
         self._flow = cv2.DISOpticalFlow_create(PRESETS[settings["preset"]])
