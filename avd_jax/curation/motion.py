@@ -28,8 +28,8 @@ class Flow:
         self._still = settings["still"]
         self.method = (
             f"mean length of OpenCV's DIS flow ({settings['preset']}) between consecutive frames of the clip "
-            f"({len(MEASURED)} of {CYCLE} pairs) at a shorter side of {settings['short_side']} pixels, 0 where the luma around changes by less than "
-            f"{self._still} of 255, in pixels at a shorter side of {UNIT}"
+            f"({len(MEASURED)} of {CYCLE} pairs) at a shorter side of {settings['short_side']} pixels, 0 where "
+            f"the luma around changes by less than {self._still} of 255, in pixels at a shorter side of {UNIT}"
         )
         self._flow = cv2.DISOpticalFlow_create(PRESETS[settings["preset"]])
 
