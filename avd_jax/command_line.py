@@ -11,12 +11,12 @@ from ml_collections import config_flags
 from avd_jax import methods
 from avd_jax.diffusion.student import HALF_RATE_POSITIONS
 from avd_jax.errors import UserError, closest, report_user_errors
+from avd_jax.fields import Fields, check_names, describe, flags_parser
 from avd_jax.generation.settings import DTYPES, SOLVERS
 from avd_jax.models.vae_tiles import MEMORY_GIB
 from avd_jax.parallel.compiler import keep_programs
 from avd_jax.parallel.hosts import connect, leaving_at_once
 from avd_jax.paths import local_path
-from avd_jax.training.fields import Fields, check_names, describe, flags_parser
 from avd_jax.training.method import Recipe
 
 flags.disclaim_key_flags()  # a flag that a script defines through this module is the script's, so --help shows it
