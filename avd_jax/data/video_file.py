@@ -5,7 +5,7 @@ What a frame looks like is `picture.py`'s matter, and which frames make a clip `
 
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -48,11 +48,18 @@ class VideoFile:
       tags: colours as the container states them.
       pixel_aspect: width of a pixel over its height.
       rate: frames per second, or None if the file does not tell.
+      codec: FFmpeg's name of the video's codec.
     """
 
-    def __init__(self, path: str | os.PathLike):
-        """Open the file; `opened` closes it, and turns FFmpeg's errors into a UserError."""
+    def __init__(self, path: str | os.PathLike, decoder: Mapping[str, str] | None = None):
+        """Open the file; `opened` closes it, and turns FFmpeg's errors into a UserError.
+
+        Args:
+          path: the file.
+          decoder: options for FFmpeg's decoder beside those that make it strict.
+        """
         self.path = path
+        self._decoder_options = {**(decoder or {}), **STRICT}
         self._container = self._stream = None
         self._open()
         context = self._stream.codec_context
@@ -60,6 +67,7 @@ class VideoFile:
         self.pixel_aspect = float(self._stream.sample_aspect_ratio or 1)
         rate = self._stream.average_rate or self._stream.guessed_rate
         self.rate = float(rate) if rate else None
+        self.codec = self._stream.codec.canonical_name
         if self._stream.metadata.get("alpha_mode") == "1" and self._stream.codec.name in ("vp8", "vp9"):
             # Their alpha is a second video beside the first, which FFmpeg's own decoders pass over.
             raise UserError(f"{path}: has transparency, which cannot be read; put it on a background first.")
@@ -122,7 +130,7 @@ class VideoFile:
         self._container = _open(self.path)
         self._stream = self._container.streams[_shown_stream(self._container, self.path) if index is None else index]
         self._stream.thread_type = threads
-        self._stream.codec_context.options = STRICT
+        self._stream.codec_context.options = self._decoder_options
         self._moved = self._decoding = False
 
     def _origin(self) -> float | None:
@@ -249,15 +257,15 @@ class VideoFile:
 
 
 @contextmanager
-def opened(path: str | os.PathLike) -> Iterator[VideoFile]:
-    """Open a video file for as long as the context lasts.
+def opened(path: str | os.PathLike, decoder: Mapping[str, str] | None = None) -> Iterator[VideoFile]:
+    """Open a video file for as long as the context lasts; arguments as `VideoFile`'s.
 
     Raises:
       UserError: the file is missing, not a video, damaged, or what reading it raises.
     """
     file = None
     try:
-        file = VideoFile(path)
+        file = VideoFile(path, decoder)
         yield file
     except (av.FFmpegError, OSError) as error:
         raise UserError(f"{path}: cannot be read as a video ({error.strerror or error}).") from error

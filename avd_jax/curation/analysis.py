@@ -1,0 +1,117 @@
+"""Everything that is measured of a video, in one pass over its frames and in bounded memory.
+
+No framework is imported here: it runs in worker processes.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import cv2
+
+from avd_jax.curation.clips import ClipCutter
+from avd_jax.curation.cuts import CutFinder
+from avd_jax.curation.measures import ClipMeasures, Tools
+from avd_jax.curation.motion import EXPORT
+from avd_jax.curation.pictures import Picture
+from avd_jax.data.picture import display_matrix, is_on_its_side
+from avd_jax.data.video_file import VideoFile, opened
+from avd_jax.errors import UserError
+
+DEFAULTS = {
+    "frames": 81,  # of a clip, as the model takes them
+    "fps": 16.0,  # frames per second of a clip; videos are resampled as when they are encoded
+    "clips_per_scene": 0,  # most clips of one scene, evenly spread; 0: as many as fit back to back
+    "cuts": {
+        "short_side": 72,  # pixels of the pictures that are compared
+        "adaptive_threshold": 3.0,  # a cut changes so many times as much as the frames around it; PySceneDetect's
+        "min_content_val": 15.0,  # and at least so much, of 255; PySceneDetect's
+        "window_width": 2,  # frames on either side; PySceneDetect's
+        "min_scene_frames": 1,  # PySceneDetect's 15 hides a second cut close behind the first
+        "quiet_chroma": 4,  # levels of chroma below which a pixel counts as grey, whose hue is noise
+        "trim_seconds": 0.0,  # left out on both sides of a cut
+        "gradual": {
+            "step": 0.1,  # seconds between the pictures that are compared
+            "spans": (0.2, 0.5, 1.0, 1.5),  # seconds between the middle of a transition and the pictures around it
+            "change": 12.0,  # levels by which these differ at least
+            "residual": 0.1,  # most by which the middle one is off their mean, as a share of their difference
+            "resemblance": 0.6,  # most correlation between them; the same scene in another light has more
+        },
+    },
+    "looks": {
+        # Counted from 0: of 81 frames these are every 20th, and the next, 81, is none. Scaled for other lengths.
+        "at": (1, 21, 41, 61),
+        "of": 81,
+    },
+    "colour": {
+        "short_side": 120,  # pixels
+        "bins": 36,  # of hue
+        "base": 2.718281828459045,  # of the logarithm
+        "floor": 12,  # levels of chroma (max - min of R'G'B') that count as grey
+        "grey": 1.0,  # mean chroma above the floor that a picture needs to be called colourful
+    },
+    "sharpness": {"short_side": 480},  # pixels; the paper resizes to 480p
+    "motion": {
+        "short_side": 144,  # pixels at which flow is computed; it is told in pixels at 480
+        "preset": "ultrafast",  # of OpenCV's DIS flow: ultrafast, fast or medium
+    },
+    "codec_motion": True,
+    "hash": {"pictures": 8},  # evenly spread over the clip, the first and the last among them
+}
+
+
+def analyse(path: Path, settings: Mapping) -> dict:
+    """Cut one video into clips and score them.
+
+    Args:
+      path: a video file.
+      settings: as DEFAULTS.
+
+    Returns:
+      A dict that JSON can say: `error` (None, or one line: why the video cannot be used, and then nothing else counts),
+      `video` (width and height as shown, fps, seconds, codec), `cuts` and `cuts_method`, `scenes` ([begin, end] in
+      seconds), and `clips`: `start`, `end` (seconds), `frames`, `fps`, `too_short` (a scene without room for a clip;
+      start and end are the scene's) and `scores`, by name: `value`, `method`, `size` and more.
+    """
+    cv2.setNumThreads(1)  # the runner has a process a core
+    tools = Tools(settings)
+    result = {"error": None, "video": None, "cuts": [], "scenes": [], "clips": []}
+    result["cuts_method"] = CutFinder.method(settings["cuts"])
+    try:
+        with opened(path, EXPORT if settings["codec_motion"] else None) as file:
+            result |= _analysed(file, settings, tools)
+    except UserError as error:
+        result["error"] = str(error)
+    except Exception as error:  # whatever a broken file provokes, the other videos go on
+        result["error"] = " ".join(f"{path}: cannot be analysed ({type(error).__name__}: {error})".split())
+    return result
+
+
+def _analysed(file: VideoFile, settings: Mapping, tools: Tools) -> dict:
+    pictures = _pictures(file)
+    first = next(pictures, None)
+    if first is None:
+        raise UserError(f"{file.path}: has no frames.")
+    frame = first.frame
+    # In square pixels, but not turned yet.
+    shape = (max(1, round(frame.width * file.pixel_aspect)), frame.height)
+    rate = file.rate or settings["fps"]
+    finder = CutFinder(settings["cuts"], shape, rate)
+    cutter = ClipCutter(settings, lambda: ClipMeasures(tools, file, shape))
+    for step in finder.steps(_chained(first, pictures)):
+        cutter.add(step)
+        last = step.picture.time
+    seconds = last + 1 / rate
+    cutter.finish(seconds)
+    width, height = reversed(shape) if is_on_its_side(display_matrix(frame)) else shape
+    video = {"width": width, "height": height, "fps": file.rate, "seconds": round(seconds, 6), "codec": file.codec}
+    return {"video": video, "cuts": finder.cuts, "scenes": cutter.scenes, "clips": cutter.clips}
+
+
+def _pictures(file: VideoFile) -> Iterator[Picture]:
+    for index, (time, frame) in enumerate(file.frames()):
+        yield Picture(index, time, frame)
+
+
+def _chained(first: Picture, rest: Iterator[Picture]) -> Iterator[Picture]:
+    yield first
+    yield from rest

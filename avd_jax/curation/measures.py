@@ -1,0 +1,110 @@
+"""The scores of one clip, collected while its pictures pass by."""
+
+from collections.abc import Mapping
+
+import cv2
+import numpy as np
+
+from avd_jax.curation.hashes import METHOD as HASH_METHOD
+from avd_jax.curation.hashes import SIDE, perceptual_hash
+from avd_jax.curation.looks import colour_method, hue_entropy, laplacian_variance, sharpness_method
+from avd_jax.curation.motion import CODEC_METHOD, Flow, codec_motion
+from avd_jax.curation.pictures import Picture, small_size
+from avd_jax.data.picture import shown
+from avd_jax.data.video_file import VideoFile
+
+
+class Tools:
+    """What all clips share: settings, the flow algorithm, and which frames of a clip are looked at."""
+
+    def __init__(self, settings: Mapping):
+        self.settings = settings
+        self.flow = Flow(settings["motion"])
+        last, looks, count = settings["frames"] - 1, settings["looks"], settings["hash"]["pictures"]
+        self.looked_at = {round(at * last / (looks["of"] - 1)) for at in looks["at"]}
+        self.hashed = np.rint(np.linspace(0, last, count)).astype(int).tolist()
+
+
+class ClipMeasures:
+    """Takes the frames of one clip in order, and all pictures between them."""
+
+    def __init__(self, tools: Tools, file: VideoFile, shape: tuple[int, int]):
+        """Begin a clip of a file whose pictures have this (width, height) in square pixels."""
+        self._tools, self._file, self._shape = tools, file, shape
+        self._flow_size = small_size(*shape, tools.settings["motion"]["short_side"])
+        self._before = self._grey = None
+        self._entropies: dict[int, float] = {}
+        self._sharpness: dict[int, float] = {}
+        self._sizes: dict[str, list[int]] = {}
+        self._flow: list[float] = []
+        self._codec: list[float] = []
+        self._hashes: list[str] = []
+
+    def frame(self, number: int, picture: Picture) -> None:
+        """Take frame `number` of the clip."""
+        if picture is self._before:
+            self._flow.append(0.0)  # the same picture again
+        else:
+            grey = picture.grey(self._flow_size)
+            if self._grey is not None:
+                self._flow.append(self._tools.flow.between(self._grey, grey))
+            self._before, self._grey = picture, grey
+        if number in self._tools.looked_at:
+            self._look(number, picture)
+        if repeats := self._tools.hashed.count(number):
+            small = cv2.resize(self._grey, (SIDE, SIDE), interpolation=cv2.INTER_AREA)
+            self._hashes += [perceptual_hash(small)] * repeats
+
+    def passing(self, picture: Picture) -> None:
+        """Take a picture of the video that passes by while the clip lasts, whether or not it is a frame of the clip."""
+        if self._tools.settings["codec_motion"]:
+            found = codec_motion(picture.frame)
+            if found is not None:
+                self._codec.append(found)
+
+    def scores(self) -> dict:
+        """Return the scores: name -> value, method, size [width, height] of the picture measured, and details."""
+        settings = self._tools.settings
+        scores = {
+            "colour": {
+                "value": min(self._entropies.values()),
+                "method": colour_method(settings["colour"]),
+                "size": self._sizes["colour"],
+                "frames": sorted(self._entropies),
+                "values": [self._entropies[number] for number in sorted(self._entropies)],
+            },
+            "sharpness": {
+                "value": min(self._sharpness.values()),
+                "method": sharpness_method(settings["sharpness"]),
+                "size": self._sizes["sharpness"],
+                "frames": sorted(self._sharpness),
+                "values": [self._sharpness[number] for number in sorted(self._sharpness)],
+            },
+            "hash": {"value": self._hashes, "method": HASH_METHOD, "size": [SIDE, SIDE]},
+        }
+        if self._flow:
+            value = float(np.mean(self._flow))
+            scores["motion"] = {"value": value, "method": self._tools.flow.method, "size": list(self._flow_size)}
+        if self._codec:
+            value = float(np.mean(self._codec))
+            scores["codec_motion"] = {"value": value, "method": CODEC_METHOD, "size": list(self._shape)}
+            scores["codec_motion"]["pictures"] = len(self._codec)
+        return scores
+
+    def _look(self, number: int, picture: Picture) -> None:
+        """Measure colour and sharpness on the picture as the encoder will see it."""
+        settings = self._tools.settings
+        pixels = shown(picture.frame, self._file.tags, self._file.path)
+        on_its_side = (pixels.shape[1] > pixels.shape[0]) != (self._shape[0] > self._shape[1])
+        shape = self._shape[::-1] if on_its_side else self._shape
+        for name, measure in (("sharpness", self._measure_sharpness), ("colour", self._measure_colour)):
+            size = small_size(*shape, min(settings[name]["short_side"], min(shape)))
+            pixels = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
+            self._sizes[name] = list(size)
+            measure(number, pixels)
+
+    def _measure_sharpness(self, number: int, pixels: np.ndarray) -> None:
+        self._sharpness[number] = laplacian_variance(pixels)
+
+    def _measure_colour(self, number: int, pixels: np.ndarray) -> None:
+        self._entropies[number] = hue_entropy(pixels, self._tools.settings["colour"])

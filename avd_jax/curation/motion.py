@@ -1,0 +1,55 @@
+"""How much a clip moves: optical flow between its frames, and the motion that the codec itself has found."""
+
+from collections.abc import Mapping
+
+import av
+import cv2
+import numpy as np
+
+EXPORT = {"flags2": "+export_mvs"}  # option of FFmpeg's decoders: motion vectors come along as side data
+UNIT = 480  # flow is told in pixels of a picture whose shorter side has so many
+PRESETS = {
+    "ultrafast": cv2.DISOPTICAL_FLOW_PRESET_ULTRAFAST,
+    "fast": cv2.DISOPTICAL_FLOW_PRESET_FAST,
+    "medium": cv2.DISOPTICAL_FLOW_PRESET_MEDIUM,
+}
+
+
+class Flow:
+    """Mean length of the optical flow between two pictures (Kroeger et al. 2016, dense inverse search)."""
+
+    def __init__(self, settings: Mapping):
+        self.method = (
+            f"mean length of OpenCV's DIS flow ({settings['preset']}) between consecutive frames of the clip, at a "
+            f"shorter side of {settings['short_side']} pixels, in pixels at a shorter side of {UNIT}"
+        )
+        self._flow = cv2.DISOpticalFlow_create(PRESETS[settings["preset"]])
+
+    def between(self, before: np.ndarray, after: np.ndarray) -> float:
+        """Return the mean flow between two pictures uint8 [height width], in pixels at a shorter side of 480."""
+        flow = self._flow.calc(before, after, None)
+        return float(cv2.magnitude(flow[..., 0], flow[..., 1]).mean()) * UNIT / min(before.shape)
+
+
+CODEC_METHOD = (
+    "mean length of the codec's motion vectors, each for the area of its block, over the pictures that have any, in "
+    f"pixels at a shorter side of {UNIT}"
+)
+
+
+def codec_motion(frame: av.VideoFrame) -> float | None:
+    """Return the mean motion of a picture's blocks in pixels at a shorter side of 480; None if the codec tells none."""
+    try:
+        found = frame.side_data.get("MOTION_VECTORS")
+    except ValueError:  # a kind of side data that PyAV does not know hides the others
+        found = None
+    if found is None:
+        return None
+    vectors = found.to_ndarray()
+    across = vectors["dst_x"].astype(np.float32) - vectors["src_x"]
+    down = vectors["dst_y"].astype(np.float32) - vectors["src_y"]
+    area = vectors["w"].astype(np.float32) * vectors["h"]
+    total = float(area.sum())
+    if not total:
+        return None
+    return float(np.hypot(across, down) @ area) / total * UNIT / min(frame.width, frame.height)
