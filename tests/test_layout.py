@@ -24,6 +24,7 @@ ALLOWED = {
     "parallel": {"shapes"},
     "capacity": {"shapes", "models", "parallel"},
     "data": {"models", "parallel"},
+    "curation": {"fields", "models", "convert", "data"},
     "evaluation": {"shapes", "data"},
     "generation": {"shapes", "models", "diffusion", "convert", "parallel", "data"},
     "training": {"fields", "models", "parallel", "capacity", "data"},
