@@ -9,7 +9,8 @@ import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from avd_jax.curation.pipeline import ANALYSE, Job, keep
+from avd_jax.curation import pipeline as curation
+from avd_jax.curation.pipeline import Job, keep
 from avd_jax.curation.runner import call
 from avd_jax.curation.store import Store
 from avd_jax.curation.worker import Worker
@@ -27,15 +28,15 @@ except ImportError as error:
 class Analyse(beam.DoFn):
     """Analyses a video in a process of its own, as the pool does, so that no video stops the pipeline."""
 
-    def __init__(self, folder: str, settings: dict, *, seconds: float, memory_gib: float):
-        """Take what is the same for all videos; the folder is that of the store."""
-        self._store, self._settings = Store(folder), settings
+    def __init__(self, function: str, folder: str, settings: dict, *, seconds: float, memory_gib: float):
+        """Take what is the same for all videos; the folder is that of the store, the rest as for `run_pool`."""
+        self._function, self._store, self._settings = function, Store(folder), settings
         self._limits = {"seconds": seconds, "memory_gib": memory_gib}
         self._worker: Worker | None = None
 
     def setup(self) -> None:
         """Begin; called once a worker."""
-        self._worker = Worker(ANALYSE, **self._limits)
+        self._worker = Worker(self._function, **self._limits)
 
     def process(self, job: Job):
         """Analyse one video and keep the result."""
@@ -66,14 +67,16 @@ def beam_runner(config, workers: int, arguments: str) -> Callable[[Sequence[Job]
     if not any(argument.startswith("--runner") for argument in given):
         given = [
             *("--runner=DirectRunner", "--direct_running_mode=multi_processing", f"--direct_num_workers={workers}"),
+            "--default_sdk_harness_log_level=ERROR",
             *given,
         ]
     settings, limits = config.analysis.to_dict(), config.limits.to_dict()
 
     def run(jobs: Sequence[Job], store: Store) -> None:
         folder = str(Path(store.folder).absolute())
+        analyse = beam.ParDo(Analyse(curation.ANALYSE, folder, settings, **limits))
         with _told(), beam.Pipeline(options=PipelineOptions(given)) as pipeline:
-            _ = pipeline | beam.Create(list(jobs)) | beam.Reshuffle() | beam.ParDo(Analyse(folder, settings, **limits))
+            _ = pipeline | beam.Create(list(jobs)) | beam.Reshuffle() | analyse
 
     return run
 
@@ -85,6 +88,4 @@ def _told():
         yield
     except (RuntimeError, ValueError, OSError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        raise UserError(
-            f"--runner beam: {lines[-1]}; what is finished is kept, and the same command continues"
-        ) from error
+        raise UserError(f"--runner beam: {lines[-1]}; what is finished is kept, the same command continues") from error
