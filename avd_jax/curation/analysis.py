@@ -41,15 +41,16 @@ DEFAULTS = {
         # Counted from 0: of 81 frames these are every 20th, and the next, 81, is none. Scaled for other lengths.
         "at": (1, 21, 41, 61),
         "of": 81,
+        "light": 2.5,  # dark pictures are made brighter, by so much at most
     },
     "colour": {
-        "short_side": 120,  # pixels
-        "bins": 36,  # of hue
+        "short_side": 24,  # pixels; so small, the noise of grey pixels averages out
+        "bins": 30,  # of hue
         "base": 2.718281828459045,  # of the logarithm
-        "floor": 12,  # levels of chroma (max - min of R'G'B') that count as grey
-        "grey": 1.0,  # mean chroma above the floor that a picture needs to be called colourful
+        "floor": 3,  # levels of chroma (max - min of R'G'B') that count as grey
+        "grey": 1.0,  # mean chroma above the floor that makes a picture half colourful
     },
-    "sharpness": {"short_side": 480},  # pixels; the paper resizes to 480p
+    "sharpness": {"short_side": 240},  # pixels
     "motion": {
         "short_side": 144,  # pixels at which flow is computed; it is told in pixels at 480
         "preset": "ultrafast",  # of OpenCV's DIS flow: ultrafast, fast or medium

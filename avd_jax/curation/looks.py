@@ -5,23 +5,31 @@ from collections.abc import Mapping
 import cv2
 import numpy as np
 
+BRIGHTEST = 99.0  # percentile of the pixels that is white once the light is evened out
 BAR = 24  # a border that is nowhere brighter is a black bar
+EDGE = 2  # lines next to a bar whose Laplacian sees it
+
+
+def in_even_light(picture: np.ndarray, most: float) -> np.ndarray:
+    """Return the picture as bright as it can be, by a factor of at most `most`: in the dark, nothing is colourful."""
+    brightest = float(np.percentile(picture.max(-1), BRIGHTEST))
+    gain = min(max(255 / max(brightest, 1.0), 1.0), most)
+    return cv2.convertScaleAbs(picture, alpha=gain)
 
 
 def hue_entropy(picture: np.ndarray, settings: Mapping) -> float:
     """Return the entropy of the histogram of HSV hues, each pixel counting for the chroma that it has above `floor`.
 
     A grey pixel has no hue; what noise gives it must not count. `grey` is a mean weight that joins the fullest bin, so
-    that the entropy of a picture goes to 0 with its colours.
+    that the entropy of a picture goes to 0 with its colours. Bins are laid out twice, half a bin apart, and the lesser
+    entropy counts: one hue that stands on a border is not two.
     """
-    hue = cv2.cvtColor(picture, cv2.COLOR_RGB2HSV_FULL)[..., 0]
-    chroma = picture.max(-1).astype(np.int32) - picture.min(-1)
+    bins = settings["bins"]
+    hue = cv2.cvtColor(picture, cv2.COLOR_RGB2HSV_FULL)[..., 0].astype(np.int32).ravel() * (2 * bins) // 256
+    chroma = (picture.max(-1).astype(np.int32) - picture.min(-1)).ravel()
     weights = np.maximum(chroma - settings["floor"], 0)
-    bins = hue.astype(np.int32) * settings["bins"] // 256
-    counts = np.bincount(bins.ravel(), weights.ravel(), settings["bins"]) / hue.size
-    counts[counts.argmax()] += settings["grey"]
-    shares = counts[counts > 0] / counts.sum()
-    return float(-(shares * np.log(shares)).sum() / np.log(settings["base"])) + 0.0
+    layouts = [np.bincount((hue + shift) // 2 % bins, weights, bins) / hue.size for shift in (0, 1)]
+    return min(_entropy(counts, settings) for counts in layouts)
 
 
 def laplacian_variance(picture: np.ndarray) -> float:
@@ -34,25 +42,35 @@ def laplacian_variance(picture: np.ndarray) -> float:
     return float(laplacian.var())
 
 
-def _inside(lit: np.ndarray, size: int) -> slice:
-    """Return the lit lines without the edge to a bar."""
-    first, last = int(lit[0]), int(lit[-1]) + 1
-    first, last = first + 2 * (first > 0), last - 2 * (last < size)
-    return slice(first, last) if first < last else slice(0, size)
-
-
-def colour_method(settings: Mapping) -> str:
+def colour_method(settings: Mapping, light: float) -> str:
     """Say how `hue_entropy` measures."""
     return (
-        f"least entropy (logarithm to base {settings['base']:.6g}) of a histogram of {settings['bins']} HSV hues, "
-        f"weighted by the chroma above {settings['floor']} of 255, with "
-        f"{settings['grey']} of it added to the fullest bin"
+        f"least entropy (logarithm to base {settings['base']:.6g}) of a histogram of {settings['bins']} HSV hues, laid "
+        f"out twice, weighted by the chroma above {settings['floor']} of 255, with {settings['grey']} of it added to "
+        f"the fullest bin, at a shorter side of {settings['short_side']} pixels; {_light_method(light)}"
     )
 
 
-def sharpness_method(settings: Mapping) -> str:
+def sharpness_method(settings: Mapping, light: float) -> str:
     """Say how `laplacian_variance` measures."""
     return (
         f"least variance of the 3x3 Laplacian of 8-bit luma at a shorter side of {settings['short_side']} pixels (or "
-        "its own, if that is less), without black bars"
+        f"its own, if that is less), without black bars; {_light_method(light)}"
     )
+
+
+def _light_method(most: float) -> str:
+    return f"the {BRIGHTEST:g}th percentile made white, by a factor of at most {most:g}"
+
+
+def _entropy(counts: np.ndarray, settings: Mapping) -> float:
+    counts[counts.argmax()] += settings["grey"]
+    shares = counts[counts > 0] / counts.sum()
+    return abs(float((shares * np.log(shares)).sum() / np.log(settings["base"])))
+
+
+def _inside(lit: np.ndarray, size: int) -> slice:
+    """Return the lit lines without the edge to a bar."""
+    first, last = int(lit[0]), int(lit[-1]) + 1
+    first, last = first + EDGE * (first > 0), last - EDGE * (last < size)
+    return slice(first, last) if first < last else slice(0, size)

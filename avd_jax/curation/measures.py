@@ -7,10 +7,16 @@ import numpy as np
 
 from avd_jax.curation.hashes import METHOD as HASH_METHOD
 from avd_jax.curation.hashes import SIDE, perceptual_hash
-from avd_jax.curation.looks import colour_method, hue_entropy, laplacian_variance, sharpness_method
+from avd_jax.curation.looks import (
+    colour_method,
+    hue_entropy,
+    in_even_light,
+    laplacian_variance,
+    sharpness_method,
+)
 from avd_jax.curation.motion import CODEC_METHOD, Flow, codec_motion
 from avd_jax.curation.pictures import Picture, small_size
-from avd_jax.data.picture import shown
+from avd_jax.data.picture import display_matrix, is_on_its_side, shown
 from avd_jax.data.video_file import VideoFile
 
 
@@ -65,17 +71,18 @@ class ClipMeasures:
     def scores(self) -> dict:
         """Return the scores: name -> value, method, size [width, height] of the picture measured, and details."""
         settings = self._tools.settings
+        light = settings["looks"]["light"]
         scores = {
             "colour": {
                 "value": min(self._entropies.values()),
-                "method": colour_method(settings["colour"]),
+                "method": colour_method(settings["colour"], light),
                 "size": self._sizes["colour"],
                 "frames": sorted(self._entropies),
                 "values": [self._entropies[number] for number in sorted(self._entropies)],
             },
             "sharpness": {
                 "value": min(self._sharpness.values()),
-                "method": sharpness_method(settings["sharpness"]),
+                "method": sharpness_method(settings["sharpness"], light),
                 "size": self._sizes["sharpness"],
                 "frames": sorted(self._sharpness),
                 "values": [self._sharpness[number] for number in sorted(self._sharpness)],
@@ -95,16 +102,15 @@ class ClipMeasures:
         """Measure colour and sharpness on the picture as the encoder will see it."""
         settings = self._tools.settings
         pixels = shown(picture.frame, self._file.tags, self._file.path)
-        on_its_side = (pixels.shape[1] > pixels.shape[0]) != (self._shape[0] > self._shape[1])
+        # `shown` has turned it the right way up.
+        on_its_side = is_on_its_side(display_matrix(picture.frame))
         shape = self._shape[::-1] if on_its_side else self._shape
-        for name, measure in (("sharpness", self._measure_sharpness), ("colour", self._measure_colour)):
-            size = small_size(*shape, min(settings[name]["short_side"], min(shape)))
-            pixels = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
-            self._sizes[name] = list(size)
-            measure(number, pixels)
-
-    def _measure_sharpness(self, number: int, pixels: np.ndarray) -> None:
+        pixels = self._shrunk("sharpness", pixels, shape)
+        pixels = in_even_light(pixels, settings["looks"]["light"])
         self._sharpness[number] = laplacian_variance(pixels)
+        self._entropies[number] = hue_entropy(self._shrunk("colour", pixels, shape), settings["colour"])
 
-    def _measure_colour(self, number: int, pixels: np.ndarray) -> None:
-        self._entropies[number] = hue_entropy(pixels, self._tools.settings["colour"])
+    def _shrunk(self, name: str, pixels: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+        size = small_size(*shape, min(self._tools.settings[name]["short_side"], *shape))
+        self._sizes[name] = list(size)
+        return cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
