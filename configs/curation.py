@@ -30,7 +30,7 @@ def get_config():
     config.select.motion = 0.2
     config.select.temporal_consistency = 0.5  # the best half of those left; 1 keeps all
     config.select.aesthetics = 0.5  # the best half of these
-    config.select.duplicate_bits = 6.0  # of 64, mean over 8 frames; copies in another encoding differ in 0 to 3
+    config.select.duplicate_bits = 8.0  # of 64, mean over 8 frames; copies in another encoding differ in 0 to 4
     config.select.duplicate_cosine = 0.95  # between CLIP embeddings, if there are some
 
     # Folder with CLIP, DINO and the aesthetic head. Empty: temporal_consistency and aesthetics are skipped.

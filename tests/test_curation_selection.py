@@ -92,9 +92,9 @@ def test_of_copies_the_largest_and_sharpest_stays():
 
 
 def test_bits_that_differ_count_in_the_mean_of_the_frames():
-    rows = [row("a", hashes=curation_cases.random_hashes(1)), row("b", hashes=curation_cases.random_hashes(1, 6))]
+    rows = [row("a", hashes=curation_cases.random_hashes(1)), row("b", hashes=curation_cases.random_hashes(1, 8))]
     assert len(rejected("duplicate", rows)) == 1
-    rows[1] = row("b", hashes=curation_cases.random_hashes(1, flipped=7))
+    rows[1] = row("b", hashes=curation_cases.random_hashes(1, flipped=9))
     assert rejected("duplicate", rows) == set()
 
 

@@ -73,7 +73,7 @@ FIELDS: Fields = {
     "select.codec_motion": Field(0.0, "least mean of the codec's motion vectors; 0: not asked", not_negative),
     "select.temporal_consistency": Field(0.5, "share of the clips left that stays, the most consistent", _kept_share),
     "select.aesthetics": Field(0.5, "share of the clips left that stays, the most beautiful", _kept_share),
-    "select.duplicate_bits": Field(6.0, "most bits of 64 that differ between copies, mean over their frames", _bits),
+    "select.duplicate_bits": Field(8.0, "most bits of 64 that differ between copies, mean over their frames", _bits),
     "select.duplicate_cosine": Field(0.95, "two clips with more, between their CLIP embeddings, are copies", _cosine),
     "features.weights": Field("", "folder with CLIP, DINO and the aesthetic head; empty: these are skipped", local),
     "features.all": Field(False, "score clips too that an earlier stage rejects; dear, and for looking only"),
