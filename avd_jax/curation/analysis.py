@@ -31,10 +31,12 @@ DEFAULTS = {
         "trim_seconds": 0.0,  # left out on both sides of a cut
         "gradual": {
             "step": 0.1,  # seconds between the pictures that are compared
-            "spans": (0.2, 0.5, 1.0, 1.5),  # seconds between the middle of a transition and the pictures around it
-            "change": 12.0,  # levels by which these differ at least
-            "residual": 0.1,  # most by which the middle one is off their mean, as a share of their difference
-            "resemblance": 0.6,  # most correlation between them; the same scene in another light has more
+            "spans": (0.2, 0.3, 0.5, 0.8, 1.2),  # seconds from the middle of a transition to the pictures around it
+            "change": 6.0,  # levels by which these differ at least, without their means
+            "residual": 0.25,  # most by which the middle one is off their mean, as a share of their difference
+            "resemblance": 0.5,  # most correlation between them
+            "contrast": 1.08,  # most contrast of the middle one, relative to their mean's; what moves has 1.15
+            "plain": 3.0,  # levels of contrast below which a picture shows nothing: the end of a fade
         },
     },
     "looks": {
@@ -52,7 +54,8 @@ DEFAULTS = {
     },
     "sharpness": {"short_side": 240},  # pixels
     "motion": {
-        "short_side": 144,  # pixels at which flow is computed; it is told in pixels at 480
+        "short_side": 144,  # pixels at which flow is computed; it is told in pixels at 720
+        "still": 1.0,  # levels; where a picture changes by less, it is noise and counts as unmoved
         "preset": "ultrafast",  # of OpenCV's DIS flow: ultrafast, fast or medium
     },
     "codec_motion": True,
@@ -105,7 +108,7 @@ def _analysed(file: VideoFile, settings: Mapping, tools: Tools) -> dict:
     cutter.finish(seconds)
     width, height = reversed(shape) if is_on_its_side(display_matrix(frame)) else shape
     video = {"width": width, "height": height, "fps": file.rate, "seconds": round(seconds, 6), "codec": file.codec}
-    return {"video": video, "cuts": finder.cuts, "scenes": cutter.scenes, "clips": cutter.clips}
+    return {"video": video, "cuts": finder.cuts, "scenes": cutter.scenes, "clips": cutter.rows()}
 
 
 def _pictures(file: VideoFile) -> Iterator[Picture]:

@@ -1,15 +1,15 @@
-"""Clips of a scene: which pictures each is made of, and its scores, collected while the pictures pass by once."""
+"""Clips of the scenes: which pictures each is made of, and its scores, collected while the pictures pass by once."""
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from avd_jax.curation.cuts import Step
+from avd_jax.curation.measures import ClipMeasures
 from avd_jax.curation.pictures import Picture
 from avd_jax.data.video import TIE
-
-MILLISECOND = 1e-3
 
 
 class Clip:
@@ -20,77 +20,99 @@ class Clip:
       times: of its frames, in seconds.
       filled: how many of its frames are known.
       last: time of the latest picture that it uses.
+      measures: its scores, so far.
     """
 
-    def __init__(self, start: float, frames: int, fps: float, measure):
+    def __init__(self, start: float, frames: int, fps: float, measures: ClipMeasures):
         self.start, self.times = start, (start + np.arange(frames) / fps).tolist()
-        self.filled, self.last = 0, start
-        self.measure = measure
+        self.filled, self.last, self.measures = 0, start, measures
 
     def fill(self, picture: Picture) -> None:
         """Take the picture as the next frame."""
-        self.measure.frame(self.filled, picture)
+        self.measures.frame(self.filled, picture)
         self.filled, self.last = self.filled + 1, picture.time
 
-    @property
-    def is_full(self) -> bool:
-        """Whether all its frames are known."""
-        return self.filled == len(self.times)
+
+@dataclass
+class Scene:
+    """From one cut to the next; `margin` is what the clips keep away from its end, all in seconds."""
+
+    begin: float
+    end: float = math.inf
+    margin: float = 0.0
+    clips: list[Clip] = field(default_factory=list)
 
 
 class ClipCutter:
     """Lays clips back to back into each scene.
 
-    Frame i of a clip is the picture nearest to `start + i / fps`, as `data.video.read_video` has it, and a clip is only
-    kept if all these lie in its scene.
-
-    Attributes:
-      scenes: (begin, end) in seconds.
-      clips: rows of the clips, without what was dropped.
+    Frame i of a clip is the picture nearest to `start + i / fps`, as `data.video.read_video` has it. A clip is kept if
+    it lasts no longer than its scene and all its pictures lie in there.
     """
 
-    def __init__(self, settings: Mapping, measures: Callable[[], object]):
+    def __init__(self, settings: Mapping, measures: Callable[[], ClipMeasures]):
+        """Begin a video.
+
+        Args:
+          settings: as `analysis.DEFAULTS`.
+          measures: makes the measures of a new clip.
+        """
         self._frames, self._fps = settings["frames"], settings["fps"]
+        self._length = self._frames / self._fps
         self._most, self._trim = settings["clips_per_scene"], settings["cuts"]["trim_seconds"]
         self._measures = measures
-        self.scenes: list[list[float]] = []
-        self.clips: list[dict] = []
-        self._begin: float | None = None  # of the scene; None between two
-        self._done: list[Clip] = []
+        self._scenes: list[Scene] = []
+        self._scene: Scene | None = None
         self._clip: Clip | None = None
-        self._before: Picture | None = None
-        self._from = 0.0  # when the next clip may begin
+        self._before: Picture | None = None  # in this scene
+        self._from = 0.0  # seconds, when the next clip may begin
 
     def add(self, step: Step) -> None:
         """Take the next picture."""
         picture = step.picture
         if step.gradual is not None:
-            # The transition is behind us only now, so the next scene begins here.
-            self._close(step.gradual[0])
+            self._end_before(step.gradual[0])
         elif step.cut:
             self._fill(picture, inside=False)
-            self._close(picture.time)
-        if self._begin is None:
-            trim = self._trim if self.scenes or step.gradual is not None else 0.0
-            self._begin, self._from, self._before = picture.time, picture.time + trim, None
+            self._end(picture.time, self._trim)
+        if self._scene is None:
+            self._scene = Scene(picture.time)
+            # The first picture of a video is no cut.
+            self._from = picture.time + (self._trim if picture.index else 0.0)
         self._fill(picture, inside=True)
         if self._clip is not None:
-            self._clip.measure.passing(picture)
+            self._clip.measures.passing(picture)
         self._before = picture
 
     def finish(self, end: float) -> None:
         """End the last scene with the video, at `end` seconds."""
         self._fill(None, inside=False, end=end)
-        self._close(end, trimmed=False)
+        self._end(end, 0.0)
+
+    @property
+    def scenes(self) -> list[list[float]]:
+        """The scenes as [begin, end] in seconds."""
+        return [[round(scene.begin, 6), round(scene.end, 6)] for scene in self._scenes]
+
+    def rows(self) -> list[dict]:
+        """Return a row for each clip, and for each scene that has none."""
+        rows = []
+        for scene in self._scenes:
+            fitting = [clip for clip in scene.clips if self._fits(clip, scene)]
+            if self._most and len(fitting) > self._most:
+                fitting = [fitting[i] for i in np.rint(np.linspace(0, len(fitting) - 1, self._most)).astype(int)]
+            for clip in fitting:
+                end = min(clip.start + self._length, scene.end)
+                rows.append(self._row(clip.start, end, clip.measures.scores(), too_short=False))
+            if not fitting:
+                rows.append(self._row(scene.begin, scene.end, {}, too_short=True))
+        return rows
 
     def _fill(self, picture: Picture | None, *, inside: bool, end: float = math.inf) -> None:
         """Settle the frames that this picture decides: it is the first behind them, or there is none (at `end`)."""
-        if self._begin is None:
-            return
-        while True:
+        while self._scene is not None:
             if self._clip is None:
-                start = math.ceil(round(self._from / MILLISECOND, 3)) * MILLISECOND
-                self._clip = Clip(round(start, 3), self._frames, self._fps, self._measures())
+                self._clip = Clip(_up(self._from), self._frames, self._fps, self._measures())
             clip, before = self._clip, self._before
             target = clip.times[clip.filled]
             if picture is None:
@@ -105,30 +127,38 @@ class ClipCutter:
                 clip.fill(picture)
             else:
                 return
-            if clip.is_full:
-                self._done.append(clip)
-                self._from, self._clip = clip.start + self._frames / self._fps, None
+            if clip.filled == self._frames:
+                self._scene.clips.append(clip)
+                self._from, self._clip = clip.start + self._length, None
 
-    def _close(self, end: float, *, trimmed: bool = True) -> None:
-        """End the scene; clips that reach behind `end` are dropped."""
-        begin, done, self._clip, self._done = self._begin, self._done, None, []
-        self._begin = None
-        if begin is None or end <= begin:
-            return
-        self.scenes.append([round(begin, 6), round(end, 6)])
-        until = end - (self._trim if trimmed else 0.0)
-        length = self._frames / self._fps
+    def _end(self, end: float, margin: float) -> None:
+        if self._scene is not None and self._scene.begin < end:
+            self._scene.end, self._scene.margin = end, margin
+            self._scenes.append(self._scene)
+        self._scene = self._clip = self._before = None
+
+    def _end_before(self, begin: float) -> None:
+        """End all scenes before a gradual transition, of which nothing was known until it was over."""
+        self._end(math.inf, self._trim)
+        while self._scenes and self._scenes[-1].begin >= begin:
+            self._scenes.pop()
+        if self._scenes and self._scenes[-1].end > begin:
+            self._scenes[-1].end, self._scenes[-1].margin = begin, self._trim
+
+    def _fits(self, clip: Clip, scene: Scene) -> bool:
         # Its start was rounded up by up to a millisecond.
-        fitting = [clip for clip in done if clip.start + length <= until + MILLISECOND + TIE and clip.last < end]
-        if not fitting:
-            self.clips.append(self._row(begin, end, None))
-        if self._most and len(fitting) > self._most:
-            fitting = [fitting[i] for i in np.rint(np.linspace(0, len(fitting) - 1, self._most)).astype(int)]
-        for clip in fitting:
-            self.clips.append(self._row(clip.start, min(clip.start + length, end), clip))
+        return clip.start + self._length <= scene.end - scene.margin + 0.001 + TIE and clip.last < scene.end
 
-    def _row(self, start: float, end: float, clip: Clip | None) -> dict:
-        # Rounded down, so that it does not reach over the cut.
-        end = math.floor(round(end / MILLISECOND, 3)) * MILLISECOND
-        row = {"start": round(start, 3), "end": round(end, 3), "frames": self._frames, "fps": self._fps}
-        return row | {"scores": {} if clip is None else clip.measure.scores(), "too_short": clip is None}
+    def _row(self, start: float, end: float, scores: dict, *, too_short: bool) -> dict:
+        row = {"start": _up(start), "end": _down(end), "frames": self._frames, "fps": self._fps}
+        return row | {"scores": scores, "too_short": too_short}
+
+
+def _up(seconds: float) -> float:
+    """Return the next whole millisecond: a scene begins there or before."""
+    return math.ceil(round(seconds * 1000, 3)) / 1000
+
+
+def _down(seconds: float) -> float:
+    """Return the whole millisecond before, so that a clip ends in its scene."""
+    return math.floor(round(seconds * 1000, 3)) / 1000

@@ -102,7 +102,7 @@ class CutFinder:
         if cut:
             cuts.discard(picture.index)
             self.cuts.append({"seconds": round(picture.time, 6), "detector": "adaptive"})
-        gradual = self._gradual.add(picture.time, small[..., 0], cut)
+        gradual = self._gradual.add(picture.time, small[..., 0])
         if gradual is not None:
             self._note(*gradual)
         return Step(picture, cut, gradual)

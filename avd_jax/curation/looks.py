@@ -45,7 +45,7 @@ def laplacian_variance(picture: np.ndarray) -> float:
 def colour_method(settings: Mapping, light: float) -> str:
     """Say how `hue_entropy` measures."""
     return (
-        f"least entropy (logarithm to base {settings['base']:.6g}) of a histogram of {settings['bins']} HSV hues, laid "
+        f"median entropy (logarithm to base {settings['base']:.6g}) of a histogram of {settings['bins']} HSV hues, laid "
         f"out twice, weighted by the chroma above {settings['floor']} of 255, with {settings['grey']} of it added to "
         f"the fullest bin, at a shorter side of {settings['short_side']} pixels; {_light_method(light)}"
     )
@@ -54,7 +54,7 @@ def colour_method(settings: Mapping, light: float) -> str:
 def sharpness_method(settings: Mapping, light: float) -> str:
     """Say how `laplacian_variance` measures."""
     return (
-        f"least variance of the 3x3 Laplacian of 8-bit luma at a shorter side of {settings['short_side']} pixels (or "
+        f"median variance of the 3x3 Laplacian of 8-bit luma at a shorter side of {settings['short_side']} pixels (or "
         f"its own, if that is less), without black bars; {_light_method(light)}"
     )
 

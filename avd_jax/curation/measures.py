@@ -73,20 +73,8 @@ class ClipMeasures:
         settings = self._tools.settings
         light = settings["looks"]["light"]
         scores = {
-            "colour": {
-                "value": min(self._entropies.values()),
-                "method": colour_method(settings["colour"], light),
-                "size": self._sizes["colour"],
-                "frames": sorted(self._entropies),
-                "values": [self._entropies[number] for number in sorted(self._entropies)],
-            },
-            "sharpness": {
-                "value": min(self._sharpness.values()),
-                "method": sharpness_method(settings["sharpness"], light),
-                "size": self._sizes["sharpness"],
-                "frames": sorted(self._sharpness),
-                "values": [self._sharpness[number] for number in sorted(self._sharpness)],
-            },
+            "colour": self._looks("colour", self._entropies, colour_method(settings["colour"], light)),
+            "sharpness": self._looks("sharpness", self._sharpness, sharpness_method(settings["sharpness"], light)),
             "hash": {"value": self._hashes, "method": HASH_METHOD, "size": [SIDE, SIDE]},
         }
         if self._flow:
@@ -97,6 +85,11 @@ class ClipMeasures:
             scores["codec_motion"] = {"value": value, "method": CODEC_METHOD, "size": list(self._shape)}
             scores["codec_motion"]["pictures"] = len(self._codec)
         return scores
+
+    def _looks(self, name: str, values: dict[int, float], method: str) -> dict:
+        frames = sorted(values)
+        score = {"value": float(np.median(list(values.values()))), "method": method, "size": self._sizes[name]}
+        return score | {"frames": frames, "values": [values[frame] for frame in frames]}
 
     def _look(self, number: int, picture: Picture) -> None:
         """Measure colour and sharpness on the picture as the encoder will see it."""

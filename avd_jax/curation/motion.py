@@ -7,7 +7,8 @@ import cv2
 import numpy as np
 
 EXPORT = {"flags2": "+export_mvs"}  # option of FFmpeg's decoders: motion vectors come along as side data
-UNIT = 480  # flow is told in pixels of a picture whose shorter side has so many
+UNIT = 720  # motion is told in pixels of a picture whose shorter side has so many: the paper's smallest videos
+AROUND = (5, 5)  # pixels over which changes of luma are averaged
 PRESETS = {
     "ultrafast": cv2.DISOPTICAL_FLOW_PRESET_ULTRAFAST,
     "fast": cv2.DISOPTICAL_FLOW_PRESET_FAST,
@@ -19,16 +20,21 @@ class Flow:
     """Mean length of the optical flow between two pictures (Kroeger et al. 2016, dense inverse search)."""
 
     def __init__(self, settings: Mapping):
+        self._still = settings["still"]
         self.method = (
             f"mean length of OpenCV's DIS flow ({settings['preset']}) between consecutive frames of the clip, at a "
-            f"shorter side of {settings['short_side']} pixels, in pixels at a shorter side of {UNIT}"
+            f"shorter side of {settings['short_side']} pixels, 0 where the luma around changes by less than "
+            f"{self._still} of 255, in pixels at a shorter side of {UNIT}"
         )
         self._flow = cv2.DISOpticalFlow_create(PRESETS[settings["preset"]])
 
     def between(self, before: np.ndarray, after: np.ndarray) -> float:
-        """Return the mean flow between two pictures uint8 [height width], in pixels at a shorter side of 480."""
+        """Return the mean flow between two pictures uint8 [height width], in pixels at a shorter side of 720."""
         flow = self._flow.calc(before, after, None)
-        return float(cv2.magnitude(flow[..., 0], flow[..., 1]).mean()) * UNIT / min(before.shape)
+        change = cv2.blur(cv2.absdiff(before, after).astype(np.float32), AROUND)
+        # In noise, flow finds motion; what moves changes the picture by more.
+        length = cv2.magnitude(flow[..., 0], flow[..., 1]) * (change >= self._still)
+        return float(length.mean()) * UNIT / min(before.shape)
 
 
 CODEC_METHOD = (
@@ -38,7 +44,7 @@ CODEC_METHOD = (
 
 
 def codec_motion(frame: av.VideoFrame) -> float | None:
-    """Return the mean motion of a picture's blocks in pixels at a shorter side of 480; None if the codec tells none."""
+    """Return the mean motion of a picture's blocks in pixels at a shorter side of 720; None if the codec tells none."""
     try:
         found = frame.side_data.get("MOTION_VECTORS")
     except ValueError:  # a kind of side data that PyAV does not know hides the others

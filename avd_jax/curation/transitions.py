@@ -2,61 +2,72 @@
 
 from collections import deque
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import cv2
 import numpy as np
 
 SIZE = (32, 18)  # pixels of the pictures that are compared
-FLAT = 2.0  # levels of spread below which a picture shows nothing
+
+
+@dataclass
+class Sample:
+    """A picture without its mean, as a vector of levels, and its contrast (their standard deviation)."""
+
+    time: float
+    levels: np.ndarray
+    contrast: float
 
 
 class GradualFinder:
     """Finds fades and dissolves in pictures that come in order.
 
-    While A fades into B, the picture in the middle is the mean of the two. Of a picture that moves it is not, as what
-    moves is then in two places. Where A and B show the same, the light has only changed.
+    While A dissolves into B, the picture in the middle is their mean, and so has less contrast than they have. Where
+    things move, the middle picture is no mean, in which they would stand in two places, and keeps its contrast. Where
+    the light changes, what is left without the mean is the same picture. A fade is a dissolve from or to a plain one.
     """
 
     METHOD = (
-        f"the middle of three pictures at {SIZE[0]}x{SIZE[1]} is the mean of the outer two, which do not resemble each "
-        "other"
+        f"of three luma pictures at {SIZE[0]}x{SIZE[1]} without their means, the middle one is the mean of the outer "
+        "two, which do not resemble each other, or one of which is plain"
     )
 
     def __init__(self, settings: Mapping):
-        self._step = settings["step"]
+        self._settings, self._step = settings, settings["step"]
         self._spans = sorted({max(1, round(span / self._step)) for span in settings["spans"]})
-        self._residual, self._resemblance = settings["residual"], settings["resemblance"]
-        self._change = settings["change"]
-        self._history: deque[tuple[float, np.ndarray]] = deque(maxlen=2 * self._spans[-1] + 1)
+        self._history: deque[Sample] = deque(maxlen=2 * self._spans[-1] + 1)
 
-    def add(self, time: float, luma: np.ndarray, cut: bool) -> tuple[float, float] | None:
-        """Take the next picture, uint8 [height width]; return (begin, end) of a transition that ended by now."""
-        if cut:
-            self._history.clear()
-        if self._history and time < self._history[-1][0] + self._step * 0.999:
+    def add(self, time: float, luma: np.ndarray) -> tuple[float, float] | None:
+        """Take the next picture, uint8 [height width]; return (begin, end) of a transition that goes on until now."""
+        # Pictures are as far apart as the rate allows, so that a tie must not depend on rounding.
+        if self._history and time < self._history[-1].time + 0.999 * self._step:
             return None
-        self._history.append((time, cv2.resize(luma, SIZE, interpolation=cv2.INTER_AREA).astype(np.float32).ravel()))
-        found = None
+        levels = cv2.resize(luma, SIZE, interpolation=cv2.INTER_AREA).astype(np.float32).ravel()
+        levels -= levels.mean()
+        self._history.append(Sample(time, levels, float(levels.std())))
+        begin = None
         for span in self._spans:
-            if len(self._history) > 2 * span and self._is_mixture(span):
-                begin = self._history[-1 - 2 * span][0]
-                found = (begin if found is None else min(begin, found[0]), time)
-        return found
-
-    def _is_mixture(self, span: int) -> bool:
-        before, middle, after = (self._history[-1 - steps * span][1] for steps in (2, 1, 0))
-        return is_mixture(before, middle, after, self._change, self._residual, self._resemblance)
+            if len(self._history) > 2 * span:
+                before, middle, after = (self._history[-1 - steps * span] for steps in (2, 1, 0))
+                if is_mixture(before, middle, after, self._settings):
+                    begin = before.time
+        return None if begin is None else (begin, time)
 
 
-def is_mixture(before, middle, after, change: float, residual: float, resemblance: float) -> bool:
+def is_mixture(before: Sample, middle: Sample, after: Sample, settings: Mapping) -> bool:
     """Whether the middle one of three pictures is a mixture of the outer ones, which differ."""
-    difference = float(np.abs(after - before).mean())
-    if difference < change:
+    change = np.abs(after.levels - before.levels)
+    mean_change = float(change.mean())
+    if mean_change < settings["change"]:
         return False
-    if float(np.abs(middle - (before + after) / 2).mean()) > residual * difference:
+    mean = (before.levels + after.levels) / 2
+    if float(np.abs(middle.levels - mean).mean()) > settings["residual"] * mean_change:
         return False
-    spreads = before.std(), after.std()
-    if min(spreads) < max(FLAT, max(spreads) / 4):
-        return True
-    covariance = float(((before - before.mean()) * (after - after.mean())).mean())
-    return covariance < resemblance * spreads[0] * spreads[1]
+    low, high = sorted((before.contrast, after.contrast))
+    if low < settings["plain"]:
+        return high > 2 * settings["plain"]
+    # Over most of the picture, not only where something moves.
+    if float(np.median(change)) < settings["change"]:
+        return False
+    resemblance = float(before.levels @ after.levels) / (low * high * change.size)
+    return resemblance < settings["resemblance"] and middle.contrast < settings["contrast"] * float(mean.std())
