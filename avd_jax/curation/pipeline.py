@@ -12,10 +12,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from avd_jax.curation import report, selection
+from avd_jax.curation import report, scoring, selection
 from avd_jax.curation.captioning import BLOCKED, ERROR, SUCCESS, TRUNCATED, Captioner, Outcome, ask_all, clip_reader
 from avd_jax.curation.runner import run_pool
-from avd_jax.curation.scoring import score_clips
 from avd_jax.curation.selection import BEST, STAGES, Row, Verdict
 from avd_jax.curation.sources import Source
 from avd_jax.curation.store import Store, identity, writing
@@ -62,7 +61,7 @@ class Curation:
     """One call of the command: its settings, its videos and what is known of them."""
 
     def __init__(self, config, sources: Sequence[Source], out: Path, *, stages: Iterable[str], workers: int):
-        """Take the settings.
+        """Take the settings, and find out now what would stop the work later.
 
         Args:
           config: validated, see `settings`.
@@ -70,12 +69,18 @@ class Curation:
           out: folder of the files and of the store.
           stages: names of those that may reject clips.
           workers: processes for the pictures of the report.
+
+        Raises:
+          UserError: the vision models cannot be loaded, or the key for captions is none.
         """
         self._config, self._out, self._store = config, out, Store(out)
         self._sources = {source.name: source for source in sources}
         self._stages, self._workers = {"length", *stages}, workers
         self._identities: dict[str, dict] = {}
         self._unreadable = {source.name: source.problem for source in sources if source.problem}
+        self._vision = scoring.load(config.features.weights) if self._stages & set(BEST) else None
+        asks = config.caption.endpoint and "caption" in self._stages
+        self._captioner = Captioner(config.caption) if asks else None
         self._embeddings: dict[str, Sequence[float]] = {}
         self._scored: set[str] = set()
         self._missing: Mapping[str, str] | None = (
@@ -171,8 +176,8 @@ class Curation:
         if not unscored and self._missing is not None:
             return self._missing
         with tqdm(total=len(unscored), desc="features", unit="clip", delay=1) as bar:
-            scored = score_clips(
-                self._config.features.weights,
+            scored = scoring.score_clips(
+                self._vision,
                 unscored,
                 paths={source.name: source.path for source in self._sources.values()},
                 identities=self._identities,
@@ -187,17 +192,16 @@ class Curation:
         return scored.missing
 
     def _caption(self, left: Sequence[Row]) -> tuple[str | None, Verdict]:
-        settings, captioner = self._config.caption, None
+        settings = self._config.caption
         given = {row["id"]: caption for row in left if (caption := self._sources[row["source"]].caption)}
-        if settings.endpoint:
-            captioner = Captioner(settings)
+        if self._captioner:
             given = given if settings.keep_given else {}
         elif not given:
             return "no config.caption.endpoint, and no captions came with the videos", Verdict(frozenset())
         outcomes = {name: (Outcome(SUCCESS, caption), GIVEN) for name, caption in given.items()}
         others = [row for row in left if row["id"] not in given]
-        if captioner:
-            outcomes |= {name: (outcome, settings.model) for name, outcome in self._asked(captioner, others).items()}
+        if self._captioner:
+            outcomes |= {name: (outcome, settings.model) for name, outcome in self._asked(others).items()}
         else:
             none = Outcome(ERROR, reason="no caption came with the video, and there is no config.caption.endpoint")
             outcomes |= {row["id"]: (none, None) for row in others}
@@ -212,9 +216,9 @@ class Curation:
         refused = frozenset(row["id"] for row in left if row["caption"]["outcome"] not in takes)
         return None, Verdict(refused, details={"outcomes": counts})
 
-    def _asked(self, captioner: Captioner, rows: Sequence[Row]) -> dict[str, Outcome]:
+    def _asked(self, rows: Sequence[Row]) -> dict[str, Outcome]:
         """Return the captions of clips; those that failed are not kept, so that the next command asks again."""
-        said, outcomes, missing = captioner.made_from(), {}, []
+        said, outcomes, missing = self._captioner.made_from(), {}, []
         made_from = {row["id"]: {**self._identities[row["source"]], **said} for row in rows}
         for row in rows:
             kept = self._store.get(CAPTIONS, row["id"], made_from[row["id"]])
@@ -225,7 +229,7 @@ class Curation:
         height = self._config.caption.height
         clips = ((row["id"], clip_reader(self._sources[row["source"]].path, row, height)) for row in missing)
         with tqdm(total=len(missing), desc="captions", unit="clip", disable=not missing) as bar:
-            for name, outcome in ask_all(captioner, clips, concurrency=self._config.caption.concurrency):
+            for name, outcome in ask_all(self._captioner, clips, concurrency=self._config.caption.concurrency):
                 outcomes[name] = outcome
                 bar.update()
                 if outcome.hopeless:

@@ -30,8 +30,30 @@ class Scored:
     missing: Mapping[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class VisionModels:
+    """The models of a folder, as `features` knows them, and what tells them from others: its files."""
+
+    models: object
+    files: Sequence
+
+
+def load(weights: str) -> VisionModels | None:
+    """Return the models in the folder `config.features.weights`, or None for an empty name.
+
+    Raises:
+      UserError: there is no such folder, or it holds what cannot be loaded.
+    """
+    if not weights:
+        return None
+    from avd_jax.curation import features  # JAX, which nothing else here needs
+
+    folder = local_path(weights)
+    return VisionModels(features.load(folder), _files(folder))
+
+
 def score_clips(
-    weights: str,
+    vision: VisionModels | None,
     rows: Sequence[Row],
     *,
     paths: Mapping[str, Path],
@@ -42,31 +64,25 @@ def score_clips(
     """Score clips, those that are in the store without any model at work.
 
     Args:
-      weights: `config.features.weights`.
+      vision: the models, or None.
       rows: the clips.
       paths: name of a video -> its file.
       identities: name of a video -> what its results are made from.
       store: of finished results.
       on_progress: called with the number of clips that are done.
-
-    Raises:
-      UserError: the folder holds what cannot be loaded.
     """
-    if not weights:
+    if vision is None:
         return Scored(missing=dict.fromkeys(BEST, "no config.features.weights"))
-    from avd_jax.curation import features  # JAX, which nothing else here needs
+    from avd_jax.curation import features
 
-    folder = local_path(weights)
-    models = features.load(folder)
-    files = _files(folder)
     scores, embeddings = {}, {}
     for row in rows:
-        made_from = {**identities[row["source"]], "frames": row["frames"], "fps": row["fps"], "weights": files}
+        made_from = {**identities[row["source"]], "frames": row["frames"], "fps": row["fps"], "weights": vision.files}
         found = store.get(FEATURES, row["id"], made_from)
         if found is None:
             clip = (row["start"], row["end"], row["frames"], row["fps"])
             try:
-                found = dict(features.score(models, paths[row["source"]], *clip))
+                found = dict(features.score(vision.models, paths[row["source"]], *clip))
             except UserError:
                 found = {}  # damaged since its analysis; a clip without a score is rejected by the stage that needs it
             else:
@@ -75,7 +91,7 @@ def score_clips(
             embeddings[row["id"]] = found[EMBEDDING]["value"]
         scores[row["id"]] = {name: score for name, score in found.items() if name != EMBEDDING}
         on_progress(1)
-    return Scored(scores, embeddings, models.missing)
+    return Scored(scores, embeddings, vision.models.missing)
 
 
 def _files(folder: Path) -> list:
