@@ -7,13 +7,14 @@ import numpy as np
 
 BRIGHTEST = 99.0  # percentile of the pixels that is white once the light is evened out
 BAR = 24  # a border that is nowhere brighter is a black bar
-EDGE = 2  # lines next to a bar whose Laplacian sees it
+EDGE = 6  # lines next to a bar whose Laplacian sees it, though it may be blurred
 
 
 def in_even_light(picture: np.ndarray, most: float) -> np.ndarray:
     """Return the picture as bright as it can be, by a factor of at most `most`: in the dark, nothing is colourful."""
-    brightest = float(np.percentile(picture.max(-1), BRIGHTEST))
-    gain = min(max(255 / max(brightest, 1.0), 1.0), most)
+    counts = np.bincount(picture.max(-1).ravel(), minlength=256)
+    brightest = int(np.searchsorted(np.cumsum(counts), counts.sum() * BRIGHTEST / 100))
+    gain = min(max(255 / max(brightest, 1), 1.0), most)
     return cv2.convertScaleAbs(picture, alpha=gain)
 
 
@@ -45,9 +46,9 @@ def laplacian_variance(picture: np.ndarray) -> float:
 def colour_method(settings: Mapping, light: float) -> str:
     """Say how `hue_entropy` measures."""
     return (
-        f"median entropy (logarithm to base {settings['base']:.6g}) of a histogram of {settings['bins']} HSV hues, laid "
-        f"out twice, weighted by the chroma above {settings['floor']} of 255, with {settings['grey']} of it added to "
-        f"the fullest bin, at a shorter side of {settings['short_side']} pixels; {_light_method(light)}"
+        f"median entropy (logarithm to base {settings['base']:.6g}) of a histogram of {settings['bins']} HSV hues, "
+        f"laid out twice, weighted by the chroma above {settings['floor']} of 255, with {settings['grey']} of it added "
+        f"to the fullest bin, at a shorter side of {settings['short_side']} pixels; {_light_method(light)}"
     )
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 
-import cv2
 import numpy as np
 
 from avd_jax.curation.hashes import METHOD as HASH_METHOD
@@ -15,7 +14,7 @@ from avd_jax.curation.looks import (
     sharpness_method,
 )
 from avd_jax.curation.motion import CODEC_METHOD, Flow, codec_motion
-from avd_jax.curation.pictures import Picture, small_size
+from avd_jax.curation.pictures import Picture, shrunk, small_size
 from avd_jax.data.picture import display_matrix, is_on_its_side, shown
 from avd_jax.data.video_file import VideoFile
 
@@ -58,8 +57,7 @@ class ClipMeasures:
         if number in self._tools.looked_at:
             self._look(number, picture)
         if repeats := self._tools.hashed.count(number):
-            small = cv2.resize(self._grey, (SIDE, SIDE), interpolation=cv2.INTER_AREA)
-            self._hashes += [perceptual_hash(small)] * repeats
+            self._hashes += [perceptual_hash(shrunk(self._grey, (SIDE, SIDE)))] * repeats
 
     def passing(self, picture: Picture) -> None:
         """Take a picture of the video that passes by while the clip lasts, whether or not it is a frame of the clip."""
@@ -106,4 +104,4 @@ class ClipMeasures:
     def _shrunk(self, name: str, pixels: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
         size = small_size(*shape, min(self._tools.settings[name]["short_side"], *shape))
         self._sizes[name] = list(size)
-        return cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
+        return shrunk(pixels, size)

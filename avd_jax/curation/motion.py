@@ -6,6 +6,8 @@ import av
 import cv2
 import numpy as np
 
+from avd_jax.data.picture import side_data
+
 EXPORT = {"flags2": "+export_mvs"}  # option of FFmpeg's decoders: motion vectors come along as side data
 UNIT = 720  # motion is told in pixels of a picture whose shorter side has so many: the paper's smallest videos
 AROUND = (5, 5)  # pixels over which changes of luma are averaged
@@ -46,7 +48,7 @@ CODEC_METHOD = (
 def codec_motion(frame: av.VideoFrame) -> float | None:
     """Return the mean motion of a picture's blocks in pixels at a shorter side of 720; None if the codec tells none."""
     try:
-        found = frame.side_data.get("MOTION_VECTORS")
+        found = side_data(frame, "MOTION_VECTORS")
     except ValueError:  # a kind of side data that PyAV does not know hides the others
         found = None
     if found is None:

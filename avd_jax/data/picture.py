@@ -4,6 +4,7 @@ import os
 
 import av
 import numpy as np
+from av.sidedata.sidedata import SideData, SideDataContainer
 
 from avd_jax.data import colour_transfer
 from avd_jax.data.video_file import Tags
@@ -54,10 +55,21 @@ def shown(frame: av.VideoFrame, tags: Tags, path: str | os.PathLike, *, shrink: 
     return upright(colours, display_matrix(frame))
 
 
+def side_data(frame: av.VideoFrame, kind: str) -> SideData | None:
+    """Return what comes with a frame beside its pixels, by FFmpeg's name, or None.
+
+    `frame.side_data` says the same, but from then on the frame and it hold each other in memory, for good.
+
+    Raises:
+      ValueError: it has side data of a kind that PyAV does not know.
+    """
+    return SideDataContainer(frame).get(kind)
+
+
 def display_matrix(frame: av.VideoFrame) -> tuple[float, float, float, float]:
     """Return (a, b, c, d) of the frame's display matrix: pixel (x, y) is shown at (a x + c y, b x + d y)."""
     try:
-        data = frame.side_data.get("DISPLAYMATRIX")
+        data = side_data(frame, "DISPLAYMATRIX")
     except ValueError:
         # A kind of side data that PyAV does not know hides the others; the angle is all that it tells then.
         angle = np.deg2rad(frame.rotation)
@@ -90,7 +102,7 @@ def _is_mapped(primaries: int, transfer: int) -> bool:
 def _has_dolby_vision(frame: av.VideoFrame) -> bool:
     """Whether Dolby Vision's mapping comes with the frame; without other tags that is profile 5, coded in IPT."""
     try:
-        return frame.side_data.get("DOVI_RPU_BUFFER") is not None
+        return side_data(frame, "DOVI_RPU_BUFFER") is not None
     except ValueError:
         return False
 
