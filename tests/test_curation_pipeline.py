@@ -167,7 +167,7 @@ def captioned(endpoint="", **changed):
 @pytest.fixture
 def fine(tmp_path, monkeypatch):
     """A folder of two clips, `fine`, of which one is read and the other is damaged; and of one with a caption."""
-    monkeypatch.setattr(pipeline, "clip_reader", lambda path, row, height: lambda: (np.zeros((2, 4, 4, 3)), 16.0))
+    monkeypatch.setattr(pipeline, "clip_reader", lambda path, row, **sent: lambda: (np.zeros((2, 4, 4, 3)), 16.0))
     folder = curation_cases.write(tmp_path / "videos", fine=VIDEOS["fine"], told=found(clip()))
     (folder / "told.txt").write_text("A dog.")
     return folder

@@ -32,7 +32,7 @@ FINAL = {400, 404, 405, 413, 415, 422}  # statuses of requests that will never b
 REFUSED = {401, 403}  # nor will any other of this run
 MOST_BYTES = 4_000_000  # of an answer
 SHOWN = 200  # letters of what a server says
-PREPARED = 2  # clips that are decoded at once; the others wait as the few bytes that are sent
+PREPARED = 4  # clips that are decoded at once; the others wait as the few bytes that are sent
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Captioner:
 
     def made_from(self) -> dict:
         """Return the settings that decide what a caption says."""
-        names = ["model", "prompt", "send", "height", "max_tokens", "temperature"]
+        names = ["model", "prompt", "send", "height", "fps", "max_tokens", "temperature"]
         names += [] if self._settings["send"] == VIDEO else ["images"]
         return {name: self._settings[name] for name in names}
 
@@ -209,14 +209,17 @@ def ask_all(
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def clip_reader(path: Path, row: Mapping, height: int) -> Callable[[], tuple[np.ndarray, float]]:
-    """Return a function that reads a clip with its own aspect ratio, no higher than `height`."""
+def clip_reader(path: Path, row: Mapping, *, height: int, fps: float) -> Callable[[], tuple[np.ndarray, float]]:
+    """Return a function that reads a clip with its own aspect ratio, no higher than `height`, at `fps` at most."""
     shown_width, shown_height = row["size"]
     scale = min(1.0, height / shown_height)
     size = {"height": max(2, 2 * round(shown_height * scale / 2)), "width": max(2, 2 * round(shown_width * scale / 2))}
 
+    fps = min(fps, row["fps"])
+    frames = max(1, int(row["frames"] / row["fps"] * fps + 1e-6))
+
     def read() -> tuple[np.ndarray, float]:
-        return read_video(path, frames=row["frames"], fps=row["fps"], start=row["start"], **size), row["fps"]
+        return read_video(path, frames=frames, fps=fps, start=row["start"], **size), fps
 
     return read
 

@@ -226,8 +226,8 @@ class Curation:
                 outcomes[row["id"]] = Outcome(**kept)
             else:
                 missing.append(row)
-        height = self._config.caption.height
-        clips = ((row["id"], clip_reader(self._sources[row["source"]].path, row, height)) for row in missing)
+        sent = {name: self._config.caption[name] for name in ("height", "fps")}
+        clips = ((row["id"], clip_reader(self._sources[row["source"]].path, row, **sent)) for row in missing)
         with tqdm(total=len(missing), desc="captions", unit="clip", disable=not missing) as bar:
             for name, outcome in ask_all(self._captioner, clips, concurrency=self._config.caption.concurrency):
                 outcomes[name] = outcome

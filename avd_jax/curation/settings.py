@@ -88,6 +88,7 @@ FIELDS: Fields = {
     ),
     "caption.images": Field(8, "how many images, evenly spread", at_least(1)),
     "caption.height": Field(480, "pixels to which the clip is shrunk", at_least(16)),
+    "caption.fps": Field(4.0, "frames a second of what is sent, at most the clip's; models look at about 2", positive),
     "caption.max_tokens": Field(512, "length of a caption", at_least(1)),
     "caption.temperature": Field(0.0, "of the model's sampling; 0: its likeliest words", not_negative),
     "caption.concurrency": Field(8, "clips asked for at once", at_least(1)),
