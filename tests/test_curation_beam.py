@@ -3,7 +3,7 @@
 import os
 import sys
 
-import curation_cases
+import curation_stand_in
 import pytest
 from test_curation_pipeline import VIDEOS, curate, files
 
@@ -17,9 +17,9 @@ from avd_jax.curation import beam
 
 def test_beam_in_several_processes_gives_the_same_bytes(tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline, "THUMBNAIL", "builtins:len")
-    monkeypatch.setattr(pipeline, "ANALYSE", "curation_cases:analyse")
+    monkeypatch.setattr(pipeline, "ANALYSE", "curation_stand_in:analyse")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
-    folder = curation_cases.write(tmp_path / "videos", **VIDEOS)
+    folder = curation_stand_in.write(tmp_path / "videos", **VIDEOS)
     curate(folder, tmp_path / "pool")
     curate(folder, tmp_path / "beam", run=beam.beam_runner(default_config(), 2, ""))
     assert files(tmp_path / "beam") == files(tmp_path / "pool")

@@ -10,10 +10,10 @@ import time
 import types
 from collections import Counter
 
-import curation_cases
+import curation_stand_in
 import numpy as np
 import pytest
-from curation_cases import clip, found
+from curation_stand_in import clip, found
 from test_curation_captioning import said, server
 
 import avd_jax.curation
@@ -28,8 +28,10 @@ VIDEOS = {
     "blurred": found(clip(sharpness=3.0)),
     "still": found(clip(motion=0.01)),
     "short": found(clip(seconds=2.0, too_short=True)),
-    "copy": found(clip(hashes=curation_cases.random_hashes(1, flipped=2), sharpness=99.0)),
-    "fine": found(clip(hashes=curation_cases.random_hashes(1)), clip(5.0625, hashes=curation_cases.random_hashes(2))),
+    "copy": found(clip(hashes=curation_stand_in.random_hashes(1, flipped=2), sharpness=99.0)),
+    "fine": found(
+        clip(hashes=curation_stand_in.random_hashes(1)), clip(5.0625, hashes=curation_stand_in.random_hashes(2))
+    ),
     "unreadable": found(error="no header"),
     "crash": "crash",
 }
@@ -41,7 +43,7 @@ WHY = {
 
 @pytest.fixture(autouse=True)
 def stand_in(monkeypatch):
-    monkeypatch.setattr(pipeline, "ANALYSE", "curation_cases:analyse")
+    monkeypatch.setattr(pipeline, "ANALYSE", "curation_stand_in:analyse")
     monkeypatch.setattr(pipeline, "THUMBNAIL", "builtins:len")  # no picture can be made of these
 
 
@@ -63,14 +65,15 @@ def files(out):
 
 
 def test_every_clip_is_rejected_by_the_stage_that_finds_its_fault(tmp_path):
-    videos, out = curation_cases.write(tmp_path / "videos", **VIDEOS), tmp_path / "out"
+    videos, out = curation_stand_in.write(tmp_path / "videos", **VIDEOS), tmp_path / "out"
     summary = curate(videos, out)
     rows = lines(out / "clips.jsonl")
     assert {row["source"].removesuffix(".mp4"): row["rejected_by"] for row in rows} == WHY
     keys = ["id", "source", "start", "end", "frames", "fps", "size", "scores", "rejected_by"]
     assert all(list(row)[: len(keys)] == keys for row in rows)
+    numbers = {"colour": 2.0, "sharpness": 100.0, "motion": 1.0}
     assert lines(out / "captions.jsonl") == [
-        {"file": str(videos / "fine.mp4"), "start": start, "end": end, "caption": ""}
+        {"file": str(videos / "fine.mp4"), "start": start, "end": end, "caption": "", "scores": numbers}
         for start, end in ((0.0, 5.062), (5.062, 10.125))
     ]
     assert summary == json.loads((out / "summary.json").read_text()) | {"config": summary["config"]}
@@ -89,37 +92,37 @@ def test_every_clip_is_rejected_by_the_stage_that_finds_its_fault(tmp_path):
 
 def test_only_what_is_new_or_changed_is_analysed(tmp_path):
     names = ("fine", "grey", "crash")
-    videos = curation_cases.write(tmp_path / "videos", **{name: VIDEOS[name] for name in names})
+    videos = curation_stand_in.write(tmp_path / "videos", **{name: VIDEOS[name] for name in names})
     curate(videos, tmp_path / "out")
     first = files(tmp_path / "out")
     config = default_config()
     config.select.colour = 0.05  # a threshold is no measurement
     assert curate(videos, tmp_path / "out", config)["selected"] == 3
-    assert curation_cases.calls(videos) == {"fine": 1, "grey": 1, "crash": 4}  # what broke is tried again
+    assert curation_stand_in.calls(videos) == {"fine": 1, "grey": 1, "crash": 4}  # what broke is tried again
     assert curate(videos, tmp_path / "out")["selected"] == 2
     assert files(tmp_path / "out") == first
-    curation_cases.write(videos, still=VIDEOS["still"], grey=found(clip(), error=None))
+    curation_stand_in.write(videos, still=VIDEOS["still"], grey=found(clip(), error=None))
     (videos / "crash.mp4").unlink()
     assert curate(videos, tmp_path / "out")["readable"] == 3
-    assert curation_cases.calls(videos) == {"fine": 1, "grey": 2, "still": 1, "crash": 6}
+    assert curation_stand_in.calls(videos) == {"fine": 1, "grey": 2, "still": 1, "crash": 6}
     config.analysis.fps = 8.0
     curate(videos, tmp_path / "out", config)
-    assert curation_cases.calls(videos) == {"fine": 2, "grey": 3, "still": 2, "crash": 6}
+    assert curation_stand_in.calls(videos) == {"fine": 2, "grey": 3, "still": 2, "crash": 6}
 
 
 KILLED = """
 import sys
 from pathlib import Path
 from avd_jax.curation import pipeline, settings, sources
-pipeline.ANALYSE, config = "curation_cases:analyse", settings.default_config()
+pipeline.ANALYSE, config = "curation_stand_in:analyse", settings.default_config()
 curation = pipeline.Curation(config, sources.find(sys.argv[1]), Path(sys.argv[2]), stages=(), workers=2)
 curation.analyse(pipeline.pool_runner(config, 2))
 """
 
 
 def test_a_run_that_was_killed_goes_on_to_the_same_bytes(tmp_path):
-    videos = {f"v{i}": found(clip(motion=i / 10, hashes=curation_cases.random_hashes(i // 2))) for i in range(8)}
-    folder = curation_cases.write(tmp_path / "videos", **videos)
+    videos = {f"v{i}": found(clip(motion=i / 10, hashes=curation_stand_in.random_hashes(i // 2))) for i in range(8)}
+    folder = curation_stand_in.write(tmp_path / "videos", **videos)
     curate(folder, tmp_path / "whole")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "AVD_TEST_SLOWNESS": "0.2"}
     killed = subprocess.Popen([sys.executable, "-c", KILLED, folder, tmp_path / "out"], env=environment)
@@ -136,7 +139,7 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bytes(tmp_path):
 
 
 def test_the_order_in_which_videos_are_finished_changes_nothing(tmp_path):
-    folder = curation_cases.write(tmp_path / "videos", **VIDEOS)
+    folder = curation_stand_in.write(tmp_path / "videos", **VIDEOS)
 
     def backwards(jobs, store):
         for job in random.Random(1).sample(jobs, len(jobs)):
@@ -150,7 +153,7 @@ def test_the_order_in_which_videos_are_finished_changes_nothing(tmp_path):
 
 
 def test_stages_that_are_left_out_reject_nothing(tmp_path):
-    folder = curation_cases.write(tmp_path / "videos", **VIDEOS)
+    folder = curation_stand_in.write(tmp_path / "videos", **VIDEOS)
     summary = curate(folder, tmp_path / "out", stages=("colour",))
     counts = Counter(row["rejected_by"] for row in lines(tmp_path / "out" / "clips.jsonl"))
     assert counts == {"length": 1, "colour": 1, None: 6}
@@ -168,7 +171,7 @@ def captioned(endpoint="", **changed):
 def fine(tmp_path, monkeypatch):
     """A folder of two clips, `fine`, of which one is read and the other is damaged; and of one with a caption."""
     monkeypatch.setattr(pipeline, "clip_reader", lambda path, row, **sent: lambda: (np.zeros((2, 4, 4, 3)), 16.0))
-    folder = curation_cases.write(tmp_path / "videos", fine=VIDEOS["fine"], told=found(clip()))
+    folder = curation_stand_in.write(tmp_path / "videos", fine=VIDEOS["fine"], told=found(clip()))
     (folder / "told.txt").write_text("A dog.")
     return folder
 
@@ -245,7 +248,7 @@ def test_vision_models_rank_what_is_left_and_are_asked_once(tmp_path, monkeypatc
     (tmp_path / "w" / "model.safetensors").write_bytes(b"")
     config.features.weights, config.select.duplicate_cosine = str(tmp_path / "w"), 1.0
     videos = dict.fromkeys("abcde", found(clip())) | {"z": found(clip(motion=0.0))}
-    folder = curation_cases.write(tmp_path / "videos", **videos)
+    folder = curation_stand_in.write(tmp_path / "videos", **videos)
     summary = curate(folder, tmp_path / "out", config)
     why = {row["source"]: row["rejected_by"] for row in lines(tmp_path / "out" / "clips.jsonl")}
     assert why == {
@@ -263,11 +266,11 @@ def test_vision_models_rank_what_is_left_and_are_asked_once(tmp_path, monkeypatc
 def test_the_page_of_many_clips_stays_small(tmp_path):
     draw = random.Random(0)
     videos, rows = tmp_path / "videos", []
-    curation_cases.write(videos, a=found())
+    curation_stand_in.write(videos, a=found())
     curation = pipeline.Curation(default_config(), sources.find(videos), tmp_path / "out", stages=STAGES, workers=2)
     for i in range(2000):
         values = {"colour": draw.gauss(1, 0.5), "sharpness": draw.gauss(60, 50), "motion": draw.expovariate(1)}
-        analysis = found(clip(5.0625 * i, **values, hashes=curation_cases.random_hashes(i)))
+        analysis = found(clip(5.0625 * i, **values, hashes=curation_stand_in.random_hashes(i)))
         rows += pipeline.selection.rows_of("a.mp4", analysis)
     curation._identities["a.mp4"] = {}
     summary = curation.select(rows)

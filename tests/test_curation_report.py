@@ -4,7 +4,7 @@ import base64
 import re
 import xml.etree.ElementTree as ElementTree
 
-import curation_cases
+import curation_stand_in
 import numpy as np
 import pytest
 from test_data_html import NASTY, Tags
@@ -19,8 +19,8 @@ PICTURE = jpeg(np.zeros((9, 16, 3)))
 
 
 def rows(count, rejected_by=None, source="a.mp4", **values):
-    clips = [curation_cases.clip(10.0 * i, **values) for i in range(count)]
-    return [row | {"rejected_by": rejected_by} for row in rows_of(source, curation_cases.found(*clips))]
+    clips = [curation_stand_in.clip(10.0 * i, **values) for i in range(count)]
+    return [row | {"rejected_by": rejected_by} for row in rows_of(source, curation_stand_in.found(*clips))]
 
 
 def summary(**skipped):

@@ -3,7 +3,7 @@
 import random
 import uuid
 
-import curation_cases
+import curation_stand_in
 import pytest
 
 from avd_jax.curation import selection
@@ -14,7 +14,7 @@ THRESHOLDS = default_config().select
 
 
 def row(name, **values):
-    (made,) = rows_of(f"{name}.mp4", curation_cases.found(curation_cases.clip(**values)))
+    (made,) = rows_of(f"{name}.mp4", curation_stand_in.found(curation_stand_in.clip(**values)))
     return made
 
 
@@ -24,8 +24,12 @@ def rejected(stage, rows, thresholds=THRESHOLDS, **further):
 
 
 def test_a_row_is_named_by_its_source_and_its_times():
-    clips = (curation_cases.clip(), curation_cases.clip(5.0625), curation_cases.clip(9.9, seconds=1.0, too_short=True))
-    rows = rows_of("sub/a.mp4", curation_cases.found(*clips, size=(1920, 1080)))
+    clips = (
+        curation_stand_in.clip(),
+        curation_stand_in.clip(5.0625),
+        curation_stand_in.clip(9.9, seconds=1.0, too_short=True),
+    )
+    rows = rows_of("sub/a.mp4", curation_stand_in.found(*clips, size=(1920, 1080)))
     assert [(row["start"], row["end"]) for row in rows] == [(0.0, 5.062), (5.062, 10.125), (9.9, 10.9)]
     for made in rows:
         text = f"sub/a.mp4_{made['start']}_{made['end']}"
@@ -40,7 +44,9 @@ def test_thresholds_are_the_papers():
     assert rejected("sharpness", [row("blurred", sharpness=19.9), row("fine", sharpness=20.0)]) == {"blurred"}
     assert rejected("motion", [row("still", motion=0.19), row("fine", motion=0.2)]) == {"still"}
     sizes = {"fine": (1280, 720), "narrow": (1279, 720), "low": (1280, 719), "upright": (720, 1280)}
-    rows = [rows_of(name, curation_cases.found(curation_cases.clip(), size=size))[0] for name, size in sizes.items()]
+    rows = [
+        rows_of(name, curation_stand_in.found(curation_stand_in.clip(), size=size))[0] for name, size in sizes.items()
+    ]
     assert rejected("resolution", rows) == {"narrow", "low", "upright"}
     assert judge("resolution", rows, THRESHOLDS).threshold == [1280, 720]
 
@@ -77,10 +83,10 @@ def test_equal_ranks_are_decided_by_the_id():
 
 def test_of_copies_the_largest_and_sharpest_stays():
     rows = [
-        row("small", hashes=curation_cases.random_hashes(1)),
-        row("blurred", hashes=curation_cases.random_hashes(1, flipped=3), sharpness=50.0),
-        row("good", hashes=curation_cases.random_hashes(1, flipped=2)),
-        row("other", hashes=curation_cases.random_hashes(2)),
+        row("small", hashes=curation_stand_in.random_hashes(1)),
+        row("blurred", hashes=curation_stand_in.random_hashes(1, flipped=3), sharpness=50.0),
+        row("good", hashes=curation_stand_in.random_hashes(1, flipped=2)),
+        row("other", hashes=curation_stand_in.random_hashes(2)),
         row("unhashed"),
     ]
     rows[0]["size"] = [640, 360]
@@ -92,24 +98,24 @@ def test_of_copies_the_largest_and_sharpest_stays():
 
 
 def test_bits_that_differ_count_in_the_mean_of_the_frames():
-    rows = [row("a", hashes=curation_cases.random_hashes(1)), row("b", hashes=curation_cases.random_hashes(1, 8))]
+    rows = [row("a", hashes=curation_stand_in.random_hashes(1)), row("b", hashes=curation_stand_in.random_hashes(1, 8))]
     assert len(rejected("duplicate", rows)) == 1
-    rows[1] = row("b", hashes=curation_cases.random_hashes(1, flipped=9))
+    rows[1] = row("b", hashes=curation_stand_in.random_hashes(1, flipped=9))
     assert rejected("duplicate", rows) == set()
 
 
 def test_clips_of_one_video_are_no_copies_of_each_other():
-    clips = [curation_cases.clip(5.0625 * i, hashes=curation_cases.random_hashes(1)) for i in range(3)]
-    rows = rows_of("a.mp4", curation_cases.found(*clips))
+    clips = [curation_stand_in.clip(5.0625 * i, hashes=curation_stand_in.random_hashes(1)) for i in range(3)]
+    rows = rows_of("a.mp4", curation_stand_in.found(*clips))
     assert rejected("duplicate", rows) == set()
-    other = row("b", hashes=curation_cases.random_hashes(1), sharpness=9.0)
+    other = row("b", hashes=curation_stand_in.random_hashes(1), sharpness=9.0)
     assert rejected("duplicate", [*rows, other]) == {"b"}
 
 
 def test_embeddings_find_copies_that_hashes_do_not():
     rows = [
-        row("a", hashes=curation_cases.random_hashes(1)),
-        row("b", hashes=curation_cases.random_hashes(2)),
+        row("a", hashes=curation_stand_in.random_hashes(1)),
+        row("b", hashes=curation_stand_in.random_hashes(2)),
         row("c"),
     ]
     embeddings = dict(zip([entry["id"] for entry in rows], ([1.0, 0.0], [1.0, 0.3], [0.0, 1.0]), strict=True))
@@ -117,14 +123,14 @@ def test_embeddings_find_copies_that_hashes_do_not():
 
 
 def test_a_chain_of_likenesses_is_not_one_copy():
-    rows = [row(str(i), hashes=curation_cases.random_hashes(1, flipped=5 * i)) for i in range(3)]
+    rows = [row(str(i), hashes=curation_stand_in.random_hashes(1, flipped=5 * i)) for i in range(3)]
     assert rejected("duplicate", rows) == {"1"}
 
 
 def test_the_order_of_the_rows_changes_nothing(monkeypatch):
     monkeypatch.setattr(selection, "BLOCK", 7)  # several blocks
     rows = [
-        row(f"{i}", hashes=curation_cases.random_hashes(i % 25, flipped=i // 25), sharpness=float(i % 3))
+        row(f"{i}", hashes=curation_stand_in.random_hashes(i % 25, flipped=i // 25), sharpness=float(i % 3))
         for i in range(100)
     ]
     verdict = judge("duplicate", rows, THRESHOLDS)

@@ -146,6 +146,7 @@ class Curation:
                 "file": str(self._sources[row["source"]].path),
                 **{name: row[name] for name in ("start", "end")},
                 "caption": row["caption"]["text"] if "caption" in row else "",
+                "scores": {name: found for name in row["scores"] if (found := selection.value(row, name)) is not None},
             }
             for row in rows
             if row["rejected_by"] is None
