@@ -24,7 +24,7 @@ DEFAULTS = {
     "cuts": {
         "short_side": 72,  # pixels of the pictures that are compared
         "adaptive_threshold": 3.0,  # a cut changes so many times as much as the frames around it; PySceneDetect's
-        "min_content_val": 15.0,  # and at least so much, of 255; PySceneDetect's
+        "min_content_val": 4.0,  # and at least so much, of 255; PySceneDetect's 15 misses half of the cuts in the dark
         "window_width": 2,  # frames on either side; PySceneDetect's
         "min_scene_frames": 1,  # PySceneDetect's 15 hides a second cut close behind the first
         "quiet_chroma": 4,  # levels of chroma below which a pixel counts as grey, whose hue is noise
@@ -32,10 +32,12 @@ DEFAULTS = {
         "gradual": {
             "step": 0.1,  # seconds between the pictures that are compared
             "spans": (0.2, 0.3, 0.5, 0.8, 1.2),  # seconds from the middle of a transition to the pictures around it
-            "change": 6.0,  # levels by which these differ at least, without their means
-            "residual": 0.25,  # most by which the middle one is off their mean, as a share of their difference
-            "resemblance": 0.5,  # most correlation between them
+            "change": 6.0,  # levels by which most of the picture differs, from its mean
+            "spread": 0.75,  # and so much of the mean difference, which a single thing that moves makes larger
+            "resemblance": 0.5,  # most correlation between the outer two
+            "kinship": 0.3,  # least correlation of the middle one with either
             "contrast": 1.08,  # most contrast of the middle one, relative to their mean's; what moves has 1.15
+            "residual": 0.25,  # of a fade: most by which its middle is off half the contrast
             "plain": 3.0,  # levels of contrast below which a picture shows nothing: the end of a fade
         },
     },

@@ -33,10 +33,11 @@ class Flow:
     def between(self, before: np.ndarray, after: np.ndarray) -> float:
         """Return the mean flow between two pictures uint8 [height width], in pixels at a shorter side of 720."""
         flow = self._flow.calc(before, after, None)
-        change = cv2.blur(cv2.absdiff(before, after).astype(np.float32), AROUND)
+        change = cv2.boxFilter(cv2.absdiff(before, after), cv2.CV_32F, AROUND)
         # In noise, flow finds motion; what moves changes the picture by more.
-        length = cv2.magnitude(flow[..., 0], flow[..., 1]) * (change >= self._still)
-        return float(length.mean()) * UNIT / min(before.shape)
+        moving = cv2.compare(change, self._still, cv2.CMP_GE)
+        mean = cv2.mean(cv2.magnitude(flow[..., 0], flow[..., 1]), moving)[0]
+        return mean * cv2.countNonZero(moving) / before.size * UNIT / min(before.shape)
 
 
 CODEC_METHOD = (

@@ -22,14 +22,14 @@ class Sample:
 class GradualFinder:
     """Finds fades and dissolves in pictures that come in order.
 
-    While A dissolves into B, the picture in the middle is their mean, and so has less contrast than they have. Where
-    things move, the middle picture is no mean, in which they would stand in two places, and keeps its contrast. Where
-    the light changes, what is left without the mean is the same picture. A fade is a dissolve from or to a plain one.
+    While A dissolves into B, the picture in the middle resembles both, which do not resemble each other, and has no
+    more contrast than their mean. What moves keeps its contrast. Where the light changes, what is left without the mean
+    is the same picture. In a fade, one of the two is plain and the middle one has half the contrast of the other.
     """
 
     METHOD = (
-        f"of three luma pictures at {SIZE[0]}x{SIZE[1]} without their means, the middle one is the mean of the outer "
-        "two, which do not resemble each other, or one of which is plain"
+        f"of three luma pictures at {SIZE[0]}x{SIZE[1]} without their means, the middle one resembles both of the "
+        "outer two, which differ, and has the contrast of their mean; or one is plain and the contrast goes evenly"
     )
 
     def __init__(self, settings: Mapping):
@@ -56,18 +56,22 @@ class GradualFinder:
 
 def is_mixture(before: Sample, middle: Sample, after: Sample, settings: Mapping) -> bool:
     """Whether the middle one of three pictures is a mixture of the outer ones, which differ."""
-    change = np.abs(after.levels - before.levels)
-    mean_change = float(change.mean())
-    if mean_change < settings["change"]:
-        return False
-    mean = (before.levels + after.levels) / 2
-    if float(np.abs(middle.levels - mean).mean()) > settings["residual"] * mean_change:
-        return False
     low, high = sorted((before.contrast, after.contrast))
     if low < settings["plain"]:
-        return high > 2 * settings["plain"]
-    # Over most of the picture, not only where something moves.
-    if float(np.median(change)) < settings["change"]:
+        halfway = abs(middle.contrast - (low + high) / 2) <= settings["residual"] * (high - low)
+        return halfway and high > 3 * settings["plain"]
+    if _resemblance(before, after) >= settings["resemblance"]:
         return False
-    resemblance = float(before.levels @ after.levels) / (low * high * change.size)
-    return resemblance < settings["resemblance"] and middle.contrast < settings["contrast"] * float(mean.std())
+    if min(_resemblance(before, middle), _resemblance(middle, after)) < settings["kinship"]:
+        return False
+    mean = (before.levels + after.levels) / 2
+    if middle.contrast >= settings["contrast"] * float(mean.std()):
+        return False
+    # Over most of the picture, not only where something moves.
+    change = np.abs(after.levels - before.levels)
+    return float(np.median(change)) >= max(settings["change"], settings["spread"] * float(change.mean()))
+
+
+def _resemblance(one: Sample, other: Sample) -> float:
+    """Return the correlation of two pictures."""
+    return float(one.levels @ other.levels) / max(one.contrast * other.contrast * one.levels.size, 1e-6)
