@@ -22,7 +22,7 @@ DEFAULTS = {
     "fps": 16.0,  # frames per second of a clip; videos are resampled as when they are encoded
     "clips_per_scene": 0,  # most clips of one scene, evenly spread; 0: as many as fit back to back
     "cuts": {
-        "short_side": 72,  # pixels of the pictures that are compared
+        "short_side": 36,  # pixels of the pictures that are compared
         "adaptive_threshold": 3.0,  # a cut changes so many times as much as the frames around it; PySceneDetect's
         "min_content_val": 4.0,  # and at least so much, of 255; PySceneDetect's 15 misses half of the cuts in the dark
         "window_width": 2,  # frames on either side; PySceneDetect's
@@ -37,7 +37,7 @@ DEFAULTS = {
             "resemblance": 0.5,  # most correlation between the outer two
             "kinship": 0.3,  # least correlation of the middle one with either
             "contrast": 1.08,  # most contrast of the middle one, relative to their mean's; what moves has 1.15
-            "residual": 0.25,  # of a fade: most by which its middle is off half the contrast
+            "residual": 0.25,  # of a fade: most by which its contrast is off an even course, as a share of the change
             "plain": 3.0,  # levels of contrast below which a picture shows nothing: the end of a fade
         },
     },
@@ -58,6 +58,7 @@ DEFAULTS = {
     "motion": {
         "short_side": 144,  # pixels at which flow is computed; it is told in pixels at 720
         "still": 1.0,  # levels; where a picture changes by less, it is noise and counts as unmoved
+        "every": 2,  # of so many pairs of consecutive frames, one is measured
         "preset": "ultrafast",  # of OpenCV's DIS flow: ultrafast, fast or medium
     },
     "codec_motion": True,

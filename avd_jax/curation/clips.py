@@ -80,8 +80,6 @@ class ClipCutter:
             # The first picture of a video is no cut.
             self._from = picture.time + (self._trim if picture.index else 0.0)
         self._fill(picture, inside=True)
-        if self._clip is not None:
-            self._clip.measures.passing(picture)
         self._before = picture
 
     def finish(self, end: float) -> None:

@@ -31,7 +31,7 @@ class Tools:
 
 
 class ClipMeasures:
-    """Takes the frames of one clip in order, and all pictures between them."""
+    """Takes the frames of one clip in order."""
 
     def __init__(self, tools: Tools, file: VideoFile, shape: tuple[int, int]):
         """Begin a clip of a file whose pictures have this (width, height) in square pixels."""
@@ -47,24 +47,21 @@ class ClipMeasures:
 
     def frame(self, number: int, picture: Picture) -> None:
         """Take frame `number` of the clip."""
-        if picture is self._before:
-            self._flow.append(0.0)  # the same picture again
-        else:
-            grey = picture.grey(self._flow_size)
-            if self._grey is not None:
-                self._flow.append(self._tools.flow.between(self._grey, grey))
-            self._before, self._grey = picture, grey
-        if number in self._tools.looked_at:
-            self._look(number, picture)
-        if repeats := self._tools.hashed.count(number):
-            self._hashes += [perceptual_hash(shrunk(self._grey, (SIDE, SIDE)))] * repeats
-
-    def passing(self, picture: Picture) -> None:
-        """Take a picture of the video that passes by while the clip lasts, whether or not it is a frame of the clip."""
+        every = self._tools.settings["motion"]["every"]
+        if number % every == 1 % every and number:
+            same = picture is self._before
+            self._flow.append(0.0 if same else self._tools.flow.between(self._grey, self._grey_of(picture)))
+        self._grey, self._before = None, picture
+        if number % every == 0:
+            self._grey = self._grey_of(picture)
         if self._tools.settings["codec_motion"]:
             found = codec_motion(picture.frame)
             if found is not None:
                 self._codec.append(found)
+        if number in self._tools.looked_at:
+            self._look(number, picture)
+        if repeats := self._tools.hashed.count(number):
+            self._hashes += [perceptual_hash(shrunk(self._grey_of(picture), (SIDE, SIDE)))] * repeats
 
     def scores(self) -> dict:
         """Return the scores: name -> value, method, size [width, height] of the picture measured, and details."""
@@ -83,6 +80,9 @@ class ClipMeasures:
             scores["codec_motion"] = {"value": value, "method": CODEC_METHOD, "size": list(self._shape)}
             scores["codec_motion"]["pictures"] = len(self._codec)
         return scores
+
+    def _grey_of(self, picture: Picture) -> np.ndarray:
+        return picture.grey(self._flow_size)
 
     def _looks(self, name: str, values: dict[int, float], method: str) -> dict:
         frames = sorted(values)

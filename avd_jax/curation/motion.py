@@ -24,7 +24,8 @@ class Flow:
     def __init__(self, settings: Mapping):
         self._still = settings["still"]
         self.method = (
-            f"mean length of OpenCV's DIS flow ({settings['preset']}) between consecutive frames of the clip, at a "
+            f"mean length of OpenCV's DIS flow ({settings['preset']}) between consecutive frames of the clip, of every "
+            f"{settings['every']} pairs one, at a "
             f"shorter side of {settings['short_side']} pixels, 0 where the luma around changes by less than "
             f"{self._still} of 255, in pixels at a shorter side of {UNIT}"
         )
@@ -41,8 +42,8 @@ class Flow:
 
 
 CODEC_METHOD = (
-    "mean length of the codec's motion vectors, each for the area of its block, over the pictures that have any, in "
-    f"pixels at a shorter side of {UNIT}"
+    "mean length of the codec's motion vectors, each for the area of its block, to the picture it refers to, "
+    f"over the frames of the clip that have any, in pixels at a shorter side of {UNIT}"
 )
 
 

@@ -1,6 +1,6 @@
 """A decoded picture, and the small planes of it that the cheap measures need, straight from the decoder's memory."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import av
 import cv2
@@ -25,13 +25,16 @@ class Picture:
     index: int
     time: float
     frame: av.VideoFrame
+    _greys: dict[tuple[int, int], np.ndarray] = field(default_factory=dict, repr=False)
 
     def grey(self, size: tuple[int, int]) -> np.ndarray:
         """Return the luma as uint8 [height width] of `size` (width, height), averaged over areas."""
-        frame = self.frame
-        if frame.format.name not in PLANAR | GREY:
-            frame = frame.reformat(width=size[0], height=size[1], format="yuv420p", interpolation="AREA")
-        return _plane(frame, 0, size)
+        if size not in self._greys:
+            frame = self.frame
+            if frame.format.name not in PLANAR | GREY:
+                frame = frame.reformat(width=size[0], height=size[1], format="yuv420p", interpolation="AREA")
+            self._greys[size] = _plane(frame, 0, size)
+        return self._greys[size]
 
     def colours(self, size: tuple[int, int]) -> np.ndarray:
         """Return luma and chroma as uint8 [height width 3] of `size` (width, height), averaged over areas."""

@@ -1,7 +1,7 @@
 """Fades and dissolves: pictures that are a mixture of what stands before and behind them."""
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import cv2
@@ -48,18 +48,18 @@ class GradualFinder:
         begin = None
         for span in self._spans:
             if len(self._history) > 2 * span:
-                before, middle, after = (self._history[-1 - steps * span] for steps in (2, 1, 0))
-                if is_mixture(before, middle, after, self._settings):
-                    begin = before.time
+                samples = [self._history[step] for step in range(-1 - 2 * span, 0)]
+                if is_transition(samples, self._settings):
+                    begin = samples[0].time
         return None if begin is None else (begin, time)
 
 
-def is_mixture(before: Sample, middle: Sample, after: Sample, settings: Mapping) -> bool:
-    """Whether the middle one of three pictures is a mixture of the outer ones, which differ."""
+def is_transition(samples: Sequence[Sample], settings: Mapping) -> bool:
+    """Whether the first of these pictures fades or dissolves into the last; their number is odd."""
+    before, middle, after = samples[0], samples[len(samples) // 2], samples[-1]
     low, high = sorted((before.contrast, after.contrast))
     if low < settings["plain"]:
-        halfway = abs(middle.contrast - (low + high) / 2) <= settings["residual"] * (high - low)
-        return halfway and high > 3 * settings["plain"]
+        return high > 3 * settings["plain"] and _goes_evenly(samples, settings["residual"])
     if _resemblance(before, after) >= settings["resemblance"]:
         return False
     if min(_resemblance(before, middle), _resemblance(middle, after)) < settings["kinship"]:
@@ -70,6 +70,13 @@ def is_mixture(before: Sample, middle: Sample, after: Sample, settings: Mapping)
     # Over most of the picture, not only where something moves.
     change = np.abs(after.levels - before.levels)
     return float(np.median(change)) >= max(settings["change"], settings["spread"] * float(change.mean()))
+
+
+def _goes_evenly(samples: Sequence[Sample], residual: float) -> bool:
+    """Whether the contrast goes from that of the first to that of the last about evenly."""
+    contrasts = np.array([sample.contrast for sample in samples])
+    even = np.linspace(contrasts[0], contrasts[-1], len(contrasts))
+    return float(np.abs(contrasts - even).max()) <= residual * abs(contrasts[-1] - contrasts[0])
 
 
 def _resemblance(one: Sample, other: Sample) -> float:
