@@ -45,7 +45,7 @@ DEFAULTS = {
         # Counted from 0: of 81 frames these are every 20th, and the next, 81, is none. Scaled for other lengths.
         "at": (1, 21, 41, 61),
         "of": 81,
-        "light": 2.5,  # dark pictures are made brighter, by so much at most
+        "light": 2.0,  # dark pictures are made brighter, by so much at most
     },
     "colour": {
         "short_side": 24,  # pixels; so small, the noise of grey pixels averages out
@@ -58,7 +58,6 @@ DEFAULTS = {
     "motion": {
         "short_side": 144,  # pixels at which flow is computed; it is told in pixels at 720
         "still": 1.0,  # levels; where a picture changes by less, it is noise and counts as unmoved
-        "every": 2,  # of so many pairs of consecutive frames, one is measured
         "preset": "ultrafast",  # of OpenCV's DIS flow: ultrafast, fast or medium
     },
     "codec_motion": True,

@@ -13,7 +13,7 @@ from avd_jax.curation.looks import (
     laplacian_variance,
     sharpness_method,
 )
-from avd_jax.curation.motion import CODEC_METHOD, Flow, codec_motion
+from avd_jax.curation.motion import CODEC_METHOD, COMPARED, MEASURED, Flow, codec_motion
 from avd_jax.curation.pictures import Picture, shrunk, small_size
 from avd_jax.data.picture import display_matrix, is_on_its_side, shown
 from avd_jax.data.video_file import VideoFile
@@ -47,12 +47,11 @@ class ClipMeasures:
 
     def frame(self, number: int, picture: Picture) -> None:
         """Take frame `number` of the clip."""
-        every = self._tools.settings["motion"]["every"]
-        if number % every == 1 % every and number:
+        if number and number % 4 in MEASURED:
             same = picture is self._before
             self._flow.append(0.0 if same else self._tools.flow.between(self._grey, self._grey_of(picture)))
-        self._grey, self._before = None, picture
-        if number % every == 0:
+        self._before = picture
+        if number % 4 in COMPARED:
             self._grey = self._grey_of(picture)
         if self._tools.settings["codec_motion"]:
             found = codec_motion(picture.frame)

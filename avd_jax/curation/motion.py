@@ -10,6 +10,9 @@ from avd_jax.data.picture import side_data
 
 EXPORT = {"flags2": "+export_mvs"}  # option of FFmpeg's decoders: motion vectors come along as side data
 UNIT = 720  # motion is told in pixels of a picture whose shorter side has so many: the paper's smallest videos
+# Frames modulo 4 that are compared with the one before: half of the pairs, of even and odd numbers alike, since at 24
+# frames a second every other pair of a clip at 16 is twice as far apart.
+MEASURED, COMPARED = (0, 1), (3, 0)
 AROUND = (5, 5)  # pixels over which changes of luma are averaged
 PRESETS = {
     "ultrafast": cv2.DISOPTICAL_FLOW_PRESET_ULTRAFAST,
@@ -25,7 +28,7 @@ class Flow:
         self._still = settings["still"]
         self.method = (
             f"mean length of OpenCV's DIS flow ({settings['preset']}) between consecutive frames of the clip, of every "
-            f"{settings['every']} pairs one, at a "
+            f"second pair, at a "
             f"shorter side of {settings['short_side']} pixels, 0 where the luma around changes by less than "
             f"{self._still} of 255, in pixels at a shorter side of {UNIT}"
         )
