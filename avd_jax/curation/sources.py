@@ -34,8 +34,8 @@ def find(videos: str | os.PathLike) -> list[Source]:
     """Return the videos of a folder with its subfolders, or of a list, in the order of their names.
 
     A folder's captions are the texts beside the videos, `a.txt` for `a.mp4`. A list is JSON lines, JSON, CSV or TSV
-    (`records.read_records`); its fields are spelled as in `captions.NAME_FIELDS` and `CAPTION_FIELDS`, and a caption may
-    be missing.
+    (`records.read_records`); its fields are spelled as in `captions.NAME_FIELDS` and `CAPTION_FIELDS`, and a caption
+    may be missing.
 
     Raises:
       UserError: there is no such folder or list, it cannot be read, holds no videos, or a line of it names none.
