@@ -11,12 +11,12 @@ from ml_collections import config_flags
 from avd_jax import methods
 from avd_jax.diffusion.student import HALF_RATE_POSITIONS
 from avd_jax.errors import UserError, closest, report_user_errors
+from avd_jax.fields import Fields, check_names, describe, flags_parser
 from avd_jax.generation.settings import DTYPES, SOLVERS
 from avd_jax.models.vae_tiles import MEMORY_GIB
 from avd_jax.parallel.compiler import keep_programs
 from avd_jax.parallel.hosts import connect, leaving_at_once
 from avd_jax.paths import local_path
-from avd_jax.training.fields import Fields, check_names, describe, flags_parser
 from avd_jax.training.method import Recipe
 
 flags.disclaim_key_flags()  # a flag that a script defines through this module is the script's, so --help shows it
@@ -223,26 +223,62 @@ def run_configured(
       fields_of_file: path of a config file -> the fields of its config.
       required: further flags that must be given to work.
     """
-    config = config_flags.DEFINE_config_file("config", None, "config file; set a field with --config.FIELD=VALUE")
     workdir = path_flag("workdir", None, "the folder of the run: config, checkpoints, metrics")
-    explain = flags.DEFINE_bool("explain", False, "print every field of the config with its help, and stop")
+    settled = _define_config(fields_of)
     connect_hosts = define_hosts()
-    for flag in ("config", workdir.name, explain.name):
-        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[flag])  # --help shows them as the script's
-    flags.mark_flag_as_required("config")
+    flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[workdir.name])  # --help shows it as the script's
 
     def work_or_explain() -> int:
-        fields = fields_of(config.value)
-        check_names(config.value, fields)
-        if explain.value:
-            print(describe(config.value, fields))
+        config = settled()
+        if config is None:
             return 0
         check_given((workdir, *required))
         connect_hosts()
         keep_programs(Path(workdir.value) / "compiled")
-        return work(config.value, Path(workdir.value))
+        return work(config, Path(workdir.value))
 
     run(leaving_at_once(work_or_explain), parse_flags=flags_parser(fields_of_file))
+
+
+def run_with_config(
+    work: Callable[[object], int | None], *, fields: Fields, required: Sequence[flags.FlagHolder] = ()
+) -> None:
+    """Run a script that works by a config on this machine; it gets the flags --config and --explain.
+
+    Args:
+      work: `config` -> exit status.
+      fields: those of its config.
+      required: flags that must be given to work.
+    """
+    settled = _define_config(lambda config: fields)
+
+    def work_or_explain() -> int | None:
+        config = settled()
+        if config is None:
+            return 0
+        check_given(required)
+        return work(config)
+
+    run(work_or_explain, parse_flags=flags_parser(lambda path: fields))
+
+
+def _define_config(fields_of: Callable[[object], Fields]) -> Callable[[], object | None]:
+    """Define --config and --explain; return a function that returns the config, or explains it and returns None."""
+    config = config_flags.DEFINE_config_file("config", None, "config file; set a field with --config.FIELD=VALUE")
+    explain = flags.DEFINE_bool("explain", False, "print every field of the config with its help, and stop")
+    for flag in ("config", explain.name):
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[flag])  # --help shows them as the script's
+    flags.mark_flag_as_required("config")
+
+    def settled() -> object | None:
+        fields = fields_of(config.value)
+        check_names(config.value, fields)
+        if not explain.value:
+            return config.value
+        print(describe(config.value, fields))
+        return None
+
+    return settled
 
 
 def checked(main: Callable[[], int | None], required: Sequence[flags.FlagHolder]) -> Callable:

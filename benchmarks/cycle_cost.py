@@ -12,9 +12,9 @@ from absl import flags
 from ml_collections import config_flags
 
 from avd_jax import command_line, methods
+from avd_jax.fields import flags_parser
 from avd_jax.training.assembly import Assembly
 from avd_jax.training.cost import cycle_cost
-from avd_jax.training.fields import flags_parser
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "config file; set a field with --config.FIELD=VALUE")
 VIDEO = {"frames": 81, "height": 480, "width": 832}

@@ -31,8 +31,8 @@ from avd_jax import command_line, methods
 from avd_jax.capacity.budget import GIB, part_of
 from avd_jax.capacity.devices import peak_flops
 from avd_jax.capacity.program import Program, expected_flops
+from avd_jax.fields import flags_parser
 from avd_jax.training.assembly import Assembly
-from avd_jax.training.fields import flags_parser
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "config file; set a field with --config.FIELD=VALUE")
 PROGRAMS = flags.DEFINE_list("programs", [], "some of the run's programs, or 'forward'; by default all of the run")

@@ -9,8 +9,8 @@ Expected result: /runs/finetune/weights/transformer in diffusers' layout, for `i
 `--weights` of scripts/generate.py.
 """
 
+from avd_jax.fields import config_from
 from avd_jax.methods.flow_matching import FIELDS
-from avd_jax.training.fields import config_from
 
 
 def get_config():

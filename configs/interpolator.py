@@ -9,8 +9,8 @@ made again. `--config.init_from=model.pt` starts from the interpolator of an AVD
 result: held_out.md in the workdir, whose last column must be 25 % at least.
 """
 
+from avd_jax.fields import config_from
 from avd_jax.methods.interpolator import FIELDS
-from avd_jax.training.fields import config_from
 
 
 def get_config():

@@ -11,8 +11,8 @@ with a new fall of the learning rate, and configs/tiny_pretrain.py adds time. 6 
 two-core CPU, then 29 and 35.
 """
 
+from avd_jax.fields import config_from
 from avd_jax.methods.flow_matching import FIELDS
-from avd_jax.training.fields import config_from
 
 
 def get_config():

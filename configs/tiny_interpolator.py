@@ -9,8 +9,8 @@ It needs the VAE, tokenizer and text encoder of weights/tiny. Expected result: h
 column was 92 % after 3,000 updates; that takes a quarter of an hour on one core of a CPU.
 """
 
+from avd_jax.fields import config_from
 from avd_jax.methods.interpolator import FIELDS
-from avd_jax.training.fields import config_from
 
 
 def get_config():

@@ -18,10 +18,10 @@ from ml_collections import config_flags
 from avd_jax import command_line, methods
 from avd_jax.capacity.compiling import Report, compile_program
 from avd_jax.capacity.planning import candidates, recommend
+from avd_jax.fields import flags_parser
 from avd_jax.parallel.topology import topology_devices
 from avd_jax.training.assembly import Assembly
 from avd_jax.training.cost import whole_run
-from avd_jax.training.fields import flags_parser
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "config file; set a field with --config.FIELD=VALUE")
 TOPOLOGY = flags.DEFINE_string("topology", "", "TPU slice or hosts x GPUs: v5e:4x4, v5p:2x2x4, h100:8, h100:2x8")

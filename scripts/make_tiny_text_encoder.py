@@ -16,9 +16,9 @@ from avd_jax import command_line
 from avd_jax.convert.shipping import write_json, write_text_encoder
 from avd_jax.data import shapes_world
 from avd_jax.data.tokenizer import TOKENIZER_FILE, Tokenizer
+from avd_jax.fields import config_from
 from avd_jax.methods.text_encoder import RECIPE
 from avd_jax.methods.text_encoder.method import accuracy, trained_encoder
-from avd_jax.training.fields import config_from
 from avd_jax.training.trainer import train
 
 OUT = command_line.path_flag("out", None, "folder that gets tokenizer/ and text_encoder/")

@@ -9,11 +9,11 @@ from absl import flags
 from avd_jax import command_line, convert, methods
 from avd_jax.errors import UserError
 from avd_jax.experiments import cells
-from avd_jax.training.fields import flags_parser
+from avd_jax.fields import flags_parser
 
 SCRIPTS = sorted((Path(__file__).parents[1] / "scripts").glob("*.py"))
 # The flags and fields of text that are no path.
-TEXT_FLAGS = {"topology", "prompt", "negative_prompt", "coordinator", "name", "shard", "sizes"}
+TEXT_FLAGS = {"beam_args", "topology", "prompt", "negative_prompt", "coordinator", "name", "shard", "sizes"}
 TEXT_FIELDS = {"method", "model", "checkpoint.best_metric", "which"}
 FIELDS = {f"{name}.{field}": row for name in methods.names() for field, row in methods.get(name).fields.items()} | {
     f"ablation.{field}": row for field, row in cells.FIELDS.items()
@@ -60,7 +60,7 @@ def test_a_config_file_in_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "config.py").write_text("")
     seen = []
-    monkeypatch.setattr("avd_jax.training.fields.app.parse_flags_with_usage", seen.append)
+    monkeypatch.setattr("avd_jax.fields.app.parse_flags_with_usage", seen.append)
     parse = flags_parser(lambda path: seen.append(path) or {})
     for arguments in (["--config=~/config.py"], ["--config", "~/config.py"]):
         parse(["train.py", *arguments])

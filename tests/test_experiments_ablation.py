@@ -22,9 +22,9 @@ from avd_jax.experiments.ablation import run_ablation
 from avd_jax.experiments.ablation_report import write_report
 from avd_jax.experiments.cells import default_config, plan, validate
 from avd_jax.experiments.held_out import Made, drawn_videos
+from avd_jax.fields import flatten
 from avd_jax.methods.avd import method
 from avd_jax.parallel.mesh import make_mesh
-from avd_jax.training.fields import flatten
 from avd_jax.training.metrics import MetricsWriter
 
 CONFIGS = Path(__file__).parents[1] / "configs"

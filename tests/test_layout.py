@@ -15,6 +15,7 @@ SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
 ALLOWED = {
     "errors": set(),
     "paths": set(),
+    "fields": set(),
     "shapes": set(),
     "models": {"shapes"},
     "diffusion": {"shapes"},
@@ -23,15 +24,16 @@ ALLOWED = {
     "parallel": {"shapes"},
     "capacity": {"shapes", "models", "parallel"},
     "data": {"models", "parallel"},
+    "curation": {"fields", "models", "convert", "data"},
     "evaluation": {"shapes", "data"},
     "generation": {"shapes", "models", "diffusion", "convert", "parallel", "data"},
-    "training": {"models", "parallel", "capacity", "data"},
+    "training": {"fields", "models", "parallel", "capacity", "data"},
     "methods": {
-        *("shapes", "models", "diffusion", "losses", "convert", "parallel", "capacity", "data", "evaluation"),
-        *("generation", "training"),
+        *("shapes", "fields", "models", "diffusion", "losses", "convert", "parallel", "capacity", "data"),
+        *("evaluation", "generation", "training"),
     },
-    "experiments": {"convert", "parallel", "data", "evaluation", "generation", "training", "methods"},
-    "command_line": {"models", "diffusion", "parallel", "generation", "training", "methods"},
+    "experiments": {"fields", "convert", "parallel", "data", "evaluation", "generation", "training", "methods"},
+    "command_line": {"fields", "models", "diffusion", "parallel", "generation", "training", "methods"},
 }
 FRAMEWORKS = {"torch", "tensorflow", "diffusers", "transformers"}
 

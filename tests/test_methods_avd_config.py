@@ -6,8 +6,8 @@ import pytest
 from training_cases import make_config
 
 from avd_jax.errors import UserError
+from avd_jax.fields import describe, flags_parser, flatten
 from avd_jax.methods.avd.config import FIELDS, default_config, validate, validate_values
-from avd_jax.training.fields import describe, flags_parser, flatten
 
 GOOD = {"init_from": "weights", "data__latents": "latents"}
 

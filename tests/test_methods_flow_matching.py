@@ -14,10 +14,10 @@ from avd_jax.data import encoding, shapes_world
 from avd_jax.data.encode_sets import encode_videos
 from avd_jax.data.inputs import Clip
 from avd_jax.errors import UserError
+from avd_jax.fields import config_from
 from avd_jax.methods.flow_matching import FIELDS, RECIPE
 from avd_jax.methods.flow_matching.method import losses, matrices_of_blocks, trained_dit
 from avd_jax.models.wan_dit import WanDiT, WanDiTConfig
-from avd_jax.training.fields import config_from
 from avd_jax.training.optimizers import scheduled
 from avd_jax.training.trainer import train
 from avd_jax.training.update import example_keys

@@ -15,6 +15,7 @@ from avd_jax.convert.state import flat_state
 from avd_jax.data.latents import EncodedSet
 from avd_jax.data.pipeline import held_out_indices, training_batches
 from avd_jax.errors import UserError
+from avd_jax.fields import config_from
 from avd_jax.methods.interpolator import FIELDS, RECIPE
 from avd_jax.methods.interpolator.method import (
     baseline_errors,
@@ -24,7 +25,6 @@ from avd_jax.methods.interpolator.method import (
     trained_interpolator,
 )
 from avd_jax.models.interpolator import Interpolator, InterpolatorConfig
-from avd_jax.training.fields import config_from
 from avd_jax.training.trainer import train
 
 SHAPE = 5, 4, 4, 4

@@ -11,6 +11,7 @@ from avd_jax.data import shapes_world
 from avd_jax.data.tokenizer import Tokenizer
 from avd_jax.data.world_clips import FIRST_TEXT_ENCODER_CAPTION
 from avd_jax.errors import UserError
+from avd_jax.fields import config_from
 from avd_jax.methods.text_encoder import FIELDS, RECIPE
 from avd_jax.methods.text_encoder.method import (
     NEW_CAPTIONS,
@@ -22,7 +23,6 @@ from avd_jax.methods.text_encoder.method import (
     trained_encoder,
 )
 from avd_jax.models.umt5 import UMT5Config
-from avd_jax.training.fields import config_from
 from avd_jax.training.trainer import train
 
 ROOT = Path(__file__).parents[1]

@@ -13,11 +13,11 @@ from avd_jax import convert
 from avd_jax.convert.shipping import write_vae
 from avd_jax.data import shapes_world
 from avd_jax.errors import UserError
+from avd_jax.fields import config_from
 from avd_jax.methods.vae import FIELDS, RECIPE
 from avd_jax.methods.vae.config import model_config
 from avd_jax.methods.vae.method import FIRST_LOG_VARIANCE, crops, decode, new_vae, posterior, trained_vae
 from avd_jax.models.wan_vae import WanVAE, WanVAEConfig
-from avd_jax.training.fields import config_from
 from avd_jax.training.trainer import train
 from avd_jax.training.update import passes_of
 

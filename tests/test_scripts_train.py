@@ -18,8 +18,8 @@ from training_cases import small_disk, write_sets, write_weights
 
 from avd_jax import convert, methods
 from avd_jax.errors import UserError
+from avd_jax.fields import flags_parser
 from avd_jax.models.interpolator import InterpolatorConfig
-from avd_jax.training.fields import flags_parser
 
 ROOT = Path(__file__).parents[1]
 NUM_STEPS = 8
@@ -200,7 +200,7 @@ def interpolator_config(tmp_path_factory):
     config.write_text(
         f"""
 from avd_jax.methods.interpolator import FIELDS
-from avd_jax.training.fields import config_from
+from avd_jax.fields import config_from
 
 def get_config():
     config = config_from(FIELDS)

@@ -18,11 +18,11 @@ import toy_method
 from training_cases import DIT, train, use_linear_network, write_sets, write_weights
 
 from avd_jax.errors import UserError
+from avd_jax.fields import Field, config_from, not_negative
 from avd_jax.methods.avd import RECIPE, terms
 from avd_jax.methods.avd import config as avd_config
 from avd_jax.training import trainer
 from avd_jax.training.assembly import Assembly
-from avd_jax.training.fields import Field, config_from, not_negative
 from avd_jax.training.method import Term
 
 TESTS = Path(__file__).parent

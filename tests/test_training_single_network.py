@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from avd_jax.errors import UserError
+from avd_jax.fields import Field, check_values, config_from, with_defaults
 from avd_jax.parallel.mesh import make_mesh
 from avd_jax.training.config import RUN_FIELDS, SCHEDULE_FIELDS
-from avd_jax.training.fields import Field, check_values, config_from, with_defaults
 from avd_jax.training.method import BatchField, Method, Recipe, Term, Trained, Update
 from avd_jax.training.optimizers import growing_decay, scheduled
 from avd_jax.training.trainer import train

@@ -9,10 +9,10 @@ import optax
 import pytest
 import toy_method
 
+from avd_jax.fields import config_from
 from avd_jax.parallel.memory import MEMORIES
 from avd_jax.parallel.mesh import make_mesh
 from avd_jax.training.assembly import Assembly
-from avd_jax.training.fields import config_from
 from avd_jax.training.method import BatchField, Draw, Frozen, Method, Term, Trained, Update, Value
 from avd_jax.training.state import abstract_state, init_state
 from avd_jax.training.update import fields_of, make_step, passes_of

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from avd_jax.fields import Field, check_values, not_negative, with_defaults
 from avd_jax.parallel.hosts import batch_rows
 from avd_jax.parallel.mesh import make_mesh
 from avd_jax.training.batches import CountedBatches
 from avd_jax.training.config import RUN_FIELDS
-from avd_jax.training.fields import Field, check_values, not_negative, with_defaults
 from avd_jax.training.method import BatchField, Method, Recipe, Term, Trained, Update, Value
 
 FIELDS = {

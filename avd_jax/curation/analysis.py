@@ -83,7 +83,8 @@ def analyse(path: Path, settings: Mapping) -> dict:
     result = {"error": None, "video": None, "cuts": [], "scenes": [], "clips": []}
     result["cuts_method"] = CutFinder.method(settings["cuts"])
     try:
-        with opened(path, EXPORT if settings["codec_motion"] else None) as file:
+        # There is a process a core; and between its threads FFmpeg loses some motion vectors, others each time.
+        with opened(path, EXPORT if settings["codec_motion"] else None, threads="NONE") as file:
             result |= _analysed(file, settings, tools)
     except UserError as error:
         result["error"] = str(error)

@@ -72,7 +72,7 @@ class ClipMeasures:
             "hash": {"value": self._hashes, "method": HASH_METHOD, "size": [SIDE, SIDE]},
         }
         if self._flow:
-            value = float(np.mean(self._flow))
+            value = round(float(np.mean(self._flow)), 4)
             scores["motion"] = {"value": value, "method": self._tools.flow.method, "size": list(self._flow_size)}
         if self._codec:
             value = float(np.mean(self._codec))

@@ -40,7 +40,8 @@ class Flow:
         # In noise, flow finds motion; what moves changes the picture by more.
         moving = cv2.compare(change, self._still, cv2.CMP_GE)
         mean = cv2.mean(cv2.magnitude(flow[..., 0], flow[..., 1]), moving)[0]
-        return mean * cv2.countNonZero(moving) / before.size * UNIT / min(before.shape)
+        # OpenCV adds up in an order that depends on where in memory a picture lies; what is kept must not.
+        return round(mean * cv2.countNonZero(moving) / before.size * UNIT / min(before.shape), 6)
 
 
 CODEC_METHOD = (

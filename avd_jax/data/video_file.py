@@ -51,14 +51,16 @@ class VideoFile:
       codec: FFmpeg's name of the video's codec.
     """
 
-    def __init__(self, path: str | os.PathLike, decoder: Mapping[str, str] | None = None):
+    def __init__(self, path: str | os.PathLike, decoder: Mapping[str, str] | None = None, threads: str = "AUTO"):
         """Open the file; `opened` closes it, and turns FFmpeg's errors into a UserError.
 
         Args:
           path: the file.
           decoder: options for FFmpeg's decoder beside those that make it strict.
+          threads: of the decoder, in PyAV's words; NONE is one.
         """
         self.path = path
+        self._threads = threads
         self._decoder_options = {**(decoder or {}), **STRICT}
         self._container = self._stream = None
         self._open()
@@ -124,12 +126,12 @@ class VideoFile:
         if self._container is not None:
             self._container.close()
 
-    def _open(self, threads: str = "AUTO") -> None:
+    def _open(self, threads: str | None = None) -> None:
         index = None if self._stream is None else self._stream.index
         self.close()
         self._container = _open(self.path)
         self._stream = self._container.streams[_shown_stream(self._container, self.path) if index is None else index]
-        self._stream.thread_type = threads
+        self._stream.thread_type = threads or self._threads
         self._stream.codec_context.options = self._decoder_options
         self._moved = self._decoding = False
 
@@ -198,8 +200,8 @@ class VideoFile:
         """
         # With a thread a frame, an error would be told of a later packet, and take the frames behind it along; with a
         # thread a slice, FFmpeg's H.264 decoder marks nothing.
-        threads = "AUTO" if first == judged else "NONE"
-        if self._decoding or threads != "AUTO" or (first is None and self._moved):
+        threads = self._threads if first == judged else "NONE"
+        if self._decoding or threads != self._threads or (first is None and self._moved):
             self._open(threads)
         self._decoding = True
         if first is not None and not self._seek(first):
@@ -211,7 +213,7 @@ class VideoFile:
                 if first is None:
                     counts = not self._leans_back(packet)
                     first, judged = (-math.inf, -math.inf) if counts else (stamp, math.inf)
-                    self._stream.thread_type = "AUTO" if counts else "NONE"
+                    self._stream.thread_type = self._threads if counts else "NONE"
                 elif packet.is_keyframe and judged == math.inf:
                     judged = stamp
                 begun |= packet.is_keyframe
@@ -257,7 +259,9 @@ class VideoFile:
 
 
 @contextmanager
-def opened(path: str | os.PathLike, decoder: Mapping[str, str] | None = None) -> Iterator[VideoFile]:
+def opened(
+    path: str | os.PathLike, decoder: Mapping[str, str] | None = None, threads: str = "AUTO"
+) -> Iterator[VideoFile]:
     """Open a video file for as long as the context lasts; arguments as `VideoFile`'s.
 
     Raises:
@@ -265,7 +269,7 @@ def opened(path: str | os.PathLike, decoder: Mapping[str, str] | None = None) ->
     """
     file = None
     try:
-        file = VideoFile(path, decoder)
+        file = VideoFile(path, decoder, threads)
         yield file
     except (av.FFmpegError, OSError) as error:
         raise UserError(f"{path}: cannot be read as a video ({error.strerror or error}).") from error

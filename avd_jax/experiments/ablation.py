@@ -30,10 +30,10 @@ from avd_jax.evaluation.style import style_features
 from avd_jax.experiments.cells import FEW, STYLE, Cell, few_prompts, plan, validate
 from avd_jax.experiments.held_out import drawn_videos, make_videos
 from avd_jax.experiments.videos import CaptionedVideo, measure_videos
+from avd_jax.fields import flatten
 from avd_jax.generation.settings import Options, resolve
 from avd_jax.generation.weights import open_parts
 from avd_jax.methods.avd import RECIPE
-from avd_jax.training.fields import flatten
 from avd_jax.training.trainer import train
 from avd_jax.training.workdir import jsonable
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from avd_jax.data.atomic import write_text
+from avd_jax.data.html import Html, badge, bullets, escaped, heading, paragraph, table, write_page
 from avd_jax.data.latents import EncodedSet
 from avd_jax.evaluation.motion import temporal_variance
 from avd_jax.evaluation.style import style_position
@@ -33,7 +34,6 @@ from avd_jax.experiments.cells import (
 from avd_jax.experiments.claims import CLAIMS, CRITERION, NOT_SEEN, OPPOSITE, SEEN, Results, judge, with_spread
 from avd_jax.experiments.comparison import side_by_side
 from avd_jax.experiments.curves import training_charts
-from avd_jax.experiments.html import Html, badge, bullets, escaped, heading, paragraph, table, write_page
 
 PAPER = {  # Table 2: steps, seconds, instance preservation, dynamic degree (VBench, in %, Wan2.1 1.3B)
     TEACHER: ("50x2", "270", "92.39", "85.56"),

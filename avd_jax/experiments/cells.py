@@ -15,8 +15,8 @@ import ml_collections
 from avd_jax.data.inputs import check_clip_size
 from avd_jax.data.world_clips import WORLD_SIZE
 from avd_jax.errors import UserError
+from avd_jax.fields import Field, Fields, at_least, check_values, config_from, positive
 from avd_jax.methods.avd import config as avd
-from avd_jax.training.fields import Field, Fields, at_least, check_values, config_from, positive
 
 
 def _seeds(value) -> str | None:

@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from avd_jax.data.atomic import write_text
+from avd_jax.data.html import Html, heading, paragraph, table, video_table, write_page
 from avd_jax.errors import UserError
 from avd_jax.evaluation.suite import summarise
 from avd_jax.experiments.curves import training_charts
-from avd_jax.experiments.html import Html, heading, paragraph, table, video_table, write_page
 from avd_jax.experiments.videos import CaptionedVideo, measure_videos
 
 METRICS = {  # those of the page's table, in its order, and what they say

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from avd_jax.experiments.html import Curve, Html, charts, line_chart
+from avd_jax.data.html import Curve, Html, charts, line_chart
 
 CHARTS = {  # what is worth a chart, and its title
     "meter/temporal_variance": "Temporal variance of the samples, share of real videos'",

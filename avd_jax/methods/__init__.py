@@ -9,7 +9,7 @@ import re
 import runpy
 
 from avd_jax.errors import UserError, closest
-from avd_jax.training.fields import Fields
+from avd_jax.fields import Fields
 from avd_jax.training.method import Recipe
 
 

@@ -19,6 +19,7 @@ from avd_jax.convert.weights import open_weights
 from avd_jax.data.latents import LatentsInfo, read_metadata, read_negative_prompt_embeds, set_fingerprint
 from avd_jax.data.pipeline import training_batches
 from avd_jax.errors import UserError
+from avd_jax.fields import Field, Fields, one_of
 from avd_jax.generation.pipeline import LatentsShape, latents_shape
 from avd_jax.models.functional import Params
 from avd_jax.models.placement import Placement, SplashBlocks
@@ -28,7 +29,6 @@ from avd_jax.parallel.hosts import batch_rows
 from avd_jax.parallel.memory import parameter_sharding
 from avd_jax.parallel.mesh import BATCH_AXES, batch_shards, make_mesh, replicated
 from avd_jax.parallel.rules import dotted
-from avd_jax.training.fields import Field, Fields, one_of
 from avd_jax.training.method import BatchField, Frozen
 
 WHICH_FIELDS: Fields = {

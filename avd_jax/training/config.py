@@ -1,6 +1,6 @@
 """The fields that every method's config has, whatever it trains: what the trainer itself reads."""
 
-from avd_jax.training.fields import Field, Fields, at_least, below_one, not_negative, one_of
+from avd_jax.fields import Field, Fields, at_least, below_one, not_negative, one_of
 
 
 def _seed(value: int) -> str | None:

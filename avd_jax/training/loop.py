@@ -14,8 +14,8 @@ from typing import Generic, TypeVar
 import jax
 
 from avd_jax.errors import UserError
+from avd_jax.fields import flatten
 from avd_jax.training.checkpoint import Checkpoints, State
-from avd_jax.training.fields import flatten
 from avd_jax.training.metrics import MetricsWriter, NoMetrics
 from avd_jax.training.profiling import Profile
 from avd_jax.training.workdir import StopSignals, jsonable

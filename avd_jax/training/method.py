@@ -24,8 +24,8 @@ from jax.sharding import Mesh
 
 from avd_jax.capacity.budget import Stage
 from avd_jax.capacity.program import Program
+from avd_jax.fields import Fields
 from avd_jax.models.functional import Params
-from avd_jax.training.fields import Fields
 from avd_jax.training.metrics import MetricsWriter, NoMetrics
 
 Tree = Any  # a pytree of arrays, or of their shapes

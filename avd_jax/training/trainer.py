@@ -15,13 +15,13 @@ from clu import parameter_overview
 
 from avd_jax.data.atomic import only_writer, write_text
 from avd_jax.errors import UserError
+from avd_jax.fields import describe
 from avd_jax.parallel.hosts import is_first
 from avd_jax.parallel.rules import sharding_table
 from avd_jax.paths import local_path
 from avd_jax.training.assembly import Assembly
 from avd_jax.training.checkpoint import Checkpoints
 from avd_jax.training.cost import cycle_cost, seconds_at_peak
-from avd_jax.training.fields import describe
 from avd_jax.training.loop import Driven, run_steps
 from avd_jax.training.method import Batches, Method, Recipe, Surroundings
 from avd_jax.training.metrics import open_metrics

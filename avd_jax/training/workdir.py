@@ -14,8 +14,8 @@ from jax.experimental import multihost_utils
 
 from avd_jax.data.atomic import write_text
 from avd_jax.errors import UserError
+from avd_jax.fields import Fields, flatten
 from avd_jax.parallel.hosts import barrier, from_first, is_first
-from avd_jax.training.fields import Fields, flatten
 
 CHANGES = "changes.jsonl"
 SEEN_WITHIN = 20.0  # seconds in which a file of one host must show on the others

@@ -8,13 +8,7 @@ import ml_collections
 
 from avd_jax.diffusion.student import DEFAULT_HALF_RATE_POSITIONS, HALF_RATE_POSITIONS, StudentSchedule
 from avd_jax.errors import UserError
-from avd_jax.methods.avd import terms
-from avd_jax.methods.transformers import ATTENTION_FIELDS, DTYPES, REMAT, WHICH_FIELDS
-from avd_jax.models.vae_tiles import MEMORY_GIB
-from avd_jax.models.wan_dit import REMAT_POLICIES, WAN_MODELS
-from avd_jax.parallel.memory import MEMORIES
-from avd_jax.training.config import ACCUMULATION_FIELDS, MESH_FIELDS, RUN_FIELDS
-from avd_jax.training.fields import (
+from avd_jax.fields import (
     Field,
     Fields,
     all_local,
@@ -32,6 +26,12 @@ from avd_jax.training.fields import (
     require,
     with_defaults,
 )
+from avd_jax.methods.avd import terms
+from avd_jax.methods.transformers import ATTENTION_FIELDS, DTYPES, REMAT, WHICH_FIELDS
+from avd_jax.models.vae_tiles import MEMORY_GIB
+from avd_jax.models.wan_dit import REMAT_POLICIES, WAN_MODELS
+from avd_jax.parallel.memory import MEMORIES
+from avd_jax.training.config import ACCUMULATION_FIELDS, MESH_FIELDS, RUN_FIELDS
 from avd_jax.training.method import active
 
 FIELDS: Fields = {

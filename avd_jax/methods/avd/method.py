@@ -16,6 +16,7 @@ from avd_jax.data.latents import EncodedSet, LatentsInfo
 from avd_jax.data.leakage import read_texts
 from avd_jax.diffusion.student import StudentSchedule, check_half_rate
 from avd_jax.errors import UserError
+from avd_jax.fields import listed
 from avd_jax.generation.pipeline import LatentsShape
 from avd_jax.losses.adaptive_regression import LossHistory
 from avd_jax.methods import transformers
@@ -28,7 +29,6 @@ from avd_jax.models.functional import Denoiser, Functional, functional, make_den
 from avd_jax.models.interpolator import Interpolator, InterpolatorConfig
 from avd_jax.models.wan_dit import WAN_MODELS, WanDiTConfig
 from avd_jax.parallel.mesh import make_mesh, placed, replicated
-from avd_jax.training.fields import listed
 from avd_jax.training.method import Frozen, Method, Trained
 from avd_jax.training.optimizers import constant
 

@@ -5,10 +5,10 @@ from collections.abc import Callable, Mapping
 from avd_jax import convert
 from avd_jax.convert.shipping import write_interpolator
 from avd_jax.data.leakage import leakage, read_texts
+from avd_jax.fields import listed
 from avd_jax.methods.avd.meters import BINS, Meters
 from avd_jax.methods.avd.samples import SampleWriter
 from avd_jax.parallel.hosts import is_first
-from avd_jax.training.fields import listed
 from avd_jax.training.method import Observer, Surroundings
 
 

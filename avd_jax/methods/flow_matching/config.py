@@ -1,10 +1,10 @@
 """Every field of a training or fine-tuning by flow matching."""
 
 from avd_jax.errors import UserError
+from avd_jax.fields import Field, Fields, at_least, check_values, local, one_of, require, share, with_defaults
 from avd_jax.methods.transformers import ATTENTION_FIELDS, DTYPES, REMAT, WHICH_FIELDS
 from avd_jax.models.wan_dit import REMAT_POLICIES
 from avd_jax.training.config import MESH_FIELDS, RUN_FIELDS, SCHEDULE_FIELDS
-from avd_jax.training.fields import Field, Fields, at_least, check_values, local, one_of, require, share, with_defaults
 
 FIELDS: Fields = {
     **with_defaults(

@@ -1,10 +1,10 @@
 """Every field of a training of the frame interpolator; the defaults are the paper's."""
 
 from avd_jax.errors import UserError
+from avd_jax.fields import Field, Fields, at_least, check_values, local, with_defaults
 from avd_jax.methods.transformers import WHICH_FIELDS
 from avd_jax.models.interpolator import InterpolatorConfig
 from avd_jax.training.config import MESH_FIELDS, RUN_FIELDS, SCHEDULE_FIELDS
-from avd_jax.training.fields import Field, Fields, at_least, check_values, local, with_defaults
 
 FIELDS: Fields = {
     **with_defaults(

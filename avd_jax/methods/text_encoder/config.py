@@ -1,8 +1,8 @@
 """Every field of a training of a tiny text encoder."""
 
 from avd_jax.errors import UserError
+from avd_jax.fields import Field, Fields, at_least, check_values, local, not_negative, with_defaults
 from avd_jax.training.config import RUN_FIELDS
-from avd_jax.training.fields import Field, Fields, at_least, check_values, local, not_negative, with_defaults
 
 FIELDS: Fields = {
     **with_defaults(

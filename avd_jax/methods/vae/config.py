@@ -1,9 +1,9 @@
 """Every field of a training of a small VAE, and the sizes that they name."""
 
 from avd_jax.data.world_clips import FIRST_VAE_CLIP
+from avd_jax.fields import Field, Fields, at_least, check_values, not_negative, require, with_defaults
 from avd_jax.models.wan_vae import WanVAEConfig
 from avd_jax.training.config import RUN_FIELDS, SCHEDULE_FIELDS
-from avd_jax.training.fields import Field, Fields, at_least, check_values, not_negative, require, with_defaults
 
 FIELDS: Fields = {
     **with_defaults(RUN_FIELDS, method="vae", num_steps=4000, batch_size=3, log_every=20, checkpoint_every=250),

@@ -6,9 +6,9 @@ from html.parser import HTMLParser
 
 import pytest
 
+from avd_jax.data import html
+from avd_jax.data.html import Curve, Html
 from avd_jax.errors import UserError
-from avd_jax.experiments import html
-from avd_jax.experiments.html import Curve, Html
 
 NASTY = "a <b>\"bold\"</b> & 'sly' </td><script>alert(1)</script>"
 

@@ -1,0 +1,115 @@
+"""The fields of a curation's config: what is measured, which thresholds are applied, who writes the captions."""
+
+from collections.abc import Iterator, Mapping
+from urllib.parse import urlsplit
+
+import ml_collections
+
+from avd_jax.curation.analysis import DEFAULTS
+from avd_jax.curation.selection import HASH_BITS
+from avd_jax.data.inputs import check_clip_size
+from avd_jax.fields import (
+    Field,
+    Fields,
+    at_least,
+    check_values,
+    config_from,
+    local,
+    not_negative,
+    one_of,
+    positive,
+    require,
+)
+
+# Of the paper, section 6, verbatim.
+PROMPT = (
+    "Please describe the details of this video, focusing on concrete aspects such as objects, people, colors, "
+    "actions, and spatial relationships. Do not include any subjective descriptions related to symbolism, "
+    "implication, or emotions."
+)
+VIDEO, IMAGES = "video", "images"
+
+
+def _kept_share(value: float) -> str | None:
+    return None if 0 < value <= 1 else "must be a share, above 0, at most 1; 1 keeps all"
+
+
+def _bits(value: float) -> str | None:
+    return None if 0 <= value < HASH_BITS / 2 else f"must be at least 0 and below {HASH_BITS // 2}"
+
+
+def _cosine(value: float) -> str | None:
+    return None if 0 < value <= 1 else "must be a cosine, above 0, at most 1; 1 finds none"
+
+
+def _endpoint(value: str) -> str | None:
+    if not value:
+        return None
+    try:
+        parts = urlsplit(value)
+        wrong = parts.scheme not in ("http", "https") or not parts.hostname or (parts.port == 0)
+    except ValueError:
+        wrong = True
+    if wrong:
+        return "must be the address of an OpenAI-compatible server, such as http://127.0.0.1:8000/v1"
+    return "must hold no password; config.caption.api_key_env names where the key is" if "@" in parts.netloc else None
+
+
+def _analysis(defaults: Mapping, path: str = "analysis") -> Iterator[tuple[str, Field]]:
+    for name, default in defaults.items():
+        if isinstance(default, Mapping):
+            yield from _analysis(default, f"{path}.{name}")
+        else:
+            yield f"{path}.{name}", Field(default, "see DEFAULTS in avd_jax/curation/analysis.py")
+
+
+FIELDS: Fields = {
+    **dict(_analysis(DEFAULTS)),
+    "select.width": Field(1280, "pixels that a video has at least, as it is shown", at_least(1)),
+    "select.height": Field(720, "likewise", at_least(1)),
+    "select.colour": Field(0.60, "least entropy of the hues; below it a clip is monochrome", not_negative),
+    "select.sharpness": Field(20.0, "least variance of the Laplacian; below it a clip is blurred", not_negative),
+    "select.motion": Field(0.2, "least mean optical flow; below it a clip is still", not_negative),
+    "select.codec_motion": Field(0.0, "least mean of the codec's motion vectors; 0: not asked", not_negative),
+    "select.temporal_consistency": Field(0.5, "share of the clips left that stays, the most consistent", _kept_share),
+    "select.aesthetics": Field(0.5, "share of the clips left that stays, the most beautiful", _kept_share),
+    "select.duplicate_bits": Field(8.0, "most bits of 64 that differ between copies, mean over their frames", _bits),
+    "select.duplicate_cosine": Field(0.95, "two clips with more, between their CLIP embeddings, are copies", _cosine),
+    "features.weights": Field("", "folder with CLIP, DINO and the aesthetic head; empty: these are skipped", local),
+    "features.all": Field(False, "score clips too that an earlier stage rejects; dear, and for looking only"),
+    "caption.endpoint": Field("", "base address of an OpenAI-compatible server, ends in /v1; empty: none", _endpoint),
+    "caption.model": Field("", "name of the model there"),
+    "caption.prompt": Field(PROMPT, "what it is asked; the default is the paper's"),
+    "caption.api_key_env": Field("CAPTION_API_KEY", "environment variable that holds the key, if one is needed"),
+    "caption.keep_given": Field(True, "keep captions that came with the videos, and ask for the others only"),
+    "caption.keep_truncated": Field(False, "take captions that max_tokens has cut off"),
+    "caption.send": Field(
+        VIDEO, "the clip as a video, or as images for servers that know none", one_of((VIDEO, IMAGES))
+    ),
+    "caption.images": Field(8, "how many images, evenly spread", at_least(1)),
+    "caption.height": Field(480, "pixels to which the clip is shrunk", at_least(16)),
+    "caption.fps": Field(4.0, "frames a second of what is sent, at most the clip's; models look at about 2", positive),
+    "caption.max_tokens": Field(512, "length of a caption", at_least(1)),
+    "caption.temperature": Field(0.0, "of the model's sampling; 0: its likeliest words", not_negative),
+    "caption.concurrency": Field(8, "clips asked for at once", at_least(1)),
+    "caption.timeout": Field(120.0, "seconds for an answer", positive),
+    "caption.tries": Field(3, "times that a clip is asked for", at_least(1)),
+    "caption.wait": Field(1.0, "seconds before the second try; doubled before each further one", not_negative),
+    "limits.seconds": Field(21600.0, "for one video; what takes longer is left out", positive),
+    "limits.memory_gib": Field(4.0, "of a worker; a video that needs more is left out", positive),
+    "report.pictures": Field(12, "clips of each kind that report.html shows", at_least(0)),
+    "report.picture_width": Field(224, "pixels", at_least(16)),
+}
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """Return a config with every field at its default; fields can be set, not added."""
+    return config_from(FIELDS)
+
+
+def validate(config) -> None:
+    """Check all that can be checked without files (UserError names the field)."""
+    flat = check_values(config, FIELDS)
+    check_clip_size(frames=config.analysis.frames, height=16, width=16, prefix="config.analysis.")
+    if flat["caption.endpoint"] and not flat["caption.model"]:
+        require("caption.model", "", "is empty: name the model that config.caption.endpoint serves")

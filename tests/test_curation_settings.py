@@ -1,0 +1,46 @@
+"""The config of a curation: the file holds the defaults, and what is wrong is named."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+from avd_jax.curation.analysis import DEFAULTS
+from avd_jax.curation.settings import FIELDS, default_config, validate
+from avd_jax.errors import UserError
+
+CONFIG = Path(__file__).parents[1] / "configs" / "curation.py"
+
+
+def test_the_config_file_holds_the_papers_settings_which_are_the_defaults():
+    config = runpy.run_path(str(CONFIG))["get_config"]()
+    assert config.to_dict() == default_config().to_dict()
+    assert config.analysis.to_dict() == DEFAULTS
+    select = config.select
+    assert (select.width, select.height, select.colour, select.sharpness, select.motion) == (1280, 720, 0.6, 20.0, 0.2)
+    assert (select.temporal_consistency, select.aesthetics) == (0.5, 0.5)
+    validate(config)
+    assert all(field.help for field in FIELDS.values())
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("analysis.frames", 80, "config.analysis.frames 80 is not 4n"),
+        ("select.aesthetics", 0.0, "config.select.aesthetics=0.0 must be a share"),
+        ("select.duplicate_bits", 40.0, "config.select.duplicate_bits=40.0 must be at least 0 and below 32"),
+        ("select.motion", float("nan"), "config.select.motion=nan must be 0 or a positive number"),
+        ("caption.endpoint", "127.0.0.1:8000", "must be the address of an OpenAI-compatible server"),
+        ("caption.endpoint", "http://[::1", "must be the address of an OpenAI-compatible server"),
+        ("caption.endpoint", "http://me:secret@host/v1", "must hold no password"),
+        ("caption.endpoint", "http://host/v1", "config.caption.model='' is empty: name the model"),
+        ("caption.send", "gif", "must be one of video, images"),
+        ("features.weights", "gs://weights", "gs:// is not supported"),
+    ],
+)
+def test_what_is_wrong_is_named(field, value, message):
+    config = default_config()
+    config.update_from_flattened_dict({field: value})
+    with pytest.raises(UserError) as error:
+        validate(config)
+    assert message in str(error.value)
