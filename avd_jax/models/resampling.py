@@ -19,10 +19,9 @@ def taps(size: int, new_size: int, *, scale: float | None = None, cubic: bool = 
       scale: new values an old value; by default `new_size / size`.
       cubic: whether four values are taken, or two (linear).
     """
-    # float32 as in PyTorch: at a thousand pixels its rounding shows in the values.
+    # Rounded to float32 where PyTorch rounds: at a thousand pixels it shows in the values.
     step = np.float32(size / new_size if scale is None else 1 / scale)
-    half = np.float32(0.5)
-    places = (np.arange(new_size, dtype=np.float32) + half) * step - half
+    places = ((np.arange(new_size) + 0.5) * float(step) - 0.5).astype(np.float32)
     if not cubic:
         places = np.maximum(places, 0)
     first = np.floor(places)
