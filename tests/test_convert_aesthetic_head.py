@@ -23,7 +23,7 @@ def mlp():
 
 def test_the_linear_head(tmp_path):
     head = load_aesthetic_head(write_pth(tmp_path / "sa_0_4.pth", {"weight": normal(1, 768), "bias": normal(1)}))
-    assert head.name == LINEAR
+    assert (head.name, head.file) == (LINEAR, "sa_0_4.pth")
     np.testing.assert_array_equal(head.weight, normal(1, 768)[0])
     assert head.bias == normal(1)[0]
 
@@ -46,6 +46,7 @@ def test_the_mlp_is_one_linear_map(tmp_path):
     [
         ({"layers.4.weight": normal(6, 9)}, UserError, r"do not fit together at layers\.2\.weight"),
         ({"layers.7.weight": normal(2, 4)}, UserError, r"do not fit together at layers\.7\.weight"),
+        ({"layers.9.weight": normal(1, 1), "layers.9.bias": normal(1)}, UserError, "there are activations between"),
         ({"layers.8.weight": normal(1, 1)}, NotHereError, "no aesthetic head"),
         ({"other": normal(1)}, NotHereError, "no aesthetic head"),
         ({"layers.0.weight": normal(3)}, NotHereError, "no aesthetic head"),

@@ -25,7 +25,7 @@ TINY = {
     CLIP_B: dataclasses.replace(TINY_L, patch_size=16, projection_dim=8),
     DINO: dataclasses.replace(TINY_L, projection_dim=0, clip=False, activation="gelu", eps=1e-6),
 }
-HEAD = AestheticHead(np.linspace(-1, 1, 12, dtype=np.float32), 5.0, LINEAR)
+HEAD = AestheticHead(np.linspace(-1, 1, 12, dtype=np.float32), 5.0, LINEAR, "sa_0_4.pth")
 FRAMES, FPS = 9, 8.0
 
 
@@ -95,7 +95,7 @@ def test_consistency_by_its_formula():
 
 
 def test_aesthetics_by_its_formula():
-    head = AestheticHead(np.array([2.0, 0.0], np.float32), 1.0, LINEAR)
+    head = AestheticHead(np.array([2.0, 0.0], np.float32), 1.0, LINEAR, "head.pth")
     # Each embedding is of norm 1 first: 2 * 1 + 1, 2 * 0 + 1 and 2 * -0.6 + 1.
     assert features.aesthetic(np.array([[7, 0], [0, 3], [-6, 8]]), head) == pytest.approx((3 + 1 - 0.2) / 3)
 
@@ -116,7 +116,7 @@ def test_scores_of_a_clip(models, videos):
     assert DINO in still["temporal_consistency"]["method"]
     assert "float32" in still["temporal_consistency"]["method"]
     assert still["aesthetics"]["size"] == still["embedding"]["size"] == [32, 32]
-    assert LINEAR in still["aesthetics"]["method"]
+    assert f"{LINEAR} (sa_0_4.pth)" in still["aesthetics"]["method"]
     assert still["aesthetics"]["value"] == pytest.approx(np.mean(still["aesthetics"]["values"]), abs=1e-5)
     assert abs(still["aesthetics"]["value"] - HEAD.bias) <= np.linalg.norm(HEAD.weight)
     assert np.linalg.norm(still["embedding"]["value"]) == pytest.approx(1, abs=1e-4)

@@ -1,4 +1,4 @@
-"""Aesthetic heads on CLIP's image embeddings: both that LAION published are linear, so both become one vector.
+"""Aesthetic heads on CLIP's image embeddings: both that are in use are linear, so both become one vector.
 
 Sources: LAION-AI/aesthetic-predictor (`sa_0_4_vit_l_14_linear.pth`, VBench's) and
 christophschuhmann/improved-aesthetic-predictor (`sac+logos+ava1-l14-linearMSE.pth`: five layers and no activation).
@@ -16,7 +16,9 @@ from avd_jax.convert.folders import snapshot_of, weight_files
 from avd_jax.errors import UserError
 from avd_jax.paths import local_path
 
-LINEAR, MLP = "LAION aesthetics V1 (linear)", "LAION aesthetics V2 (MLP sac+logos+ava1, as one linear map)"
+LINEAR, MLP = "LAION's linear aesthetic head", "LAION's aesthetic MLP without activations"
+# The numbers of its layers, between which there is dropout. With activations they would be 0, 3, 6, 9 and 11.
+_MLP_LAYERS = (0, 2, 4, 6, 7)
 _KEY = re.compile(r"(layers\.(\d+)\.)?(?:weight|bias)")
 
 
@@ -28,11 +30,13 @@ class AestheticHead:
       weight: float32 [D].
       bias: added to the product.
       name: LINEAR or MLP; their scores are not comparable, though both were trained on ratings of 1 to 10.
+      file: its name; several training sets have an MLP each.
     """
 
     weight: np.ndarray
     bias: float
     name: str
+    file: str
 
 
 def load_aesthetic_head(path: str | Path) -> AestheticHead:
@@ -40,7 +44,7 @@ def load_aesthetic_head(path: str | Path) -> AestheticHead:
 
     Raises:
       NotHereError: the file holds something else.
-      UserError: it is damaged, or its layers do not fit together.
+      UserError: it is damaged, has activations, or its layers do not fit together.
     """
     path = snapshot_of(local_path(path))
     if not path.exists():
@@ -52,23 +56,28 @@ def load_aesthetic_head(path: str | Path) -> AestheticHead:
     layers = _layers({key: tensor.shape for key, tensor in tensors.items()})
     if not layers:
         raise NotHereError(f"{path}: holds no aesthetic head ('weight' and 'bias', or 'layers.0.weight' and so on)")
+    if list(layers.values()) not in ([0], list(_MLP_LAYERS)):
+        raise UserError(
+            f"{path}: an aesthetic head whose layers are not {', '.join(map(str, _MLP_LAYERS))}, so that there are "
+            "activations between them; take sac+logos+ava1-l14-linearMSE.pth or sa_0_4_vit_l_14_linear.pth"
+        )
 
     def read(key: str) -> np.ndarray:
         return tensors[key].read().astype(np.float64)
 
     weight, bias = np.ones((1, 1)), np.zeros(1)  # of the layers behind
-    for layer in reversed(layers):
+    for layer in reversed(list(layers)):
         matrix, vector = read(f"{layer}weight"), read(f"{layer}bias")
         if len(matrix) != weight.shape[1]:
             raise UserError(f"{path}: the layers of the aesthetic head do not fit together at {layer}weight")
         bias = bias + weight @ vector
         weight = weight @ matrix
-    return AestheticHead(weight[0].astype(np.float32), float(bias[0]), LINEAR if layers == [""] else MLP)
+    return AestheticHead(weight[0].astype(np.float32), float(bias[0]), LINEAR if "" in layers else MLP, files[0].name)
 
 
-def _layers(shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """Return the prefixes of the layers in their order, or none if these are not the tensors of a head."""
+def _layers(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    """Return the prefixes of the layers with their numbers, in order; none if these are not the tensors of a head."""
     names = {match[1] or "": int(match[2] or 0) for key in shapes if (match := _KEY.fullmatch(key))}
     expected = {f"{name}{end}" for name in names for end in ("weight", "bias")}
     matrices = all(len(shapes[f"{name}weight"]) == 2 for name in names if f"{name}weight" in shapes)
-    return sorted(names, key=names.get) if expected == set(shapes) and matrices else []
+    return dict(sorted(names.items(), key=lambda item: item[1])) if expected == set(shapes) and matrices else {}

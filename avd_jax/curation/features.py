@@ -210,9 +210,10 @@ def score(models: Models, path: str | Path, start: float, end: float, frames: in
         }
         if models.embedding is models.clip_l and models.head is not None:
             values = _aesthetics(embeds, models.head)
+            head = f"{models.head.name} ({models.head.file})"
             scores["aesthetics"] = {
                 "value": _rounded(np.mean(values)),
-                "method": f"{models.head.name} on {models.clip_l.description}; mean of {len(chosen)} frames",
+                "method": f"{head} on {models.clip_l.description}; mean of {len(chosen)} frames",
                 "size": models.clip_l.size(clip),
                 "frames": chosen.tolist(),
                 "values": [_rounded(value) for value in values],
