@@ -172,10 +172,14 @@ def test_models_of_another_kind_are_named_and_not_used(tmp_path):
 
 
 def test_models_in_folders_of_their_own(folder, tmp_path):
-    (tmp_path / "dino").mkdir()
-    file = next(path for path in folder.iterdir() if "DINO" in path.name)
-    (tmp_path / "dino" / "pytorch_model.bin").write_bytes(file.read_bytes())
-    assert features.load(tmp_path).consistency.name == DINO
+    for name, place in ((DINO, "dino/pytorch_model.bin"), (CLIP_L, "models--a--b/snapshots/1234/pytorch_model.bin")):
+        (tmp_path / place).parent.mkdir(parents=True)
+        (tmp_path / place).write_bytes((folder / f"{name.replace('/', '-')}.pth").read_bytes())
+    (tmp_path / "models--a--b" / "blobs").mkdir()
+    (tmp_path / "aesthetic_model" / "emb_reader").mkdir(parents=True)
+    write_head(tmp_path / "aesthetic_model" / "emb_reader")
+    models = features.load(tmp_path)
+    assert (models.consistency.name, models.clip_l.name, models.missing) == (DINO, CLIP_L, {})
 
 
 def test_a_damaged_file_matters_if_something_is_missing(folder, tmp_path):
@@ -183,9 +187,12 @@ def test_a_damaged_file_matters_if_something_is_missing(folder, tmp_path):
     path.write_bytes(path.read_bytes()[:-2000])
     with pytest.raises(UserError, match=r"DINO ViT-B-16\.pth: truncated"):
         features.load(tmp_path)
+    path.rename(tmp_path / "raft-things.pth")  # of another model, as VBench's users have them beside
+    assert features.load(tmp_path).missing.keys() == {"temporal_consistency", "aesthetics"}
     for other in (CLIP_B, CLIP_L):
         write_model(tmp_path, other)
     write_head(tmp_path)
+    (tmp_path / "dino.pth").write_bytes(b"")
     assert features.load(tmp_path).consistency.name == CLIP_B
 
 

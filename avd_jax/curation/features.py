@@ -11,6 +11,7 @@ float32 everywhere.
 import dataclasses
 import functools
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,10 +34,13 @@ from avd_jax.paths import local_path
 
 SIDE, LONGEST = 224, 448  # pixels
 BATCH = 32  # frames at a time, at most
+DEPTH = 2  # of the folders that are looked into, as VBench's ~/.cache/vbench has them
 AESTHETIC_FRAMES = 8  # as the paper has it
 DINO, CLIP_B, CLIP_L = "DINO ViT-B/16", "CLIP ViT-B/32", "CLIP ViT-L/14"
 # Those that come first are preferred: VBench's subject consistency has DINO, its background consistency CLIP ViT-B/32.
 _FOR_CONSISTENCY, _FOR_EMBEDDING = (DINO, CLIP_B, CLIP_L), (CLIP_L, CLIP_B)
+# What the files of these models are called, and those of VBench's other models are not.
+_LIKE_OURS = re.compile(r"vit[-_.]?[bl]|dino|clip|aesthetic|linear", re.IGNORECASE)
 _FORMULA = "mean over the frames from the second on of (max(0, cos to the previous) + max(0, cos to the first)) / 2"
 
 
@@ -98,14 +102,14 @@ class Models:
 
 
 def load(folder: str | Path) -> Models:
-    """Find the models in a folder and the folders in it, by their keys and shapes; their weights are read later.
+    """Find the models in a folder and the folders within, by their keys and shapes; their weights are read later.
 
     Args:
       folder: holds any of CLIP ViT-L/14, CLIP ViT-B/32, DINO ViT-B/16 and an aesthetic head, in the files that
         `convert.load_vit` and `load_aesthetic_head` know.
 
     Raises:
-      UserError: no such folder; or a file is damaged and a model is missing, which may be the one in it.
+      UserError: no such folder; or a model is missing, and a file whose name is like one of theirs is damaged.
     """
     folder = local_path(folder)
     if not folder.is_dir():
@@ -126,7 +130,8 @@ def load(folder: str | Path) -> Models:
         except NotHereError:
             continue
         except UserError as error:
-            damaged.append(error)
+            if path.is_dir() or _LIKE_OURS.search(path.name):
+                damaged.append(error)
     fitting = [head for head in heads if len(head.weight) == VIT_MODELS[CLIP_L].feature_dim]
     others += [f"an aesthetic head for {len(head.weight)} features" for head in heads if head not in fitting]
     missing = _missing(folder, found, bool(fitting), others)
@@ -236,8 +241,7 @@ def _read(path: str | Path, start: float, frames: int, fps: float, *, whole: boo
 
 def _candidates(folder: Path) -> Iterator[Path]:
     """Yield what may hold a model: folders with files of transformers' names, and files with other names."""
-    inner = sorted(child for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
-    for place in (folder, *map(snapshot_of, inner)):
+    for place in _places(folder, DEPTH):
         named = weight_files(place)
         if named:
             yield place
@@ -245,6 +249,16 @@ def _candidates(folder: Path) -> Iterator[Path]:
             same = path.name.startswith(("model.", "model-", "pytorch_model"))  # the same weights in another format
             if path.suffix.lower() in SAFETENSORS + PICKLED and path.is_file() and not (named and same):
                 yield path
+
+
+def _places(folder: Path, depth: int) -> Iterator[Path]:
+    """Yield a folder and those in it; of a model in the hub's cache only its snapshot."""
+    snapshot = snapshot_of(folder)
+    yield snapshot
+    if depth and snapshot == folder:
+        for child in sorted(folder.iterdir()):
+            if child.is_dir() and not child.name.startswith("."):
+                yield from _places(child, depth - 1)
 
 
 def _name(config: ViTConfig) -> str:
