@@ -22,6 +22,8 @@ RULES = [
     Rule("layers.{}.w", "layers.kernel", "o i -> i o"),
     Rule("list.{}.b", "list.{}.bias"),
     Rule("rotary", "rotary", "(h p two) -> h (two p)", {"h": 2, "two": 2}),
+    *(Rule(f"joined.{{}}.{name}", "joined", "o i -> i o", part=i) for i, name in enumerate("qkv")),
+    *(Rule(f"bias_{name}", "bias", part=i) for i, name in enumerate("qk")),
     Rule("counter", None),
 ]
 SHAPES = {
@@ -30,6 +32,8 @@ SHAPES = {
     "list.0.bias": (7,),
     "list.1.bias": (8,),
     "rotary": (2, 6),
+    "joined": (2, 3, 4, 5),
+    "bias": (2, 4),
 }
 TARGETS = {path: jax.ShapeDtypeStruct(shape, np.dtype(np.float32)) for path, shape in SHAPES.items()}
 
@@ -56,6 +60,9 @@ def test_source_shapes_are_those_of_the_file(tensors):
         "list.0.b": (7,),
         "list.1.b": (8,),
         "rotary": (12,),
+        **{f"joined.{i}.{name}": (5, 4) for i in range(2) for name in "qkv"},
+        "bias_q": (4,),
+        "bias_k": (4,),
     }
 
 
@@ -64,6 +71,17 @@ def test_layouts_are_the_stated_ones(tensors):
     np.testing.assert_array_equal(leaves["layers.kernel"][2], tensors["layers.2.w"].T)
     np.testing.assert_array_equal(leaves["proj.kernel"][:, 1, 3], tensors["proj.weight"][7])
     np.testing.assert_array_equal(leaves["rotary"][1], tensors["rotary"][6:][[0, 2, 4, 1, 3, 5]])
+
+
+def test_parts_of_a_leaf_come_from_several_tensors(tensors):
+    leaves = to_flax(tensors)
+    np.testing.assert_array_equal(leaves["joined"][1, 2], tensors["joined.1.v"].T)
+    np.testing.assert_array_equal(leaves["bias"], [tensors["bias_q"], tensors["bias_k"]])
+
+
+def test_a_part_without_a_rule_is_a_mistake_in_the_table():
+    with pytest.raises(AssertionError, match="leaf bias is filled by 1 rules"):
+        dict(source_shapes([rule for rule in RULES if rule.source != "bias_q"], TARGETS))
 
 
 def test_back_is_exact(tensors):
@@ -126,7 +144,7 @@ def test_jax_takes_over_what_was_read_without_a_copy():
     """Else a large leaf, of which there are some of gigabytes, would need its memory twice while it is loaded."""
     leaf = jax.ShapeDtypeStruct((3, 1000, 7), jnp.bfloat16)
     rule = Rule("{}.weight", "weight", "o i -> i o")
-    pieces = [Piece(f"{i}.weight", rule, i) for i in range(3)]
+    pieces = [Piece(f"{i}.weight", rule, (i,)) for i in range(3)]
     array = leaf_from_torch(pieces, leaf, lambda key: np.full((7, 1000), int(key[0])))
     np.testing.assert_array_equal(array[:, 0, 0].astype(int), range(3))
     assert jax.device_put(array, jax.devices("cpu")[0]).unsafe_buffer_pointer() == array.ctypes.data

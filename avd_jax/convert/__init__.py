@@ -9,7 +9,9 @@ from avd_jax.convert.loading import (
     load_tokenizer,
     load_umt5,
     load_vae,
+    load_vit,
     open_interpolator_of,
+    open_vit,
 )
 from avd_jax.convert.saving import LAYOUTS, check_writable, export_dit, save_orbax, save_tokenizer
 from avd_jax.convert.state import flat_state, from_flat
@@ -27,7 +29,9 @@ __all__ = [
     "load_tokenizer",
     "load_umt5",
     "load_vae",
+    "load_vit",
     "open_interpolator_of",
+    "open_vit",
     "save_orbax",
     "save_tokenizer",
     "student_settings",

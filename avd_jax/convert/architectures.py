@@ -10,12 +10,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from avd_jax.convert import dit_rules, interpolator_rules, umt5_rules, vae_rules
+from avd_jax.convert import dit_rules, interpolator_rules, umt5_rules, vae_rules, vit_rules
 from avd_jax.convert.engine import Rule
 from avd_jax.convert.state import flat_state
 from avd_jax.errors import UserError, closest
 from avd_jax.models.interpolator import Interpolator, InterpolatorConfig
 from avd_jax.models.umt5 import UMT5Config, UMT5Encoder
+from avd_jax.models.vit import VisionTransformer, ViTConfig
 from avd_jax.models.wan_dit import WanDiT, WanDiTConfig
 from avd_jax.models.wan_vae import WanVAE, WanVAEConfig
 
@@ -33,8 +34,8 @@ class Architecture:
       config_class: its frozen dataclass of sizes.
       build: `build(config, dtype, **options)` makes the module with random weights, dtype for storage and compute (but
         for leaves that stay float32 since rounding them costs most).
-      native_rules: `native_rules(config)` is the table of Wan's own keys.
-      diffusers_rules: `diffusers_rules(config)` is the table of diffusers' keys.
+      native_rules: `native_rules(config)` is the table of the original's own keys (Wan's).
+      diffusers_rules: `diffusers_rules(config)` is the table of diffusers' or transformers' keys.
       config_from_json: `(entries, name)` reads the config.json that lies beside the weights.
       config_from_shapes: `(native key -> shape, name)` reads the sizes off the weights, if no config.json gives them.
       ignored: prefixes of keys that a file may have and this network does not need.
@@ -155,6 +156,10 @@ def _build_umt5(config: UMT5Config, dtype) -> UMT5Encoder:
     return UMT5Encoder(config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype)
 
 
+def _build_vit(config: ViTConfig, dtype) -> VisionTransformer:
+    return VisionTransformer(config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype)
+
+
 WAN_DIT = Architecture(
     name="wan_dit",
     component="transformer",
@@ -205,7 +210,32 @@ INTERPOLATOR = Architecture(
     config_from_shapes=lambda shapes, name: interpolator_rules.config_from_shapes(shapes, name=name),
     zero_at_first=("out_conv.kernel",),
 )
-ARCHITECTURES = (WAN_DIT, WAN_VAE, UMT5, INTERPOLATOR)
+ARCHITECTURES = (WAN_DIT, WAN_VAE, UMT5, INTERPOLATOR)  # the parts of a video model
+
+CLIP_VIT = Architecture(
+    name="clip_vit",
+    component="clip",
+    label="CLIP",
+    config_class=ViTConfig,
+    build=_build_vit,
+    native_rules=vit_rules.clip_native_rules,
+    diffusers_rules=vit_rules.clip_huggingface_rules,
+    config_from_json=lambda entries, name: vit_rules.clip_config_from_json(entries, name=name),
+    config_from_shapes=lambda shapes, name: vit_rules.config_from_shapes(shapes, name=name),
+    ignored=vit_rules.TEXT_TOWER,
+)
+DINO_VIT = Architecture(
+    name="dino_vit",
+    component="dino",
+    label="DINO",
+    config_class=ViTConfig,
+    build=_build_vit,
+    native_rules=vit_rules.dino_native_rules,
+    diffusers_rules=vit_rules.dino_huggingface_rules,
+    config_from_json=lambda entries, name: vit_rules.dino_config_from_json(entries, name=name),
+    config_from_shapes=lambda shapes, name: vit_rules.config_from_shapes(shapes, name=name),
+)
+VISION = (CLIP_VIT, DINO_VIT)  # score videos
 
 
 def in_native_names(architecture: Architecture, shapes: Shapes) -> dict[str, tuple[int, ...]]:

@@ -29,12 +29,15 @@ class Rule:
         source has one, the layers are stacked along a new leading axis. None: the key is known and not needed.
       layout: einops pattern from the PyTorch array to the Flax array (of one layer); `...` for unchanged.
       sizes: axis lengths that the pattern's parentheses need, in either direction.
+      part: which part of the leaf it fills, if several tensors (of a layer) are stacked into one leaf along an axis of
+        their own, such as queries, keys and values. None: the whole leaf (of the layer).
     """
 
     source: str
     target: str | None
     layout: str = "... -> ..."
     sizes: Mapping[str, int] = field(default_factory=dict)
+    part: int | None = None
 
     @property
     def stacked(self) -> bool:
@@ -63,11 +66,11 @@ class Rule:
 
 @dataclass(frozen=True)
 class Piece:
-    """One source tensor of a leaf: its key, its rule, its layer in a stacked leaf (None: the whole leaf)."""
+    """One source tensor of a leaf: its key, its rule, and where it goes: (layer,), (part,), (layer, part) or ()."""
 
     key: str
     rule: Rule
-    layer: int | None
+    at: tuple[int, ...]
 
 
 def resolve(
@@ -104,9 +107,10 @@ def resolve(
         if rule.target is None:
             continue
         path = rule.target if rule.stacked else rule.target.replace("{}", layer)
-        pieces.setdefault(path, []).append(Piece(key, rule, int(layer) if rule.stacked else None))
+        at = (int(layer),) if rule.stacked else ()
+        pieces.setdefault(path, []).append(Piece(key, rule, at if rule.part is None else (*at, rule.part)))
     for found in pieces.values():
-        found.sort(key=lambda piece: piece.layer or 0)
+        found.sort(key=lambda piece: piece.at)
 
     expected = dict(source_shapes(rules, targets))
     missing = [key for key in expected if key not in sources]
@@ -130,14 +134,14 @@ def source_shapes(
     for path, leaf in targets.items():
         for rule, layer in rules_of(rules, path):
             count = leaf.shape[0] if rule.stacked else 1
-            shape = leaf.shape[1:] if rule.stacked else leaf.shape
+            shape = leaf.shape[rule.stacked + (rule.part is not None) :]
             source = jax.eval_shape(rule.to_torch, jax.ShapeDtypeStruct(shape, leaf.dtype)).shape
             for i in range(count):
                 yield rule.source.replace("{}", str(i) if rule.stacked else layer), tuple(source)
 
 
 def rules_of(rules: Sequence[Rule], path: str) -> list[tuple[Rule, str]]:
-    """Return the one rule that fills the Flax leaf `path`, with its layer number ('' if there is none)."""
+    """Return the rule or, part by part, the rules that fill the Flax leaf `path`, with its layer ('' if none)."""
     found = []
     for rule in rules:
         if rule.target is None:
@@ -145,7 +149,7 @@ def rules_of(rules: Sequence[Rule], path: str) -> list[tuple[Rule, str]]:
         match = re.fullmatch(re.escape(rule.target).replace(r"\{\}", r"(\d+)"), path)
         if match:
             found.append((rule, match.group(1) if match.groups() else ""))
-    if len(found) != 1:
+    if [rule.part for rule, _ in found] not in ([None], list(range(len(found) or 1))):
         raise AssertionError(f"leaf {path} is filled by {len(found)} rules: {[rule.source for rule, _ in found]}")
     return found
 
@@ -184,17 +188,18 @@ def read_shards(
     bounds = [[part.indices(size)[:2] for part, size in zip(index, leaf.shape, strict=True)] for index in indices]
     shards = [_empty([stop - start for start, stop in bound], leaf.dtype) for bound in bounds]
     for piece in pieces:
+        depth = len(piece.at)
         wanted = [
-            i for i, bound in enumerate(bounds) if piece.layer is None or bound[0][0] <= piece.layer < bound[0][1]
+            i
+            for i, bound in enumerate(bounds)
+            if all(start <= at < stop for at, (start, stop) in zip(piece.at, bound[:depth], strict=True))
         ]
         if not wanted:
             continue
         array = piece.rule.to_flax(read(piece.key))
         for i in wanted:
-            if piece.layer is None:
-                shards[i][...] = array[indices[i]]
-            else:
-                shards[i][piece.layer - bounds[i][0][0]] = array[indices[i][1:]]
+            place = tuple(at - start for at, (start, _) in zip(piece.at, bounds[i][:depth], strict=True))
+            shards[i][place] = array[indices[i][depth:]]
     return shards
 
 
@@ -212,11 +217,11 @@ def tensors_to_torch(
     """Yield (PyTorch key, contiguous array) tensor by tensor from (path, array) leaves."""
     for path, array in leaves:
         for rule, layer in rules_of(rules, path):
-            if rule.stacked:
-                for i in range(array.shape[0]):
-                    yield rule.source.replace("{}", str(i)), np.ascontiguousarray(rule.to_torch(array[i]))
-            else:
-                yield rule.source.replace("{}", layer), np.ascontiguousarray(rule.to_torch(array))
+            part = () if rule.part is None else (rule.part,)
+            for i in range(array.shape[0]) if rule.stacked else (None,):
+                own = array[part if i is None else (i, *part)]
+                key = rule.source.replace("{}", layer if i is None else str(i))
+                yield key, np.ascontiguousarray(rule.to_torch(own))
 
 
 def _key_mismatch(name: str, missing: list[str], extra: list[str]) -> str:

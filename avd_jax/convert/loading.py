@@ -8,18 +8,21 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from avd_jax.convert.architectures import ARCHITECTURES, INTERPOLATOR, UMT5, WAN_DIT, WAN_VAE
+from avd_jax.convert.architectures import ARCHITECTURES, INTERPOLATOR, UMT5, VISION, WAN_DIT, WAN_VAE
 from avd_jax.convert.files import NotHereError, Stored, open_files, tensors_of
+from avd_jax.convert.folders import snapshot_of, weight_files
 from avd_jax.convert.layouts import TorchFiles, find_tokenizer, find_weights
-from avd_jax.convert.networks import DEFAULT
+from avd_jax.convert.networks import DEFAULT, most_like
 from avd_jax.convert.spiece import tokenizer_json
-from avd_jax.convert.weights import Sharding, Weights, load_module, lossless_dtype, open_weights
+from avd_jax.convert.vit_rules import what_else
+from avd_jax.convert.weights import Sharding, TorchWeights, Weights, load_module, lossless_dtype, open_weights
 
 # The one import from data/: a tokenizer comes with the weights, and its file imports nothing else of ours.
 from avd_jax.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from avd_jax.errors import UserError, closest
 from avd_jax.models.interpolator import Interpolator
 from avd_jax.models.umt5 import UMT5Encoder
+from avd_jax.models.vit import VisionTransformer
 from avd_jax.models.wan_dit import WanDiT, WanDiTConfig
 from avd_jax.models.wan_vae import WanVAE
 from avd_jax.paths import local_path
@@ -122,6 +125,43 @@ def open_interpolator_of(*paths: str | Path | None, key: str = DEFAULT) -> Weigh
             with contextlib.suppress(NotHereError):
                 return open_weights(place, INTERPOLATOR, key, strict=False)
     return None
+
+
+def load_vit(path: str | Path, dtype=jnp.float32) -> VisionTransformer:
+    """Load a vision transformer, CLIP's image tower or DINO: which one is told by the keys, its sizes by the shapes.
+
+    Args:
+      path: a folder of transformers (`openai/clip-vit-large-patch14`, `openai/clip-vit-base-patch32`,
+        `facebook/dino-vitb16`), OpenAI's `ViT-L-14.pt` or `ViT-B-32.pt`, Meta's `dino_vitbase16_pretrain.pth`, or
+        another file with their keys; a CLIP's text tower is passed over.
+      dtype: of the stored parameters and of the matrix products; norms are float32.
+
+    Raises:
+      UserError: one line that says what the file is, and what to give instead.
+    """
+    return load_module(open_vit(path), dtype)
+
+
+def open_vit(path: str | Path) -> Weights:
+    """Open a vision transformer, reading no array; arguments and errors as in `load_vit`."""
+    path = snapshot_of(local_path(path))
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder")
+    files, single = ((path,), True) if path.is_file() else (weight_files(path), False)
+    if not files:
+        raise NotHereError(f"{path}: no model.safetensors or pytorch_model.bin here; name the file itself")
+    config = files[0].with_name("config.json")
+    name = str(path)
+    keys = tensors_of(open_files(files))
+    architecture = most_like(keys, (*VISION, *ARCHITECTURES))
+    other = what_else(keys) if architecture in VISION or architecture is None else f"a {architecture.label}"
+    if architecture is None or other:
+        raise NotHereError(f"{name}: holds {other or 'other weights'}, not CLIP's or DINO's vision transformer")
+    if files[0].name.startswith("open_clip") and not config.is_file():
+        raise UserError(f"{name}: does not say which activation it was trained with; give a folder with a config.json")
+    found = TorchFiles(files, config if config.is_file() else None, single)
+    # Meta's whole checkpoint holds a student beside the teacher, which is what it publishes alone.
+    return TorchWeights(found, architecture, "teacher", asked=name, strict=False)
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:

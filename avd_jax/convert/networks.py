@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
-from avd_jax.convert.architectures import ARCHITECTURES, Architecture
+from avd_jax.convert.architectures import ARCHITECTURES, VISION, Architecture
 from avd_jax.convert.files import NotHereError, Stored, TensorFile, is_matrix
 from avd_jax.errors import UserError, closest, note
 
@@ -89,6 +89,14 @@ def network_in(
 def holds(file: TensorFile, architecture: Architecture) -> bool:
     """Whether a file has such a network, to tell the files of a folder apart."""
     return bool(_prefixes({_without_wrappers(key): None for key in file.leaves}, architecture))
+
+
+def most_like(keys: Iterable[str], architectures: Iterable[Architecture]) -> Architecture | None:
+    """Return the network that most of the keys are of, or None."""
+    keys = [_without_wrappers(key) for key in keys]
+    counts = {one: max(_prefixes(keys, one).values(), default=0) for one in architectures}
+    best = max(counts, key=counts.get)
+    return best if counts[best] else None
 
 
 def is_causal(entries: Mapping, metadata: Mapping, path) -> bool:
@@ -197,7 +205,7 @@ def _check_adapter(tensors: Mapping[str, Stored], name: str) -> None:
 
 def _check_other(keys: Iterable[str], architecture: Architecture, name: str) -> None:
     """Say so when the weights are another network's, rather than list every key as unknown."""
-    for other in ARCHITECTURES:
+    for other in (*ARCHITECTURES, *VISION):
         if other is not architecture and _prefixes(keys, other):
             raise NotHereError(f"{name}: holds a {other.label}, not a {architecture.label}")
 

@@ -5,6 +5,9 @@ Such a file is an uncompressed zip archive: `data.pkl` is a pickle that describe
 handful of names that a state dict needs and answers them with functions of its own. Every other name becomes a stand-in
 that takes what it is given and does nothing: so trainers' files, which keep NumPy scalars, argparse's Namespace or an
 optimiser beside the weights, are read past those.
+
+A TorchScript archive, as OpenAI ships CLIP, is such a file too, with a module in the place of the state dict and its
+program in a folder beside. The module is a tree of objects; what they are made of are the tensors by name.
 """
 
 import collections
@@ -184,6 +187,10 @@ class _Stray:
         return _Stray(*args, **kwargs)
 
 
+class _ScriptModule(_Stray):
+    """A module of a TorchScript archive; its state holds its tensors and its submodules by name."""
+
+
 class _Unpickler(pickle.Unpickler):
     """Reads `data.pkl`; knows no name but those below, and notes the others in `strays`."""
 
@@ -200,6 +207,8 @@ class _Unpickler(pickle.Unpickler):
             return np.dtype(_DTYPES[name])
         if module == "torch" and name in _NAMED_DTYPES:
             return np.dtype(_NAMED_DTYPES[name])
+        if module.split(".")[0] == "__torch__":
+            return type("ScriptModule", (_ScriptModule,), {})
         self.strays.append(f"{module}.{name}")
         return type("Stray", (_Stray,), {})  # a class, since a pickle may make an instance without calling it
 
@@ -270,13 +279,24 @@ _KNOWN = {
 
 
 def _flat(content, home: tuple[str, ...] = ()) -> Iterator[tuple[tuple[tuple[str, ...], str], _Tensor]]:
-    """Yield ((names of the mappings around it, key), tensor) of every tensor in nested mappings and lists."""
+    """Yield ((names of the mappings around it, key), tensor) of every tensor in nested mappings, lists and modules."""
     items = enumerate(content) if isinstance(content, list | tuple) else content.items()
     for key, value in items:
         if isinstance(value, _Tensor):
             yield (home, str(key)), value
         elif isinstance(value, Mapping | list | tuple) and len(home) < _MOST_NESTED:
             yield from _flat(value, (*home, str(key)))
+        elif isinstance(value, _ScriptModule):
+            yield from (((home, f"{key}.{name}"), tensor) for name, tensor in _of_module(value))
+
+
+def _of_module(module: _ScriptModule, depth: int = 0) -> Iterator[tuple[str, _Tensor]]:
+    """Yield (key as in the module's state dict, tensor)."""
+    for name, value in module.state.items():
+        if isinstance(value, _Tensor):
+            yield str(name), value
+        elif isinstance(value, _ScriptModule) and depth < _MOST_NESTED:
+            yield from ((f"{name}.{key}", tensor) for key, tensor in _of_module(value, depth + 1))
 
 
 def _settings(content, depth: int = 0) -> Iterator[tuple[str, str | float]]:
@@ -310,6 +330,8 @@ def _load(path: Path) -> tuple[Mapping[str, Any], list[str]]:
         raise
     except Exception as error:  # bytes that are no such archive can make zipfile and pickle raise anything
         raise _damaged(path) from error
+    if isinstance(content, _ScriptModule):
+        content = dict(_of_module(content))
     if not isinstance(content, Mapping):
         what = f"an object of {strays[0]}" if isinstance(content, _Stray) and strays else f"a {type(content).__name__}"
         raise UserError(f"{path}: holds {what}, expected a state dict (tensors by key)")
