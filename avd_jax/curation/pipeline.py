@@ -6,6 +6,7 @@ that by each call. So a call that was killed is repeated for what was missing, a
 
 import base64
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,9 +142,11 @@ class Curation:
     def write(self, rows: Sequence[Row], summary: Mapping) -> None:
         """Write clips.jsonl, captions.jsonl, summary.json and report.html."""
         shown = [{name: entry for name, entry in row.items() if name != "too_short"} for row in rows]
+        place = os.path.realpath(self._out)
         selected = [
             {
-                "file": str(self._sources[row["source"]].path),
+                # So that both folders may be moved together, and a clip is still the same to encode.py.
+                "file": os.path.relpath(os.path.realpath(self._sources[row["source"]].path), place),
                 **{name: row[name] for name in ("start", "end")},
                 "caption": row["caption"]["text"] if "caption" in row else "",
                 "scores": {name: found for name in row["scores"] if (found := selection.value(row, name)) is not None},
