@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from avd_jax.capacity.budget import GIB, Need, Part, Stage, Verdict, needs_of, part_of
+from avd_jax.capacity.budget import GIB, LESS_MEMORY, Need, Part, Stage, Verdict, needs_of, part_of
 from avd_jax.parallel.mesh import make_mesh
 
 STATE, FROZEN = Part("state", 6.0), Part("frozen", 1.0, host_gib=4.0)
@@ -89,6 +89,8 @@ def test_a_size_that_the_compiler_does_not_tell_fits_nowhere():
     found = verdict(reports=REPORTS | {"another_step": report("another_step", math.inf)})
     assert not found.fits
     assert "training: another_step" in found.as_text()
+    assert found.as_text().endswith(LESS_MEMORY)
+    assert LESS_MEMORY not in verdict(limit=11.0).as_text()  # decoding does not take less then
     assert json.loads(json.dumps(found.as_dict()))["verdict"]["total_gib"] is None
 
 

@@ -13,6 +13,10 @@ from typing import Protocol
 import jax
 
 GIB = 2**30
+TRAINING = "training"  # the stage of a run's updates
+LESS_MEMORY = (
+    "take more devices, or try --config.accumulation_steps=2 or, on TPUs, --config.attention.fused_backward=False"
+)
 
 
 @dataclass(frozen=True)
@@ -137,6 +141,8 @@ class Verdict:
             made_of = f"{need.beside_gib:.2f} + {_gib(need.program_gib).strip()} ="
             name = f"{need.stage}: {need.program}"
             lines.append(_row(name, made_of, need.total_gib, need.host_gib * self.devices_a_host) + mark)
+        if self.largest.total_gib > self.limit_gib and self.largest.stage == TRAINING:
+            lines.append(f"  {LESS_MEMORY}")
         if self.default_gib is not None and self.fits and self.largest.total_gib > self.default_gib:
             lines.append(
                 f"  run it with XLA_PYTHON_CLIENT_MEM_FRACTION=0.95: else JAX takes {self.default_gib:.1f} GiB"

@@ -8,6 +8,7 @@ import jax
 import ml_collections
 from jax.sharding import Mesh
 
+from avd_jax.capacity.budget import LESS_MEMORY
 from avd_jax.capacity.compiling import Report
 from avd_jax.capacity.program import Program
 from avd_jax.errors import UserError
@@ -72,10 +73,7 @@ def recommend(reports: Sequence[Report]) -> str:
     fitting = [report for report in reports if report.fits]
     if not fitting:
         least = min(reports, key=lambda report: report.total_gib)
-        return (
-            f"none: the smallest needs {least.total_gib:.1f} GiB of {least.limit_gib:.2f}; take more devices, or try "
-            "--config.accumulation_steps=2 or, on TPUs, --config.attention.fused_backward=False"
-        )
+        return f"none: the smallest needs {least.total_gib:.1f} GiB of {least.limit_gib:.2f}; {LESS_MEMORY}"
     # Without an estimate a plan is only taken if none has one.
     best = min(fitting, key=lambda report: math.inf if report.seconds is None else report.seconds / report.batch_size)
     mesh = " ".join(f"--config.mesh.{axis}={size}" for axis, size in best.mesh.items())

@@ -8,7 +8,7 @@ from itertools import product
 import jax
 from jax.sharding import Mesh
 
-from avd_jax.capacity.budget import Part, Stage, part_of
+from avd_jax.capacity.budget import TRAINING, Part, Stage, part_of
 from avd_jax.capacity.program import Program
 from avd_jax.errors import UserError, closest
 from avd_jax.parallel.compiler import compiler_options
@@ -167,7 +167,7 @@ class Assembly:
 
     def stages(self) -> tuple[Stage, ...]:
         """Return what runs in turn: the updates, and what the method says of its other programs."""
-        return Stage("training", self._step_names()), *self.method.stages
+        return Stage(TRAINING, self._step_names()), *self.method.stages
 
     def run_programs(self) -> list[str]:
         """Return the names of the programs that the stages run, each once."""
