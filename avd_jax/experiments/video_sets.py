@@ -3,7 +3,7 @@
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from avd_jax.convert.layouts import read_json
@@ -76,21 +76,27 @@ def read_set(folder: Path) -> list[Shown]:
       UserError: as `videos_in`; or two of them have the same prompt and seed.
     """
     found: list[Shown] = []
-    seen: dict[tuple[str, int], Path] = {}
+    seen: dict[tuple[str, int | None], Path] = {}
     for video in videos_in(folder):
-        record, seed = video.file.with_suffix(".json"), None
-        if record.is_file() and isinstance(entry := read_json(record).get("seed"), int):
-            seed = int(entry)
-            if (other := seen.setdefault((video.caption, seed), video.file)) != video.file:
-                raise UserError(
-                    f"{folder}: {other.name} and {video.file.name} have the same prompt and seed; give a folder that "
-                    "holds the videos of one method"
-                )
         name = video.file.relative_to(folder).with_suffix("").as_posix()
+        shown = with_record(Shown(video.file, name, video.caption))
+        other = seen.setdefault((shown.prompt, shown.seed), video.file)
+        if shown.seed is not None and other != video.file:
+            raise UserError(
+                f"{folder}: {other.name} and {video.file.name} have the same prompt and seed; give a folder that holds "
+                "the videos of one method"
+            )
         if found and found[-1].name == name:
             raise UserError(f"{folder}: {found[-1].file.name} and {video.file.name} have the same name; remove one")
-        found.append(Shown(video.file, name, video.caption, seed))
+        found.append(shown)
     return found
+
+
+def with_record(video: Shown) -> Shown:
+    """Return a video with the seed that the JSON beside it says."""
+    record = video.file.with_suffix(".json")
+    seed = read_json(record).get("seed") if record.is_file() else None
+    return replace(video, seed=seed) if isinstance(seed, int) else video
 
 
 def matched(sets: Mapping[str, Sequence[Shown]]) -> list[Row]:
