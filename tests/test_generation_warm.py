@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from generation_cases import STUDENT, write_dit, write_weights
 
-from avd_jax.generation import run, warm
+from avd_jax.generation import run, sampling, warm
 from avd_jax.generation.settings import Job, Options, resolve
 from avd_jax.parallel.mesh import make_mesh
 
@@ -28,16 +28,18 @@ def opened(folder, seed=1):
     return run.open_for(resolve(options), [JOB.prompt])
 
 
-def test_warm_models(folder, monkeypatch):
+def test_warm_models(folder, tmp_path, monkeypatch):
     mesh = make_mesh(devices=jax.devices()[:1])  # sharing a video out is test_generation_sampling.py's matter
     loaded, load, steps, phases = [], warm.load_transformer, [], []
     monkeypatch.setattr(warm.WarmModels, "mesh", lambda self, opened: mesh)
     monkeypatch.setattr(warm, "load_transformer", lambda *args: loaded.append(1) or load(*args))
-    models = warm.WarmModels()
+    for module in (warm, sampling):  # decoding is compiled for long, and tested elsewhere
+        monkeypatch.setattr(module, "video_decoder", lambda *args, **options: lambda latents: latents)
+    models = warm.WarmModels(prompt_cache=tmp_path)
     first = opened(folder)
     assert not models.has(first)
     pixels = models.make(first, JOB, on_step=lambda: steps.append(1), on_phase=phases.append)
-    ((_, expected),) = run.sample(first, [JOB], mesh=mesh, size=1)
+    ((_, expected),) = run.sample(first, [JOB], mesh=mesh, size=1, prompt_cache=tmp_path)
     np.testing.assert_allclose(pixels, expected, atol=1e-5)
     assert len(steps) == first.settings.steps
     assert phases == ["reading the prompt", "reading the weights", "sampling", "decoding"]

@@ -32,7 +32,8 @@ function element(tag, text) {
 
 function card(entry, autoplay) {
   const figure = element("figure"), video = element("video"), caption = element("figcaption");
-  Object.assign(video, { src: entry.video, muted: true, loop: true, playsInline: true, preload: "metadata" });
+  // The fragment makes phones show a frame before it plays.
+  Object.assign(video, { src: `${entry.video}#t=0.01`, muted: true, loop: true, playsInline: true, preload: "metadata" });
   video.controls = true;
   video.style.setProperty("--aspect", `${entry.size[2]} / ${entry.size[1]}`);
   if (autoplay) video.autoplay = true;
