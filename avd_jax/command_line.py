@@ -62,6 +62,21 @@ def run(
     app.run(report_user_errors(checked(main, required)), flags_parser=report_user_errors(parse_flags))
 
 
+def run_with_arguments(main: Callable[[list[str]], int | None], *, required: Sequence[flags.FlagHolder] = ()) -> None:
+    """Run a script as `run` does; `main` gets the arguments that are no flags, among which flags may stand."""
+
+    def work(argv: Sequence[str]) -> int | None:
+        return checked(lambda: main(list(argv[1:])), required)(argv[:1])
+
+    app.run(report_user_errors(work), flags_parser=report_user_errors(_parse_anywhere))
+
+
+def _parse_anywhere(argv: list[str]) -> list[str]:
+    """Parse flags that may stand among other arguments, and return these."""
+    flags.FLAGS.set_gnu_getopt(True)
+    return app.parse_flags_with_usage(argv)
+
+
 @dataclass(frozen=True)
 class Command:
     """One of several things that a script does.
@@ -82,11 +97,10 @@ class Command:
 def run_commands(commands: Mapping[str, Command]) -> None:
     """Run a script whose first argument says what to do, `script.py COMMAND --flag ...`, as `run` runs others."""
 
-    def parse(argv: list[str]) -> list[str]:
-        flags.FLAGS.set_gnu_getopt(True)  # flags may follow the command
-        return app.parse_flags_with_usage(argv)
+    def work(argv: Sequence[str]) -> int | None:
+        return run_command(commands, argv[1:])
 
-    app.run(report_user_errors(lambda argv: run_command(commands, argv[1:])), flags_parser=report_user_errors(parse))
+    app.run(report_user_errors(work), flags_parser=report_user_errors(_parse_anywhere))
 
 
 def run_command(commands: Mapping[str, Command], arguments: Sequence[str]) -> int | None:

@@ -4,10 +4,12 @@ import re
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 
 from avd_jax.data import html
 from avd_jax.data.html import Curve, Html
+from avd_jax.data.video import write_video
 from avd_jax.errors import UserError
 
 NASTY = "a <b>\"bold\"</b> & 'sly' </td><script>alert(1)</script>"
@@ -51,7 +53,7 @@ def test_a_caption_stays_text_wherever_it_enters(tmp_path, video):
     found = Tags(page.read_text())
     assert "script" not in found.tags
     assert "b" not in found.tags
-    assert found.text.count(NASTY) == 11  # the title, the first heading, and nine within the pieces
+    assert found.text.count(NASTY) == 12  # the title, the first heading, and ten within the pieces
 
 
 def test_a_page_holds_its_videos_and_needs_nothing_else(tmp_path, video):
@@ -67,7 +69,29 @@ def test_a_page_holds_its_videos_and_needs_nothing_else(tmp_path, video):
 def test_large_videos_are_linked_from_where_the_page_lies(tmp_path, video, monkeypatch):
     monkeypatch.setattr(html, "MOST_EMBEDDED", 3)
     piece = html.video_table(["x"], [("a", [video])], page=tmp_path / "page.html")
-    assert Tags(piece).sources == ["videos/a b.mp4"]
+    assert Tags(piece).sources == ["videos/a%20b.mp4"]
+
+
+def test_videos_are_of_one_size_in_every_column(tmp_path):
+    """Whatever their columns are called and however many gaps there are: tracks and boxes do not depend on content."""
+    write_video(tmp_path / "small.mp4", np.zeros((2, 32, 48, 3)), fps=8.0)
+    write_video(tmp_path / "large.mp4", np.zeros((2, 64, 64, 3)), fps=8.0)
+    rows = [("a", [tmp_path / "small.mp4", tmp_path / "large.mp4", None])]
+    piece = html.video_table(["x", "a column with a long title", "z"], rows, page=tmp_path / "page.html")
+    assert "--columns:3;--phone:2;--aspect:48/32;--most:176px" in piece
+    assert "<table" not in piece, "a table gives each column the width that its words need"
+    html.write_page(tmp_path / "page.html", "page", [piece])
+    style = (tmp_path / "page.html").read_text()
+    assert "repeat(var(--columns), minmax(96px, var(--most)))" in style
+    assert "aspect-ratio: var(--aspect); object-fit: contain" in style
+
+
+def test_bars_are_as_wide_as_their_shares():
+    piece = html.stacked_bars([html.Bar((NASTY, "same", "b"), (0.75, 0.0, 0.25), ("red", "grey", "blue"))])
+    assert re.findall(r"flex:([\d.]+) 0 0;background:(\w+)", piece) == [("0.7500", "red"), ("0.2500", "blue")]
+    found = Tags(piece)
+    assert "script" not in found.tags
+    assert found.text.count("%") == 2
 
 
 def test_tables_are_complete():

@@ -33,6 +33,7 @@ ALLOWED = {
         *("evaluation", "generation", "training"),
     },
     "experiments": {"fields", "convert", "parallel", "data", "evaluation", "generation", "training", "methods"},
+    "serving": {"convert", "parallel", "data", "evaluation", "generation", "experiments"},
     "command_line": {"fields", "models", "diffusion", "parallel", "generation", "training", "methods"},
 }
 FRAMEWORKS = {"torch", "tensorflow", "diffusers", "transformers"}

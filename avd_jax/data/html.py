@@ -4,14 +4,17 @@ A piece is `Html`; every other text is escaped when it enters a piece, so that a
 """
 
 import base64
+import contextlib
 import html
 import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 from avd_jax.data.atomic import write_text
+from avd_jax.data.video import frame_rate_and_size
 from avd_jax.errors import UserError
 
 MOST_EMBEDDED = 12_000_000  # bytes of video within a page, where they take a third more; beyond it they are linked
@@ -33,9 +36,21 @@ th:first-child, td:first-child { text-align: left; } tbody tr:hover { background
 ul { padding-left: 1.2rem; max-width: 58rem; } li { margin: .45rem 0; }
 .charts { display: flex; flex-wrap: wrap; gap: 1rem 2rem; } figure { margin: 0; flex: 1 1 24rem; max-width: 34rem; }
 svg { display: block; width: 100%; height: auto; } svg text { fill: var(--soft); font-size: 11px; }
-.videos td { text-align: left; white-space: normal; vertical-align: top; border: 0; padding: .25rem .6rem .25rem 0; }
-.videos td:first-child { width: 15rem; font-size: .87rem; } .videos th { text-align: left; padding-left: 0; }
-video { display: block; width: 100%; max-width: 176px; min-width: 84px; border-radius: 4px; background: var(--band); }
+.videos { display: grid; grid-template-columns: 13rem repeat(var(--columns), minmax(96px, var(--most))); gap: .6rem; }
+.videos p { font-size: .87rem; margin: 0; overflow-wrap: anywhere; }
+.videos strong { font-size: .87rem; color: var(--soft); }
+.videos figure { max-width: none; } .videos figcaption { display: none; }
+.videos video, .videos i { display: block; width: 100%; aspect-ratio: var(--aspect); object-fit: contain;
+  border-radius: 4px; background: var(--band); }
+.bars { max-width: 44rem; } .bars p { display: flex; justify-content: space-between; margin: .8rem 0 .15rem; }
+.bars p span { color: var(--soft); font-size: .87rem; } .bars div div { display: flex; height: 1.7rem; overflow: hidden;
+  border-radius: 4px; color: #fff; font-size: .87rem; } .bars div span { display: grid; place-items: center; }
+@media (max-width: 44rem) {
+  body { margin: 1rem auto; padding: 0 .9rem; } figure { flex-basis: 100%; }
+  .videos { grid-template-columns: repeat(var(--phone), minmax(0, 1fr)); } .videos strong { display: none; }
+  .videos p { grid-column: 1 / -1; margin-top: .8rem; } .videos p:first-child { display: none; }
+  .videos figcaption { display: block; } td:first-child { white-space: normal; min-width: 8rem; }
+}
 .badge { display: inline-block; padding: 0 .5rem; border-radius: 1rem; color: #fff; font-size: .8rem; }
 """.strip()
 
@@ -57,17 +72,22 @@ def escaped(content: object) -> Html:
     return content if isinstance(content, Html) else Html(html.escape(str(content)))
 
 
+def page_of(title: str, pieces: Sequence[Html]) -> str:
+    """Return a page of pieces under a heading."""
+    head = f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<title>{escaped(title)}</title>\n'
+    head += f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<style>\n{_STYLE}\n</style>\n'
+    body = "\n".join((f"<h1>{escaped(title)}</h1>", *pieces))
+    return f"{head}<body>\n{body}\n</body>\n</html>\n"
+
+
 def write_page(path: Path, title: str, pieces: Sequence[Html]) -> None:
     """Write a page of pieces under a heading.
 
     Raises:
       UserError: the file cannot be written.
     """
-    head = f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<title>{escaped(title)}</title>\n'
-    head += f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<style>\n{_STYLE}\n</style>\n'
-    body = "\n".join((f"<h1>{escaped(title)}</h1>", *pieces))
     try:
-        write_text(path, f"{head}<body>\n{body}\n</body>\n</html>\n")
+        write_text(path, page_of(title, pieces))
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); choose another folder") from error
 
@@ -138,28 +158,75 @@ def line_chart(title: str, curves: Sequence[Curve], *, x_label: str = "step") ->
     return Html(f"<figure>{''.join(parts)}</svg></figure>")
 
 
+@dataclass(frozen=True)
+class Bar:
+    """A stacked bar.
+
+    Attributes:
+      labels: of its parts, in their order; they stand above it.
+      shares: of the parts; they sum to 1.
+      colours: of the parts.
+    """
+
+    labels: Sequence[str]
+    shares: Sequence[float]
+    colours: Sequence[str]
+
+
+def stacked_bars(bars: Sequence[Bar]) -> Html:
+    """Bars below each other, each as wide as the page, so that they are read on a phone too."""
+    pieces = []
+    for bar in bars:
+        parts = "".join(
+            f'<span style="flex:{share:.4f} 0 0;background:{escaped(colour)}">{_percent(share)}</span>'
+            for share, colour in zip(bar.shares, bar.colours, strict=True)
+            if share
+        )
+        told = ", ".join(f"{label} {share:.0%}" for label, share in zip(bar.labels, bar.shares, strict=True))
+        labels = "".join(f"<span>{escaped(label)}</span>" for label in bar.labels)
+        pieces.append(f'<div><p>{labels}</p><div role="img" aria-label="{escaped(told)}">{parts}</div></div>')
+    return Html(f'<div class="bars">{"".join(pieces)}</div>')
+
+
 def video_table(columns: Sequence[str], rows: Sequence[tuple[str, Sequence[Path | None]]], *, page: Path) -> Html:
-    """Videos side by side: a row is a caption and one file a column (None leaves a gap).
+    """Videos side by side, all of one size: a row is a caption and one file a column (None leaves a gap).
 
     The files are put into the page if all of them together are small enough, so that it can be sent alone; else
     the page links to them, and only the whole folder shows them.
     """
     files = [file for _, row in rows for file in row if file is not None]
     embed = sum(file.stat().st_size for file in files) <= MOST_EMBEDDED
-    head = "".join(f"<th>{escaped(cell)}</th>" for cell in ("caption", *columns))
-    body = ""
+    cells = ["<p></p>", *(f"<strong>{escaped(cell)}</strong>" for cell in columns)]
     for caption, row in rows:
-        cells = "".join(f"<td>{'' if file is None else _video(file, page, embed)}</td>" for file in row)
-        body += f"<tr><td>{escaped(caption)}</td>{cells}</tr>\n"
-    return Html(f'<div class="scroll"><table class="videos"><tr>{head}</tr>\n{body}</table></div>')
+        cells.append(f"<p>{escaped(caption)}</p>")
+        for column, file in zip(columns, row, strict=True):
+            shown = "<i></i>" if file is None else _video(file, page, embed)
+            cells.append(f"<figure>{shown}<figcaption>{escaped(column)}</figcaption></figure>")
+    height, width = _size_of_first(files)
+    most = min(max(2 * width, 176), 400)  # small ones are easier seen larger
+    style = f"--columns:{len(columns)};--phone:{min(len(columns), 2)};--aspect:{width}/{height};--most:{most}px"
+    body = "\n".join(cells)
+    return Html(f'<div class="scroll"><div class="videos" style="{style}">{body}</div></div>')
+
+
+def _size_of_first(files: Sequence[Path]) -> tuple[int, int]:
+    """Return height and width of the first video that can be read; videos of another shape are shown with margins."""
+    for file in files:
+        with contextlib.suppress(UserError):
+            return frame_rate_and_size(file)[1:]
+    return 1, 1
 
 
 def _video(file: Path, page: Path, embed: bool) -> str:
     if embed:
         source = "data:video/mp4;base64," + base64.b64encode(file.read_bytes()).decode()
     else:
-        source = Path(os.path.relpath(file, page.parent)).as_posix()
+        source = quote(Path(os.path.relpath(file, page.parent)).as_posix())
     return f'<video src="{html.escape(source)}" autoplay loop muted playsinline></video>'
+
+
+def _percent(share: float) -> str:
+    return f"{share:.0%}" if share >= 0.07 else ""  # there is no room in a narrow part
 
 
 @dataclass(frozen=True)

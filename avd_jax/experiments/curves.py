@@ -42,14 +42,23 @@ def training_charts(runs: Mapping[str, Sequence[Path]]) -> Html:
     return charts(figures)
 
 
+def last_logged(folder: Path) -> dict[str, tuple[int, float]]:
+    """Return name -> (step, value) of what a run logged last; see `training_charts`."""
+    return {name: max(steps.items()) for name, steps in _read(folder / "metrics.jsonl").items()}
+
+
 def _read(path: Path) -> dict[str, dict[int, float]]:
     """Return name -> step -> value of a log; numbers that were not finite, and terms switched off, are left out."""
     values: dict[str, dict[int, float]] = defaultdict(dict)
     for line in path.read_text().splitlines() if path.is_file() else ():
-        entry = json.loads(line)
+        try:
+            entry = json.loads(line)
+            step = entry["step"]
+        except (ValueError, KeyError, TypeError):
+            continue  # a line that a running training has half written, or a kill cut off
         for name, value in entry.items():
             if isinstance(value, int | float):
-                values[name][entry["step"]] = value
+                values[name][step] = value
     return {name: steps for name, steps in values.items() if any(steps.values())}
 
 

@@ -113,11 +113,15 @@ def make_plan(
     """
     out = local_path(out)
     opened = open_for(settings, [job.prompt for job in jobs], fingerprints=fingerprints)
-    digest = settings.digest(opened.fingerprints)
-    videos = {job: out / f"{file_stem(job.prompt, job.seed)}-{digest}.mp4" for job in jobs}
+    videos = {job: video_file(out, opened, job) for job in jobs}
     missing = [not (video.is_file() and _record_of(video).is_file()) for video in videos.values()]
     todo = [job for job, lacks in zip(videos, from_first(np.asarray(missing)), strict=True) if lacks]
     return Plan(**vars(opened), videos=videos, todo=todo)
+
+
+def video_file(out: Path, opened: Opened, job: Job) -> Path:
+    """Return the file of a video: its name says prompt, seed, and by a hash settings and weights."""
+    return out / f"{file_stem(job.prompt, job.seed)}-{opened.settings.digest(opened.fingerprints)}.mp4"
 
 
 def generate(
@@ -157,10 +161,7 @@ def generate(
     work = {"mesh": mesh, "size": size, "prompt_cache": prompt_cache, "vae_gib": vae_gib, "on_step": on_step}
     for job, pixels in sample(plan, todo, **work):
         if is_first():
-            with reporting(videos[job]):
-                record = json.dumps(to_record(settings, job) | made_with, indent=2, ensure_ascii=False)
-                write_text(_record_of(videos[job]), record + "\n")
-                write_video(videos[job], pixels, fps=settings.fps)
+            write_with_record(videos[job], pixels, settings, job, made_with)
         on_progress(1)
     if is_first():
         _write_sheets(plan)
@@ -198,6 +199,14 @@ def sample(
         work = {"mesh": mesh, "size": size, "cache": cache, "on_step": on_step, "vae_gib": vae_gib}
         yield from sample_videos(settings, opened.parts, opened.shape, jobs, **work)
         jax.effects_barrier()  # the last steps have been counted
+
+
+def write_with_record(video: Path, pixels: np.ndarray, settings: Settings, job: Job, made_with: Mapping) -> None:
+    """Write a video, and before it the record beside it: what `to_record` says, and what it was made with."""
+    with reporting(video):
+        record = json.dumps(to_record(settings, job) | made_with, indent=2, ensure_ascii=False)
+        write_text(_record_of(video), record + "\n")
+        write_video(video, pixels, fps=settings.fps)
 
 
 def check_writable(out: Path) -> None:

@@ -7,7 +7,8 @@ decoded, and its parameters are read again for the next ones. All hosts do the s
 
 import functools
 import gc
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from avd_jax.convert.weights import load_module, lossless_dtype
-from avd_jax.data.encoding import text_encoder, video_decoder
+from avd_jax.data.encoding import TextEncoder, text_encoder, video_decoder
 from avd_jax.data.latents import pad_prompt_embeds
 from avd_jax.errors import UserError, note
 from avd_jax.generation.pipeline import (
@@ -28,7 +29,7 @@ from avd_jax.generation.pipeline import (
 from avd_jax.generation.prompt_cache import PromptCache
 from avd_jax.generation.settings import Job, Settings
 from avd_jax.generation.weights import Parts
-from avd_jax.models.functional import denoiser
+from avd_jax.models.functional import Denoiser, Params, denoiser
 from avd_jax.models.placement import Placement
 from avd_jax.models.vae_tiles import MEMORY_GIB
 from avd_jax.parallel.hosts import to_host
@@ -105,7 +106,9 @@ def sample_videos(
     Raises:
       UserError: values that are not finite.
     """
-    texts = _embeddings(settings, parts, jobs, cache)
+    encoder = functools.cache(lambda: text_encoder_of(parts, settings.dtype))
+    texts = embeddings_of(texts_of(settings, jobs), cache, encoder)
+    del encoder
     gc.collect()  # the text encoder is larger than the transformer, and its modules are cycles of references
     vae = load_module(parts.vae, jnp.float32, lambda path, leaf: replicated(mesh))
     decode = video_decoder(vae, mesh=mesh, memory_gib=vae_gib)
@@ -148,12 +151,7 @@ def _in_turns(sampler: "_Sampler", decode: Callable, batches: Sequence[list[Job]
 
 def _rows(batch: list[Job], videos: jax.Array) -> Iterator[tuple[Job, np.ndarray]]:
     for row, job in enumerate(batch):
-        pixels = to_host(videos[row])
-        if not np.isfinite(pixels).all():
-            raise UserError(
-                f"{job.prompt[:60]!r}, seed {job.seed}: not finite; try --dtype float32, or check the weights"
-            )
-        yield job, pixels
+        yield job, checked(job, to_host(videos[row]))
 
 
 class _Sampler:
@@ -173,7 +171,7 @@ class _Sampler:
         self._params = self._sample = None
         self._negative, self._texts = (), texts
         self._keys = jax.jit(sample_keys, out_shardings=batch_sharding(mesh))
-        self._passes, self._on_step = 0, on_step
+        self._on_step = on_step
 
     def leave(self) -> None:
         """Free the transformer's parameters; the next call loads them again."""
@@ -191,27 +189,13 @@ class _Sampler:
 
     def _load(self) -> None:
         settings, parts, mesh = self._settings, self._parts, self._mesh
-        dtype = jnp.dtype(settings.dtype)
-        dit = load_module(parts.transformer, dtype, lambda path, leaf: NamedSharding(mesh, spec_for(path, leaf, mesh)))
-        dit.placement = Placement(mesh=mesh, batch_axes=BATCH_AXES, sequence_axis="seq")
-        network, self._params = denoiser(dit)
+        network, self._params = load_transformer(parts, settings.dtype, mesh)
         if self._sample is not None:
             return
-
-        def counted(*inputs, **options):
-            if self._on_step is not None:
-                jax.debug.callback(self._count)
-            return network(*inputs, **options)
-
-        if settings.solver == "student":
-            half_rate = None
-            if settings.half_rate_steps:
-                interpolator = load_module(parts.interpolator, dtype, lambda path, leaf: replicated(mesh))
-                half_rate = HalfRateSampling(settings.half_rate_steps, settings.half_rate_positions, interpolator)
-            self._sample = StudentSampler(counted, self._shape, timesteps=settings.timesteps, half_rate=half_rate)
-        else:
-            guidance = {"shift": settings.shift, "guidance_scale": settings.guidance_scale}
-            self._sample = make_teacher_sampler(counted, self._shape, num_steps=settings.steps, **guidance)
+        if self._on_step is not None:
+            network = counting(network, settings.solver, self._on_step)
+        self._sample = make_sampler(network, settings, parts, self._shape, mesh)
+        if settings.solver == "unipc":
             self._negative = (self._conditions(self._padded(settings.negative_prompt), replicated(mesh)),)
 
     def _padded(self, text: str) -> np.ndarray:
@@ -220,32 +204,81 @@ class _Sampler:
     def _conditions(self, embeds: np.ndarray, sharding: NamedSharding) -> dict[str, jax.Array]:
         return jax.device_put({"prompt_embeds": embeds}, sharding)
 
-    def _count(self) -> None:
-        """Take note of a pass of the transformer; a step of the teacher has two."""
-        self._passes += 1
-        if self._settings.solver == "student" or self._passes % 2 == 0:
-            self._on_step()
+
+def load_transformer(parts: Parts, dtype: str, mesh: Mesh) -> tuple[Denoiser, Params]:
+    """Return the network and its parameters, which the mesh's fsdp axis shares out."""
+    dit = load_module(
+        parts.transformer, jnp.dtype(dtype), lambda path, leaf: NamedSharding(mesh, spec_for(path, leaf, mesh))
+    )
+    dit.placement = Placement(mesh=mesh, batch_axes=BATCH_AXES, sequence_axis="seq")
+    return denoiser(dit)
 
 
-def _embeddings(
-    settings: Settings, parts: Parts, jobs: Sequence[Job], cache: PromptCache | None
-) -> dict[str, np.ndarray]:
-    """Return text -> embeddings [L_i text_dim] of its own tokens; the text encoder is freed on return."""
-    texts = dict.fromkeys(job.prompt for job in jobs)
-    if settings.negative_prompt is not None:
-        texts[settings.negative_prompt] = None
-    found = {text: cache.get(text) if cache else None for text in texts}
-
-    @functools.cache
-    def encoder():
+def make_sampler(network: Callable, settings: Settings, parts: Parts, shape: LatentsShape, mesh: Mesh) -> Callable:
+    """Return the program `(params, keys, conditions) -> latents` of a student, or the teacher's, which takes the
+    negative conditions too; see `pipeline`. Nothing is compiled yet.
+    """
+    if settings.solver != "student":
+        guidance = {"shift": settings.shift, "guidance_scale": settings.guidance_scale}
+        return make_teacher_sampler(network, shape, num_steps=settings.steps, **guidance)
+    half_rate = None
+    if settings.half_rate_steps:
         dtype = jnp.dtype(settings.dtype)
-        umt5 = load_module(parts.text_encoder, dtype, param_dtype=lossless_dtype(parts.text_encoder, dtype))
-        return text_encoder(umt5, parts.tokenizer)
+        interpolator = load_module(parts.interpolator, dtype, lambda path, leaf: replicated(mesh))
+        half_rate = HalfRateSampling(settings.half_rate_steps, settings.half_rate_positions, interpolator)
+    return StudentSampler(network, shape, timesteps=settings.timesteps, half_rate=half_rate)
 
-    for text in texts:
+
+def counting(network: Callable, solver: str, on_step: Callable[[], object]) -> Callable:
+    """Return a network that calls `on_step` once a denoising step, from a thread of JAX's."""
+    passes = itertools.count(1)
+
+    def count() -> None:
+        if next(passes) % (1 if solver == "student" else 2) == 0:  # a step of the teacher has two passes
+            on_step()
+
+    def counted(*inputs, **options):
+        jax.debug.callback(count)
+        return network(*inputs, **options)
+
+    return counted
+
+
+def text_encoder_of(parts: Parts, dtype: str) -> TextEncoder:
+    """Load the text encoder."""
+    param_dtype = lossless_dtype(parts.text_encoder, jnp.dtype(dtype))
+    umt5 = load_module(parts.text_encoder, jnp.dtype(dtype), param_dtype=param_dtype)
+    return text_encoder(umt5, parts.tokenizer)
+
+
+def embeddings_of(
+    texts: Iterable[str], cache: PromptCache | None, encoder: Callable[[], TextEncoder]
+) -> dict[str, np.ndarray]:
+    """Return text -> embeddings [L_i text_dim] of its own tokens.
+
+    Args:
+      texts: in any order, also with repetitions.
+      cache: of embeddings, or None.
+      encoder: returns the text encoder; called for each text that is not kept.
+    """
+    found = {text: cache.get(text) if cache else None for text in texts}
+    for text in found:
         if found[text] is None:
             # One at a time: a batch's last bits would depend on what else the run generates.
             found[text] = encoder().encode([text])[0]
             if cache:
                 cache.keep(text, found[text])
     return found
+
+
+def texts_of(settings: Settings, jobs: Iterable[Job]) -> list[str]:
+    """Return the texts that have to be encoded."""
+    negative = [] if settings.negative_prompt is None else [settings.negative_prompt]
+    return [*(job.prompt for job in jobs), *negative]
+
+
+def checked(job: Job, pixels: np.ndarray) -> np.ndarray:
+    """Return the pixels of a video (UserError if they are not finite)."""
+    if not np.isfinite(pixels).all():
+        raise UserError(f"{job.prompt[:60]!r}, seed {job.seed}: not finite; try --dtype float32, or check the weights")
+    return pixels
