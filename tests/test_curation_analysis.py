@@ -12,6 +12,7 @@ import pytest
 import video_cases as cases
 
 from avd_jax.curation.analysis import DEFAULTS, analyse
+from avd_jax.curation.transitions import Sample, is_transition
 from avd_jax.curation.hashes import SIDE, distance, perceptual_hash
 from avd_jax.curation.pictures import Picture, shrunk, small_size
 from avd_jax.data.picture import display_matrix
@@ -88,6 +89,22 @@ def test_no_clip_shows_a_dissolve(tmp_path, length):
     middle = [clip for clip in result["clips"] if clip["start"] < 3.2 < clip["end"]]
     assert middle == []
     assert rejected_by(result).count(None) >= 3
+
+
+def test_a_dissolve_of_still_scenes_costs_no_more_than_itself(tmp_path):
+    images = made.mixed(made.scene(2, 160, speed=0), made.scene(3, 160, speed=0), 25, 80)
+    (cut,) = analysed(made.write(tmp_path / "a.mp4", images))["cuts"]
+    assert cut["seconds"] == pytest.approx(2.7, abs=0.25)
+    assert cut["until"] == pytest.approx(3.7, abs=0.25)
+
+
+def test_a_fade_may_end_in_a_title():
+    """Text on black is not quite plain."""
+    picture, title = np.random.default_rng(0).normal(size=(2, 576)).astype(np.float32)
+    levels = [(1 - share) * 50 * picture + share * 3.5 * title for share in np.linspace(0, 1, 11)]
+    samples = [Sample(0.1 * number, x - x.mean(), float(x.std())) for number, x in enumerate(levels)]
+    assert is_transition(samples, DEFAULTS["cuts"]["gradual"])
+    assert not is_transition(samples[:6], DEFAULTS["cuts"]["gradual"])
 
 
 def test_natural_scenes_are_not_cut(tmp_path):

@@ -39,6 +39,7 @@ DEFAULTS = {
             "contrast": 1.08,  # most contrast of the middle one, relative to their mean's; what moves has 1.15
             "residual": 0.25,  # of a fade: most by which its contrast is off an even course, as a share of the change
             "plain": 3.0,  # levels of contrast below which a picture shows nothing: the end of a fade
+            "faded": 0.1,  # or so much of the contrast before it: a title on black, say
         },
     },
     "looks": {

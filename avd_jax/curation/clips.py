@@ -71,7 +71,7 @@ class ClipCutter:
         """Take the next picture."""
         picture = step.picture
         if step.gradual is not None:
-            self._end_before(step.gradual[0])
+            self._end_before(*step.gradual)
         elif step.cut:
             self._fill(picture, inside=False)
             self._end(picture.time, self._trim)
@@ -135,9 +135,10 @@ class ClipCutter:
             self._scenes.append(self._scene)
         self._scene = self._clip = self._before = None
 
-    def _end_before(self, begin: float) -> None:
+    def _end_before(self, begin: float, end: float) -> None:
         """End all scenes before a gradual transition, of which nothing was known until it was over."""
-        self._end(math.inf, self._trim)
+        if self._scene is not None and self._scene.begin < end:
+            self._end(math.inf, self._trim)
         while self._scenes and self._scenes[-1].begin >= begin:
             self._scenes.pop()
         if self._scenes and self._scenes[-1].end > begin:
