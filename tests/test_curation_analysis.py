@@ -12,9 +12,9 @@ import pytest
 import video_cases as cases
 
 from avd_jax.curation.analysis import DEFAULTS, analyse
-from avd_jax.curation.transitions import Sample, is_transition
 from avd_jax.curation.hashes import SIDE, distance, perceptual_hash
 from avd_jax.curation.pictures import Picture, shrunk, small_size
+from avd_jax.curation.transitions import Sample, is_transition
 from avd_jax.data.picture import display_matrix
 from avd_jax.data.video import read_video
 from avd_jax.data.video_file import opened
