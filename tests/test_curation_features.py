@@ -171,6 +171,13 @@ def test_models_of_another_kind_are_named_and_not_used(tmp_path):
     assert "an aesthetic head for 5 features" in reasons["aesthetics"]
 
 
+def test_of_two_aesthetic_heads_one_is_taken(tmp_path):
+    write_model(tmp_path, CLIP_L)
+    write_head(tmp_path)
+    write_pth(tmp_path / "sa_1.pth", {"weight": np.ones((1, 12), np.float32), "bias": np.ones(1, np.float32)})
+    assert features.load(tmp_path).head.file == "sa_0_4.pth"
+
+
 def test_models_in_folders_of_their_own(folder, tmp_path):
     for name, place in ((DINO, "dino/pytorch_model.bin"), (CLIP_L, "models--a--b/snapshots/1234/pytorch_model.bin")):
         (tmp_path / place).parent.mkdir(parents=True)
