@@ -14,7 +14,7 @@ from avd_jax.convert.folders import snapshot_of, weight_files
 from avd_jax.convert.loading import open_raft, open_vit
 from avd_jax.convert.weights import Weights
 from avd_jax.errors import UserError
-from avd_jax.models.vit import ViTConfig
+from avd_jax.models.vit import VIT_MODELS, ViTConfig
 from avd_jax.paths import local_path
 
 DEPTH = 2  # of the folders that are looked into, as VBench's ~/.cache/vbench has them
@@ -41,13 +41,14 @@ class Found:
     damaged: list[UserError]
 
 
-def find(folder: Path, known: Mapping[str, ViTConfig]) -> Found:
+def find(folder: Path, known: Mapping[str, ViTConfig] | None = None) -> Found:
     """Return the vision transformers and aesthetic heads in a folder and the folders within; no array is read.
 
     Args:
       folder: where to look.
-      known: name -> sizes of the models that are looked for.
+      known: name -> sizes of the models that are looked for; by default all of VIT_MODELS.
     """
+    known = VIT_MODELS if known is None else known
     found = Found({}, [], [], [])
     for path in _candidates(folder):
         try:
