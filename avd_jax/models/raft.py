@@ -205,8 +205,8 @@ class RAFT(nnx.Module):
     def __call__(self, first: Pictures, second: Pictures, steps: int = STEPS) -> Flow:
         """Return for each pixel of the first pictures how far to the right and down it is in the second, in pixels.
 
-        A pair needs (H W / 64)^2 numbers for the correlations, and a third of it for their smaller sizes: 0.2 GiB at
-        480 x 832 and 1 GiB at 720 x 1280, however many steps there are.
+        A pair has (H W / 64)^2 correlations, and a third of it more for the smaller sizes: with all else 0.4 GiB at
+        480 x 832 and 2.3 GiB at 720 x 1280, however many steps there are.
 
         Args:
           first: values in 0..255; height and width are multiples of 8 and 128 at least (see `padded`).
