@@ -2,12 +2,14 @@
 
   python scripts/vbench.py export --suite vbench --info VBench_full_info.json --checkpoint runs/avd --weights W --out X
   python scripts/vbench.py check --suite vbench --info VBench_full_info.json --videos X
+  python scripts/vbench.py measure --suite vbench --info VBench_full_info.json --videos X --models WEIGHTS --out M
   python scripts/vbench.py score --suite vbench --results X/results --beside OTHER/results
   python scripts/vbench.py leakage --prompts train.txt --against VBench_full_info.json VBench2_full_info.json
 
 export makes 5 or 25 videos a prompt (vbench2: 3 or 20) and writes run.sh, which scores them with the official tool in
 an environment of its own; --dry_run only says how many, how long and how large. The same command resumes, and on
-several hosts each makes its share. check and leakage exit with 1 if they find something, and score if there is no
+several hosts each makes its share. measure computes five of VBench's dimensions here, as far as --models has their
+networks, and writes results for score. check and leakage exit with 1 if they find something, and score if there is no
 total. The lists of prompts come from the suites' repository (docs/evaluation.md).
 """
 
@@ -26,7 +28,9 @@ SUITE = flags.DEFINE_enum("suite", None, tuple(SUITES), "Which of the two.")
 INFO = path_flag("info", None, "The suite's list of prompts, VBench_full_info.json or VBench2_full_info.json.")
 DIMENSIONS = flags.DEFINE_list("dimensions", None, "Some of the suite's dimensions, by commas. Default: all.")
 LIMIT = flags.DEFINE_integer("limit", None, "The first so many prompts of each folder. Default: all.", lower_bound=1)
-OUT = path_flag("out", None, "Folder of the export; of leakage a file for the texts that are not alike.")
+OUT = path_flag(
+    "out", None, "Folder of the export, or of measured results; of leakage a file for the texts that are not alike."
+)
 WEIGHTS = path_flag("weights", None, "VAE, text encoder, tokenizer (and transformer), in any layout.")
 CHECKPOINT = path_flag("checkpoint", None, "Student: a training run or checkpoint, an export, a model.pt.")
 NAME = flags.DEFINE_string("name", None, "The model's name in the paths. Default: that of --checkpoint, or --weights.")
@@ -41,6 +45,7 @@ SEQ = flags.DEFINE_integer("seq", None, "Devices of a host that share a video. D
 PROMPT_CACHE = path_flag("prompt_cache", str(default_folder()), "Keeps prompts' embeddings; empty: none.")
 VAE_GIB = command_line.define_vae_gib()
 VIDEOS = path_flag("videos", None, "An export, or another folder with the suite's folders or with all videos.")
+MODELS = path_flag("models", None, "Folder with DINO, CLIP, RAFT and the aesthetic head, as ~/.cache/vbench has them.")
 RESULTS = path_flag("results", None, "Folder of the official tool's result files.")
 BESIDE = path_flag("beside", None, "Results of other videos, to compare with.")
 PROMPTS = path_flag("prompts", None, "Texts of a training: a list of prompts or captions, or an encoded set.")
@@ -74,6 +79,11 @@ COMMANDS = {
     "export": Command(leaving_at_once(export), ("suite", "info", "out"), EXPORT),
     "check": Command(
         partial(vbench_commands.check, flags.FLAGS), ("suite", "info", "videos"), ("dimensions", "limit", "json")
+    ),
+    "measure": Command(
+        partial(vbench_commands.measure, flags.FLAGS),
+        ("suite", "info", "videos", "out"),
+        ("models", "dimensions", "limit"),
     ),
     "score": Command(partial(vbench_commands.score, flags.FLAGS), ("suite", "results"), ("beside", "json")),
     "leakage": Command(

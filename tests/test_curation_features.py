@@ -6,43 +6,15 @@ import jax
 import numpy as np
 import pytest
 from pth_cases import write_pth
+from vision_cases import HEAD, SIDE, TINY, TINY_L, write_head, write_model
 
 from avd_jax.convert.aesthetic_head import LINEAR, AestheticHead
-from avd_jax.convert.architectures import CLIP_VIT, DINO_VIT
-from avd_jax.convert.engine import tensors_to_torch
 from avd_jax.curation import features
 from avd_jax.curation.features import CLIP_B, CLIP_L, DINO
 from avd_jax.data.video import write_video
 from avd_jax.errors import UserError
-from avd_jax.models.vit import ViTConfig
 
-SIDE = 32
-TINY_L = ViTConfig(
-    image_size=SIDE, patch_size=8, dim=64, num_layers=1, num_heads=1, mlp_dim=16, projection_dim=12
-)  # fmt: skip
-TINY = {
-    CLIP_L: TINY_L,
-    CLIP_B: dataclasses.replace(TINY_L, patch_size=16, projection_dim=8),
-    DINO: dataclasses.replace(TINY_L, projection_dim=0, clip=False, activation="gelu", eps=1e-6),
-}
-HEAD = AestheticHead(np.linspace(-1, 1, 12, dtype=np.float32), 5.0, LINEAR, "sa_0_4.pth")
 FRAMES, FPS = 9, 8.0
-
-
-def write_model(folder, name, config=None, seed=0):
-    config = config or TINY[name]
-    architecture = CLIP_VIT if config.clip else DINO_VIT
-    rng = np.random.default_rng(seed)
-    leaves = {
-        path: (rng.standard_normal(leaf.shape) * 0.3).astype(np.float32)
-        for path, leaf in architecture.leaves(config).items()
-    }
-    keys = dict(tensors_to_torch(architecture.native_rules(config), leaves.items()))
-    return write_pth(folder / f"{name.replace('/', '-')}.pth", keys)
-
-
-def write_head(folder):
-    return write_pth(folder / "sa_0_4.pth", {"weight": HEAD.weight[None], "bias": np.full(1, HEAD.bias, np.float32)})
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -169,6 +141,13 @@ def test_models_of_another_kind_are_named_and_not_used(tmp_path):
     reasons = features.load(tmp_path).missing
     assert "CLIP of width 64 with 2 layers" in reasons["temporal_consistency"]
     assert "an aesthetic head for 5 features" in reasons["aesthetics"]
+
+
+def test_of_two_aesthetic_heads_one_is_taken(tmp_path):
+    write_model(tmp_path, CLIP_L)
+    write_head(tmp_path)
+    write_pth(tmp_path / "sa_1.pth", {"weight": np.ones((1, 12), np.float32), "bias": np.ones(1, np.float32)})
+    assert features.load(tmp_path).head.file == "sa_0_4.pth"
 
 
 def test_models_in_folders_of_their_own(folder, tmp_path):

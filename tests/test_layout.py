@@ -25,7 +25,7 @@ ALLOWED = {
     "capacity": {"shapes", "models", "parallel"},
     "data": {"models", "parallel"},
     "curation": {"fields", "models", "convert", "data"},
-    "evaluation": {"shapes", "data"},
+    "evaluation": {"shapes", "models", "data"},
     "generation": {"shapes", "models", "diffusion", "convert", "parallel", "data"},
     "training": {"fields", "models", "parallel", "capacity", "data"},
     "methods": {

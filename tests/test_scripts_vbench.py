@@ -115,7 +115,7 @@ def test_command_lines(tmp_path, command, capsys):
     assert command("export", "--suite=vbench2", f"--info={info}", "--out=x", "--dry_run", "--limit=1") is None
     assert "VBench-2.0: 71 files of 71 videos, 0 of them there" in capsys.readouterr().out
     for arguments, message in (
-        ((), "give one of export, check, score, leakage, before the flags"),
+        ((), "give one of export, check, measure, score, leakage, before the flags"),
         (("check", "--suite=vbench", "--videos=x"), "--info is missing"),
         (("score", "--suite=vbench", "--results=x", "--fps=3"), "--fps: does not go with score"),
         (("score", "--suite=vbench", f"--results={tmp_path}"), "holds no results of VBench"),
@@ -123,6 +123,8 @@ def test_command_lines(tmp_path, command, capsys):
         (("check", "--suite=vbench2", "--info", info, "--videos=x/y"), "--videos x/y: there is no such folder"),
         (("leakage", "--prompts", train, "--against", info, f"{tmp_path}/no.txt"), "no.txt: cannot be read"),
         (("export", "--suite=vbench2", "--info", info, "--out=x"), "--weights is missing"),
+        (("measure", "--suite=vbench2", "--info", info, "--out=x", "--videos=x"), "are not measured here; score them"),
+        (("measure", "--suite=vbench", "--info", info, "--out=x"), "--videos is missing"),
     ):
         with pytest.raises(UserError, match=message) as raised:
             command(*arguments)

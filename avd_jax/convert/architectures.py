@@ -10,11 +10,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from avd_jax.convert import dit_rules, interpolator_rules, umt5_rules, vae_rules, vit_rules
+from avd_jax.convert import dit_rules, interpolator_rules, raft_rules, umt5_rules, vae_rules, vit_rules
 from avd_jax.convert.engine import Rule
 from avd_jax.convert.state import flat_state
 from avd_jax.errors import UserError, closest
 from avd_jax.models.interpolator import Interpolator, InterpolatorConfig
+from avd_jax.models.raft import RAFT as RAFTModule
+from avd_jax.models.raft import RAFTConfig
 from avd_jax.models.umt5 import UMT5Config, UMT5Encoder
 from avd_jax.models.vit import VisionTransformer, ViTConfig
 from avd_jax.models.wan_dit import WanDiT, WanDiTConfig
@@ -160,6 +162,10 @@ def _build_vit(config: ViTConfig, dtype) -> VisionTransformer:
     return VisionTransformer(config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype)
 
 
+def _build_raft(config: RAFTConfig, dtype) -> RAFTModule:
+    return RAFTModule(config, rngs=nnx.Rngs(0), param_dtype=dtype)
+
+
 WAN_DIT = Architecture(
     name="wan_dit",
     component="transformer",
@@ -235,7 +241,19 @@ DINO_VIT = Architecture(
     config_from_json=lambda entries, name: vit_rules.dino_config_from_json(entries, name=name),
     config_from_shapes=lambda shapes, name: vit_rules.config_from_shapes(shapes, name=name),
 )
-VISION = (CLIP_VIT, DINO_VIT)  # score videos
+RAFT = Architecture(
+    name="raft",
+    component="raft",
+    label="RAFT",
+    config_class=RAFTConfig,
+    build=_build_raft,
+    native_rules=raft_rules.rules,
+    diffusers_rules=raft_rules.rules,
+    config_from_json=lambda entries, name: RAFTConfig(**entries),  # nobody writes one
+    config_from_shapes=lambda shapes, name: raft_rules.config_from_shapes(shapes, name=name),
+)
+VISION = (CLIP_VIT, DINO_VIT)  # vectors of pictures
+SCORING = (*VISION, RAFT)  # score videos
 
 
 def in_native_names(architecture: Architecture, shapes: Shapes) -> dict[str, tuple[int, ...]]:

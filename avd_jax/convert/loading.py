@@ -8,7 +8,16 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from avd_jax.convert.architectures import ARCHITECTURES, INTERPOLATOR, UMT5, VISION, WAN_DIT, WAN_VAE
+from avd_jax.convert.architectures import (
+    ARCHITECTURES,
+    INTERPOLATOR,
+    RAFT,
+    SCORING,
+    UMT5,
+    VISION,
+    WAN_DIT,
+    WAN_VAE,
+)
 from avd_jax.convert.files import NotHereError, Stored, open_files, tensors_of
 from avd_jax.convert.folders import snapshot_of, weight_files
 from avd_jax.convert.layouts import TorchFiles, find_tokenizer, find_weights
@@ -21,6 +30,7 @@ from avd_jax.convert.weights import Sharding, TorchWeights, Weights, load_module
 from avd_jax.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from avd_jax.errors import UserError, closest
 from avd_jax.models.interpolator import Interpolator
+from avd_jax.models.raft import RAFT as RAFTModule
 from avd_jax.models.umt5 import UMT5Encoder
 from avd_jax.models.vit import VisionTransformer
 from avd_jax.models.wan_dit import WanDiT, WanDiTConfig
@@ -153,7 +163,7 @@ def open_vit(path: str | Path) -> Weights:
     config = files[0].with_name("config.json")
     name = str(path)
     keys = tensors_of(open_files(files))
-    architecture = most_like(keys, (*VISION, *ARCHITECTURES))
+    architecture = most_like(keys, (*SCORING, *ARCHITECTURES))
     other = what_else(keys) if architecture in VISION or architecture is None else f"a {architecture.label}"
     if architecture is None or other:
         raise NotHereError(f"{name}: holds {other or 'other weights'}, not CLIP's or DINO's vision transformer")
@@ -162,6 +172,26 @@ def open_vit(path: str | Path) -> Weights:
     found = TorchFiles(files, config if config.is_file() else None, single)
     # Meta's whole checkpoint holds a student beside the teacher, which is what it publishes alone.
     return TorchWeights(found, architecture, "teacher", asked=name, strict=False)
+
+
+def load_raft(path: str | Path) -> RAFTModule:
+    """Load RAFT, the large model, in float32.
+
+    Args:
+      path: `raft-things.pth` of RAFT's authors, or another file with its keys.
+
+    Raises:
+      UserError: one line that says what the file is, and what to give instead.
+    """
+    return load_module(open_raft(path), jnp.float32)
+
+
+def open_raft(path: str | Path) -> Weights:
+    """Open RAFT, reading no array; arguments and errors as in `load_raft`."""
+    path = local_path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; give raft-things.pth itself")
+    return TorchWeights(TorchFiles((path,), None, True), RAFT, "", asked=str(path), strict=False)
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:

@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
-from avd_jax.convert.architectures import ARCHITECTURES, VISION, Architecture
+from avd_jax.convert.architectures import ARCHITECTURES, SCORING, Architecture
 from avd_jax.convert.files import NotHereError, Stored, TensorFile, is_matrix
 from avd_jax.errors import UserError, closest, note
 
@@ -205,7 +205,7 @@ def _check_adapter(tensors: Mapping[str, Stored], name: str) -> None:
 
 def _check_other(keys: Iterable[str], architecture: Architecture, name: str) -> None:
     """Say so when the weights are another network's, rather than list every key as unknown."""
-    for other in (*ARCHITECTURES, *VISION):
+    for other in (*ARCHITECTURES, *SCORING):
         if other is not architecture and _prefixes(keys, other):
             raise NotHereError(f"{name}: holds a {other.label}, not a {architecture.label}")
 

@@ -8,11 +8,8 @@ Matrix products are in bfloat16 on an accelerator and in float32 on a CPU; norms
 float32 everywhere.
 """
 
-import dataclasses
 import functools
 import math
-import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,27 +18,20 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from avd_jax.convert import open_vit
-from avd_jax.convert.aesthetic_head import AestheticHead, load_aesthetic_head
-from avd_jax.convert.files import PICKLED, SAFETENSORS, NotHereError
-from avd_jax.convert.folders import snapshot_of, weight_files
+from avd_jax.convert.aesthetic_head import AestheticHead
+from avd_jax.convert.vision_folder import checked_folder, find
 from avd_jax.convert.weights import Weights, load_module
 from avd_jax.data.video import frame_rate_and_size, read_video
-from avd_jax.errors import UserError
 from avd_jax.models import vit_images
-from avd_jax.models.vit import VIT_MODELS, ViTConfig
-from avd_jax.paths import local_path
+from avd_jax.models.vit import VIT_MODELS
+from avd_jax.models.vit_features import CONSISTENCY, consistencies, linear_scores, unit
 
 SIDE, LONGEST = 224, 448  # pixels
 BATCH = 32  # frames at a time, at most
-DEPTH = 2  # of the folders that are looked into, as VBench's ~/.cache/vbench has them
 AESTHETIC_FRAMES = 8  # as the paper has it
 DINO, CLIP_B, CLIP_L = "DINO ViT-B/16", "CLIP ViT-B/32", "CLIP ViT-L/14"
 # Those that come first are preferred: VBench's subject consistency has DINO, its background consistency CLIP ViT-B/32.
 _FOR_CONSISTENCY, _FOR_EMBEDDING = (DINO, CLIP_B, CLIP_L), (CLIP_L, CLIP_B)
-# What the files of these models are called, and those of VBench's other models are not.
-_LIKE_OURS = re.compile(r"vit[-_.]?[bl]|dino|clip|aesthetic|linear", re.IGNORECASE)
-_FORMULA = "mean over the frames from the second on of (max(0, cos to the previous) + max(0, cos to the first)) / 2"
 
 
 class Encoder:
@@ -111,32 +101,16 @@ def load(folder: str | Path) -> Models:
     Raises:
       UserError: no such folder; or a model is missing, and a file whose name is like one of theirs is damaged.
     """
-    folder = local_path(folder)
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; it is where the weights of CLIP, DINO and the aesthetic head lie")
-    found: dict[str, Encoder] = {}
-    heads, others, damaged = [], [], []
-    for path in _candidates(folder):
-        try:
-            try:
-                heads.append(load_aesthetic_head(path))
-            except NotHereError:
-                weights = open_vit(path)
-                name = _name(weights.config)
-                if name in VIT_MODELS:
-                    found.setdefault(name, Encoder(name, weights))
-                else:
-                    others.append(f"{path.relative_to(folder)} is a {name}")
-        except NotHereError:
-            continue
-        except UserError as error:
-            if path.is_dir() or _LIKE_OURS.search(path.name):
-                damaged.append(error)
-    fitting = [head for head in heads if len(head.weight) == VIT_MODELS[CLIP_L].feature_dim]
-    others += [f"an aesthetic head for {len(head.weight)} features" for head in heads if head not in fitting]
+    folder = checked_folder(folder)
+    files = find(folder, VIT_MODELS)
+    found = {name: Encoder(name, weights) for name, weights in files.vits.items()}
+    width = VIT_MODELS[CLIP_L].feature_dim
+    fitting = [head for head in files.heads if len(head.weight) == width]
+    unfit = [head for head in files.heads if len(head.weight) != width]
+    others = files.others + [f"an aesthetic head for {len(head.weight)} features" for head in unfit]
     missing = _missing(folder, found, bool(fitting), others)
-    if missing and damaged:
-        raise damaged[0]
+    if missing and files.damaged:
+        raise files.damaged[0]
     return Models(
         consistency=next((found[name] for name in _FOR_CONSISTENCY if name in found), None),
         clip_l=found.get(CLIP_L),
@@ -149,15 +123,12 @@ def load(folder: str | Path) -> Models:
 def temporal_consistency(features: np.ndarray) -> float:
     """Return VBench's consistency of features [F D], in 0..1.
 
-    It is the mean over the frames from the second on of (max(0, cosine with the previous frame) + max(0, cosine with
-    the first frame)) / 2 (`vbench/subject_consistency.py` with DINO, `background_consistency.py` with CLIP ViT-B/32).
+    It is the mean of `models/vit_features.py`'s `consistencies`.
 
     Raises:
       ValueError: fewer than two frames.
     """
-    if len(features) < 2:
-        raise ValueError("consistency is between two frames at least")
-    return float(np.mean(_consistencies(features)))
+    return float(np.mean(consistencies(features)))
 
 
 def aesthetic(embeds: np.ndarray, head: AestheticHead) -> float:
@@ -197,17 +168,17 @@ def score(models: Models, path: str | Path, start: float, end: float, frames: in
     clip = _read(path, start, frames, fps, whole=models.consistency is not None and models.consistency.sees_all)
     scores = {}
     if models.consistency is not None:
-        values = _consistencies(models.consistency(clip))
+        values = consistencies(models.consistency(clip))
         scores["temporal_consistency"] = {
             "value": _rounded(np.mean(values)),
-            "method": f"VBench's consistency: {_FORMULA}; {models.consistency.description}; all frames",
+            "method": f"VBench's consistency: {CONSISTENCY}; {models.consistency.description}; all frames",
             "size": models.consistency.size(clip),
             "values": [_rounded(value) for value in values],
         }
     if models.embedding is not None:
         chosen = sampled(frames)
         embeds = models.embedding(clip[chosen])
-        mean = _unit(_unit(embeds).mean(0))
+        mean = unit(unit(embeds).mean(0))
         scores["embedding"] = {
             "value": [_rounded(value) for value in mean],
             "method": f"mean of the unit-norm embeddings of {len(chosen)} frames; {models.embedding.description}",
@@ -239,39 +210,6 @@ def _read(path: str | Path, start: float, frames: int, fps: float, *, whole: boo
     return np.rint((video + 1) * 127.5).astype(np.uint8)
 
 
-def _candidates(folder: Path) -> Iterator[Path]:
-    """Yield what may hold a model: folders with files of transformers' names, and files with other names."""
-    for place in _places(folder, DEPTH):
-        named = weight_files(place)
-        if named:
-            yield place
-        for path in sorted(place.iterdir()):
-            same = path.name.startswith(("model.", "model-", "pytorch_model"))  # the same weights in another format
-            if path.suffix.lower() in SAFETENSORS + PICKLED and path.is_file() and not (named and same):
-                yield path
-
-
-def _places(folder: Path, depth: int) -> Iterator[Path]:
-    """Yield a folder and those in it; of a model in the hub's cache only its snapshot."""
-    snapshot = snapshot_of(folder)
-    yield snapshot
-    if depth and snapshot == folder:
-        for child in sorted(folder.iterdir()):
-            if child.is_dir() and not child.name.startswith("."):
-                yield from _places(child, depth - 1)
-
-
-def _name(config: ViTConfig) -> str:
-    for name, known in VIT_MODELS.items():
-        if dataclasses.replace(config, eps=known.eps) == known:
-            return name
-    kind = "CLIP" if config.clip else "DINO"
-    return (
-        f"{kind} of width {config.dim} with {config.num_layers} layers, patches of {config.patch_size} pixels, "
-        f"{config.activation}, for {config.image_size} pixels"
-    )
-
-
 def _missing(folder: Path, found: dict, head: bool, others: list[str]) -> dict[str, str]:
     beside = f" ({'; '.join(others)})" if others else ""
     missing = {}
@@ -283,19 +221,8 @@ def _missing(folder: Path, found: dict, head: bool, others: list[str]) -> dict[s
     return missing
 
 
-def _consistencies(features: np.ndarray) -> np.ndarray:
-    units = _unit(features)
-    to_previous, to_first = np.sum(units[1:] * units[:-1], -1), units[1:] @ units[0]
-    return (np.maximum(to_previous, 0) + np.maximum(to_first, 0)) / 2
-
-
 def _aesthetics(embeds: np.ndarray, head: AestheticHead) -> np.ndarray:
-    return _unit(embeds) @ head.weight.astype(np.float64) + head.bias
-
-
-def _unit(vectors: np.ndarray) -> np.ndarray:
-    vectors = np.asarray(vectors, np.float64)
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
+    return linear_scores(embeds, weight=head.weight, bias=head.bias)
 
 
 def _rounded(value: float) -> float:

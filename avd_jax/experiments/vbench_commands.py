@@ -15,9 +15,9 @@ from avd_jax.data.atomic import write_text
 from avd_jax.errors import UserError, note
 from avd_jax.evaluation.vbench import check as preflight
 from avd_jax.evaluation.vbench import manifest, score_table, scores
-from avd_jax.evaluation.vbench.suites import SUITES, Suite, read_info
+from avd_jax.evaluation.vbench.suites import SUITES, VBENCH, Suite, read_info
 from avd_jax.evaluation.vbench.videos import folders_of, wanted
-from avd_jax.experiments import vbench_export
+from avd_jax.experiments import vbench_export, vbench_measure
 from avd_jax.generation.run import reporting
 from avd_jax.generation.settings import Options, resolve
 from avd_jax.parallel.hosts import is_first
@@ -81,14 +81,10 @@ def export(given: Any, sampling: Mapping[str, object]) -> None:
 def check(given: Any) -> int:
     """Print what is wrong with a folder of videos; return 1 if anything is."""
     suite, info = _suite_and_info(given)
-    folder, about = manifest.export_of(Path(given.videos))
-    limits, shape, findings = _limits(given, suite), None, []
+    folder, about, limits = _videos(given, suite)
+    shape, findings = None, []
     if about is not None:
-        if about["suite"] != suite.name:
-            raise UserError(f"--suite {suite.name}: {given.videos} is an export of {about['suite']}; give that")
         shape = manifest.shape_of(about)
-        if not given.dimensions:
-            limits = {name: given.limit or limit for name, limit in about["prompts"].items()}
         if about["list"]["digest"] != info.digest:
             what = f"is not the list that {given.videos} was exported with"
             findings.append(preflight.Finding(preflight.OTHER_VERSION, given.info, what))
@@ -120,6 +116,31 @@ def score(given: Any) -> None:
             raise UserError(f"{folder}: no total, since {len(missing)} dimensions are missing: {', '.join(missing)}")
 
 
+def measure(given: Any) -> None:
+    """Measure what can be measured here, write its result files, and print the scores."""
+    if given.suite != VBENCH.name:
+        raise UserError(
+            f"--suite {given.suite}: its dimensions are not measured here; score them with the official tool"
+        )
+    suite, info = _suite_and_info(given)
+    folder, _, limits = _videos(given, suite)
+    dimensions = suite.check_dimensions(given.dimensions) if given.dimensions else vbench_measure.NEEDED
+    models = vbench_measure.Models(given.models)
+    task = vbench_measure.Task(folder, suite, info, limits, models, Path(given.out))
+    with reporting(task.out):
+        report = vbench_measure.measure(task, dimensions, progress=lambda items, what: tqdm(items, desc=what, delay=1))
+    for line in report.notes:
+        note(line)
+    for figures, what in ((report.dimensions, ""), (report.other, ": not the official figure")):
+        for name, figure in figures.items():
+            print(f"{name:24} {100 * figure.score:7.2f}   {figure.videos} of {figure.expected} videos{what}")
+    for name, why in report.skipped.items():
+        print(f"{name:24} skipped: {why}")
+    if not report.dimensions:
+        raise UserError(f"{given.videos}: no dimension could be measured; see above")
+    print(f"{given.out}: results for score --results")
+
+
 def leakage(given: Any, more: Sequence[str]) -> int:
     """Print which texts of a training are alike to those of the lists; return 1 if any is."""
     texts = leaks.read_texts(given.prompts)
@@ -143,6 +164,18 @@ def _suite_and_info(given: Any) -> tuple[Suite, Any]:
     if info.other_version:
         note(f"{given.info} is not {suite.title}'s own list: {info.other_version}; its scores compare with no others")
     return suite, info
+
+
+def _videos(given: Any, suite: Suite) -> tuple[Path, dict | None, dict[str, int | None]]:
+    """Return the folder of the videos, the manifest if they are an export, and of how many prompts they should be."""
+    folder, about = manifest.export_of(Path(given.videos))
+    limits = _limits(given, suite)
+    if about is not None:
+        if about["suite"] != suite.name:
+            raise UserError(f"--suite {suite.name}: {given.videos} is an export of {about['suite']}; give that")
+        if not given.dimensions:
+            limits = {name: given.limit or limit for name, limit in about["prompts"].items()}
+    return folder, about, limits
 
 
 def _limits(given: Any, suite: Suite) -> dict[str, int | None]:
