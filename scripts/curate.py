@@ -66,6 +66,8 @@ def curate(config) -> None:
         print(f"  left out {entry['source']}: {entry['reason']}")
     if len(summary["unreadable"]) > 10:
         print(f"  left out {len(summary['unreadable']) - 10} more, see summary.json")
+    if summary["selected"] and any(e["stage"] == "caption" and "skipped" in e for e in summary["funnel"]):
+        print("captions.jsonl has no captions: give config.caption.endpoint, or fill them in, before scripts/encode.py")
     print(out / "report.html")
     if not summary["readable"]:
         raise UserError(f"{VIDEOS.value}: none of its {summary['videos']} videos can be read")

@@ -120,6 +120,8 @@ NONSENSE = "answers what is no chat completion"
         ([(200, [1])], "error", NONSENSE, 1),
         ([said(7)], "error", NONSENSE, 1),
         ([said("\ud800")], "error", NONSENSE, 1),
+        ([(200, b"[" * 100_000)], "error", NONSENSE, 1),
+        ([said(None, refusal="no \ud800 way")], "blocked", "the model refuses: no \\ud800 way", 1),
         ([said(" \n")], "error", "answers with an empty caption", 1),
         ([said(None)], "error", "answers with an empty caption", 1),
         ([said(None, refusal="I cannot")], "blocked", "the model refuses: I cannot", 1),

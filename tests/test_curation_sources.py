@@ -82,24 +82,32 @@ def test_bad_input_is_one_line(tmp_path):
         "number.jsonl": '{"file": 7}',
         "plain.txt": "a.mp4\nb.mp4",
         "none.jsonl": "",
+        "columns.csv": "file,File,caption\na.mp4,b.mp4,x\n",
     }
     for name, text in texts.items():
         (tmp_path / name).write_text(text)
     cases = {
         "empty": "empty: holds no videos (.avi",
         "a.mp4": "a.mp4: is no folder of videos; name the folder",
-        "nowhere": "nowhere: cannot be read (No such file",
+        "nowhere": "nowhere: there is no such folder of videos, or list",
         "twice.jsonl": "twice.jsonl:2: ./a.mp4 is named already, in",
         "unnamed.jsonl": "unnamed.jsonl:1: has no 'file' (did you mean 'fil'?)",
         "number.jsonl": "number.jsonl:1: 'file' is not a text",
         "plain.txt": "plain.txt: is no list of videos",
         "none.jsonl": "none.jsonl: names no videos",
+        "columns.csv": "columns.csv:1: has two columns 'file'",
     }
     for name, message in cases.items():
         with pytest.raises(UserError) as error:
             find(tmp_path / name)
         assert message in str(error.value)
         assert "\n" not in str(error.value)
+
+
+def test_a_name_that_no_file_can_have_is_one_reason(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"file": "x" * 300 + ".mp4"}))
+    (source,) = find(tmp_path / "a.jsonl")
+    assert source.problem == "there is no such file"
 
 
 def test_an_unreadable_folder_is_one_line(tmp_path, monkeypatch):

@@ -49,7 +49,7 @@ def test_from_videos_to_captions_and_what_is_wrong_is_one_line(tmp_path):
         (*here, "--stages", "motio"): "--stages: there is no stage 'motio' (did you mean 'motion'?); take of length,",
         (*here, "--beam_args=--x"): "--beam_args: only goes with --runner beam",
         (*here, "--config.select.motion=-1"): "config.select.motion=-1.0 must be 0 or a positive number",
-        ("--videos", str(tmp_path / "nowhere")): "nowhere: cannot be read",
+        ("--videos", str(tmp_path / "nowhere")): "nowhere: there is no such folder",
         ("--videos", str(tmp_path / "bad.jsonl")): "bad.jsonl: none of its 2 videos can be read",
         (*here, *small): "",
     }

@@ -24,6 +24,7 @@ import numpy as np
 from PIL import Image
 
 from avd_jax.curation.settings import VIDEO
+from avd_jax.data.records import printable
 from avd_jax.data.video import read_video, write_video
 from avd_jax.errors import UserError
 
@@ -123,14 +124,14 @@ class Captioner:
         """Return (outcome, whether another try may go better)."""
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self._key}"} if self._key else {})
         seconds = self._settings["timeout"]
+        until = time.monotonic() + seconds
         try:
-            until = time.monotonic() + seconds
             request = urllib.request.Request(self._url, body, headers, method="POST")
             with self._opener.open(request, timeout=seconds) as response:
                 return self._answer(_read(response, until)), False
         except urllib.error.HTTPError as error:
             with error:
-                return self._refusal(error)
+                return self._refusal(error, until)
         except TimeoutError:
             return self._failure(f"no answer within {seconds:g} s (config.caption.timeout)"), True
         except (urllib.error.URLError, OSError, http.client.HTTPException) as error:
@@ -150,7 +151,7 @@ class Captioner:
                 content = "".join(part.get("text") or "" for part in content)
             caption = " ".join((content or "").split())
             caption.encode()
-        except (ValueError, LookupError, TypeError, AttributeError):
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             return self._failure(f"answers what is no chat completion: {self._shown(text)}")
         if refusal or finish == "content_filter":
             return Outcome(BLOCKED, reason=f"the model refuses: {self._shown(refusal or finish)}")
@@ -160,10 +161,10 @@ class Captioner:
             return Outcome(TRUNCATED, caption, f"cut off at {self._settings['max_tokens']} tokens")
         return Outcome(SUCCESS, caption)
 
-    def _refusal(self, error: urllib.error.HTTPError) -> tuple[Outcome, bool]:
+    def _refusal(self, error: urllib.error.HTTPError, until: float) -> tuple[Outcome, bool]:
         status = error.code
         try:
-            said = self._shown(error.read(MOST_BYTES))
+            said = self._shown(_read(error.fp, until))
         except (OSError, http.client.HTTPException):
             said = ""
         reason = f"answers {status} {error.reason}{f': {said}' if said else ''}"
@@ -180,7 +181,8 @@ class Captioner:
 
     def _shown(self, said: bytes | str) -> str:
         """Return the beginning of what a server says in one line; it may repeat the key, which must not be shown."""
-        text = " ".join((said.decode("utf-8", "replace") if isinstance(said, bytes) else str(said)).split())
+        text = said.decode("utf-8", "replace") if isinstance(said, bytes) else str(said)
+        text = printable(" ".join(text.split()))
         text = text.replace(self._key, "***") if self._key else text
         return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
@@ -248,6 +250,8 @@ def _read(response: http.client.HTTPResponse, until: float) -> bytes:
     read = b""
     while piece := response.read1(65536):
         read += piece
-        if time.monotonic() > until or len(read) > MOST_BYTES:
+        if time.monotonic() > until:
             raise TimeoutError
+        if len(read) > MOST_BYTES:
+            raise http.client.HTTPException(f"an answer of more than {MOST_BYTES / 1e6:.0f} MB")
     return read

@@ -102,17 +102,21 @@ class Curation:
                 continue
             made_from = {**self._identities[source.name], "settings": settings}
             jobs.append(Job(source.name, str(source.path), made_from))
-        missing = [job for job in jobs if (self._store.get(ANALYSIS, job.name, job.made_from) or BROKEN).get("broke")]
+        missing = [job for job in jobs if self._analysis_of(job).get("broke")]
         if missing:
             run(missing, self._store)
         rows = []
         for job in jobs:
-            analysis = self._store.get(ANALYSIS, job.name, job.made_from) or BROKEN
+            analysis = self._analysis_of(job)
             if analysis["error"]:
                 self._unreadable[job.name] = analysis["error"].removeprefix(f"{job.path}: ")
             else:
                 rows += selection.rows_of(job.name, analysis)
         return sorted(rows, key=lambda row: (row["source"], row["start"], row["end"]))
+
+    def _analysis_of(self, job: Job) -> dict:
+        kept = self._store.get(ANALYSIS, job.name, job.made_from)
+        return kept if isinstance(kept, dict) and "error" in kept else BROKEN
 
     def select(self, rows: Sequence[Row]) -> dict:
         """Decide about every row, in place, and return the summary."""

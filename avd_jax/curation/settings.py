@@ -1,16 +1,20 @@
 """The fields of a curation's config: what is measured, which thresholds are applied, who writes the captions."""
 
+import math
 from collections.abc import Iterator, Mapping
 from urllib.parse import urlsplit
 
 import ml_collections
 
 from avd_jax.curation.analysis import DEFAULTS
+from avd_jax.curation.motion import PRESETS
 from avd_jax.curation.selection import HASH_BITS
 from avd_jax.data.inputs import check_clip_size
 from avd_jax.fields import (
+    Check,
     Field,
     Fields,
+    anything,
     at_least,
     check_values,
     config_from,
@@ -50,17 +54,49 @@ def _endpoint(value: str) -> str | None:
         wrong = parts.scheme not in ("http", "https") or not parts.hostname or (parts.port == 0)
     except ValueError:
         wrong = True
-    if wrong:
+    if wrong or not value.isascii() or any(letter.isspace() for letter in value) or ".." in parts.netloc:
         return "must be the address of an OpenAI-compatible server, such as http://127.0.0.1:8000/v1"
     return "must hold no password; config.caption.api_key_env names where the key is" if "@" in parts.netloc else None
 
 
+def _above_one(value: float) -> str | None:
+    return None if 1 < value < math.inf else "must be above 1"
+
+
+def _all_positive(values: tuple) -> str | None:
+    return None if values and all(0 < value < math.inf for value in values) else "must be positive numbers"
+
+
+def _frames(values: tuple) -> str | None:
+    return None if values and all(value >= 0 for value in values) else "must be frames of a clip, counted from 0"
+
+
+# Of numbers; those that are not here must be positive, whole ones at least 1.
+_ANALYSIS_CHECKS: Mapping[str, Check] = {
+    "analysis.clips_per_scene": at_least(0),
+    "analysis.cuts.quiet_chroma": at_least(0),
+    "analysis.cuts.trim_seconds": not_negative,
+    "analysis.cuts.gradual.spans": _all_positive,
+    "analysis.cuts.gradual.faded": not_negative,
+    "analysis.looks.at": _frames,
+    "analysis.looks.of": at_least(2),
+    "analysis.colour.base": _above_one,
+    "analysis.colour.floor": at_least(0),
+    "analysis.motion.still": not_negative,
+    "analysis.motion.preset": one_of(PRESETS),
+    "analysis.codec_motion": anything,
+}
+
+
 def _analysis(defaults: Mapping, path: str = "analysis") -> Iterator[tuple[str, Field]]:
     for name, default in defaults.items():
+        place = f"{path}.{name}"
         if isinstance(default, Mapping):
-            yield from _analysis(default, f"{path}.{name}")
+            yield from _analysis(default, place)
         else:
-            yield f"{path}.{name}", Field(default, "see DEFAULTS in avd_jax/curation/analysis.py")
+            usual = at_least(16 if name == "short_side" else 1) if isinstance(default, int) else positive
+            check = _ANALYSIS_CHECKS.get(place, usual)
+            yield place, Field(default, "see DEFAULTS in avd_jax/curation/analysis.py", check)
 
 
 FIELDS: Fields = {
@@ -111,5 +147,7 @@ def validate(config) -> None:
     """Check all that can be checked without files (UserError names the field)."""
     flat = check_values(config, FIELDS)
     check_clip_size(frames=config.analysis.frames, height=16, width=16, prefix="config.analysis.")
+    if max(config.analysis.looks.at) >= config.analysis.looks.of:
+        require("analysis.looks.at", config.analysis.looks.at, f"must be below looks.of={config.analysis.looks.of}")
     if flat["caption.endpoint"] and not flat["caption.model"]:
         require("caption.model", "", "is empty: name the model that config.caption.endpoint serves")

@@ -48,6 +48,8 @@ def find(videos: str | os.PathLike) -> list[Source]:
     elif path.suffix.lower() in VIDEO_SUFFIXES:
         raise UserError(f"{path}: is no folder of videos; name the folder that a video is in, or a list of videos")
     else:
+        if not path.exists():
+            raise UserError(f"{path}: there is no such folder of videos, or list of them")
         found = list(_of_list(path))
         if not found:
             raise UserError(f"{path}: names no videos")
@@ -62,7 +64,7 @@ def _of_folder(folder: Path) -> Iterator[Source]:
         texts = {_stem(name): name for name in names if name.lower().endswith(".txt")}
         for name in names:
             path = Path(place, name)
-            if path.suffix.lower() not in VIDEO_SUFFIXES or not path.is_file():
+            if path.suffix.lower() not in VIDEO_SUFFIXES or not os.path.isfile(path):
                 continue
             beside = texts.get(_stem(name))
             try:
@@ -102,8 +104,9 @@ def _source(folder: Path, path: Path, *, caption: str = "", problem: str | None 
     name = (path.relative_to(folder) if path.is_relative_to(folder) else path).as_posix()
     if printable(name) != name:
         problem = "its name is not UTF-8; rename it"
-    elif problem is None and not path.is_file():
-        problem = "is a folder; name its files" if path.is_dir() else "there is no such file"
+    elif problem is None and not os.path.isfile(path):
+        there = "is a folder; name its files" if os.path.isdir(path) else "is no file that can be searched"
+        problem = there if os.path.exists(path) else "there is no such file"
     return Source(printable(name), path, caption or None, problem)
 
 
@@ -112,7 +115,7 @@ def _file(folder: Path, written: str) -> Path:
     spellings = (written, written.replace("\\", "/"))
     spellings += tuple(unicodedata.normalize(form, spellings[1]) for form in ("NFC", "NFD"))
     paths = [folder / local_path(spelling) for spelling in spellings]
-    return next((path for path in paths if path.is_file()), paths[1])
+    return next((path for path in paths if os.path.isfile(path)), paths[1])
 
 
 def _text(record: Record, names: tuple[str, ...]) -> str | None:

@@ -202,7 +202,9 @@ def _field(record: Record, what: str, names: Sequence[str]) -> str:
     if isinstance(value, list) and len(value) == 1:  # videos2caption.json has its one caption in a list
         value = value[0]
     if not isinstance(value, str) or not value.strip():
-        raise UserError(f"{record.where}: {key!r} is not a text, or is empty.")
+        raise UserError(
+            f"{record.where}: {key!r} is not a text, or is empty; fill it in (curate.py: config.caption.endpoint)."
+        )
     check_text(record.where, what, value)
     return value
 

@@ -111,6 +111,8 @@ def report(
         reasons = [*summary.skipped.values(), *left_out.get(folder, ())]
         if reasons or folder in summaries:
             todo = "" if summary.finished else f"; this is part {part}, --merge makes one set of all"
+            if not (summary.finished or summary.written or reasons):
+                todo += "; nothing fell to it, a smaller --shard_size gives every machine some"
             lines.append(f"{folder}: {summary.written} written, {len(reasons)} skipped{todo}")
             lines += [f"  skipped {reason}" for reason in reasons]
     return "\n".join(lines)

@@ -145,6 +145,9 @@ def _rows(path: str | os.PathLike, text: str, delimiter: str) -> Iterator[Record
                 continue
             if header is None:
                 header = row
+                names = [name.strip().lower() for name in header if name.strip()]
+                if twice := sorted({name for name in names if names.count(name) > 1}):
+                    raise UserError(f"{where}: has two columns {twice[0]!r}; leave one out")
                 continue
             if len(row) > len(header):
                 raise UserError(f"{where}: has {len(row)} cells, the header {len(header)}; quote texts with commas")
