@@ -170,17 +170,34 @@ def test_what_is_read_later_is_what_was_scored(tmp_path, rate):
         assert perceptual_hash(grey) == clip["scores"]["hash"]["value"][-1]
 
 
-def test_times_that_vary(tmp_path):
-    """Twice as slow in its second half; the first time stamp is not 0."""
-    path, images = tmp_path / "a.mkv", made.scene(0, 50)
+def write_at(path, images, times):
+    """Write pictures at times in 50ths of a second."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=50, options={"preset": "veryfast"})
         stream.height, stream.width, stream.pix_fmt = *made.SIZE, "yuv420p"
-        for number, image in enumerate(images):
+        for image, time in zip(images, times, strict=True):
             frame = av.VideoFrame.from_ndarray(image, format="rgb24")
-            frame.pts = 100 + (number if number < 25 else 2 * number - 25)
+            frame.pts = time
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
+    return path
+
+
+def test_a_picture_that_is_held_until_a_cut_is_read_as_it_was_scored(tmp_path):
+    """As in recordings of a screen, where nothing happens for a while."""
+    images = np.concatenate([made.scene(0, 40), made.scene(1, 40)])
+    path = write_at(tmp_path / "a.mkv", images, [number if number < 40 else number + 22 for number in range(80)])
+    clip = analysed(path)["clips"][0]
+    assert not clip["too_short"]
+    size = {"frames": 17, "fps": 16.0, "height": 32, "width": 32}
+    video = read_video(path, start=clip["start"], end=clip["end"], **size)
+    assert (video[-2] == video[-1]).all()
+
+
+def test_times_that_vary(tmp_path):
+    """Twice as slow in its second half; the first time stamp is not 0."""
+    times = [100 + (number if number < 25 else 2 * number - 25) for number in range(50)]
+    path = write_at(tmp_path / "a.mkv", made.scene(0, 50), times)
     result = analysed(path)
     assert rejected_by(result) == [None]
     assert result["scenes"][0][0] == 0

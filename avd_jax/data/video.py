@@ -46,7 +46,7 @@ def read_video(
       width: pixels.
       start: seconds after the first frame of the video.
       end: seconds likewise. With it only the frames from `start` on and before `end` are taken, so that a scene
-        before or behind is not seen, however slow the video is.
+        before or behind is not seen, however slow the video is. The last of them stays until the end.
 
     Returns:
       float32 [frames height width 3] in [-1, 1].
@@ -60,8 +60,10 @@ def read_video(
     with opened(path) as file:
         times = start + np.arange(frames) / fps
         period = 1 / (file.rate or fps)
-        source = file.frames(start) if end is None else _within(file.frames(start), start, end)
-        for frame in _nearest(source, times, period):
+        source = file.frames(start)
+        if end is not None:
+            source = ((time, frame) for time, frame in source if time > start - ROUNDING)  # both may be rounded
+        for frame in _nearest(source, times, period, np.inf if end is None else end - ROUNDING):
             if frame is not last:
                 last, pixels = frame, _scaled(frame, file, height, width)
             clip[filled] = pixels
@@ -200,26 +202,18 @@ def contact_sheet(
         raise UserError(f"{path}: cannot be written ({error.strerror or error}).") from error
 
 
-def _within(
-    decoded: Iterator[tuple[float, av.VideoFrame]], start: float, end: float
-) -> Iterator[tuple[float, av.VideoFrame]]:
-    """Yield the frames from `start` on and before `end`, both of which may be rounded."""
-    for time, frame in decoded:
-        if time > end - ROUNDING:
-            return
-        if time > start - ROUNDING:
-            yield time, frame
-
-
 def _nearest(
-    decoded: Iterator[tuple[float, av.VideoFrame]], times: np.ndarray, period: float
+    decoded: Iterator[tuple[float, av.VideoFrame]], times: np.ndarray, period: float, end: float = np.inf
 ) -> Iterator[av.VideoFrame]:
-    """Yield for each of the ascending `times` the frame nearest to it; stop when the video ends.
+    """Yield for each of the ascending `times` the frame nearest to it, of those up to `end`; stop when they end.
 
-    The last frame of a file stays on screen for `period` seconds.
+    The last frame of a file stays on screen for `period` seconds, and one that another follows until then.
     """
     filled, before, before_time = 0, None, -np.inf
     for now, frame in decoded:
+        if now > end:
+            period = max(period, end - before_time)
+            break
         while filled < len(times) and now + TIE >= times[filled]:
             yield before if times[filled] - before_time <= now - times[filled] + TIE else frame
             filled += 1
