@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +12,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from avd_jax.errors import UserError
 from avd_jax.models import attention as attention_module
+from avd_jax.models import pipelined
 from avd_jax.models.attention import attention, keep_attention
 from avd_jax.models.functional import make_denoiser
-from avd_jax.models.placement import Placement, SplashBlocks
+from avd_jax.models.placement import AttentionBlocks, Placement
 from avd_jax.models.wan_dit import WanDiTConfig
 from avd_jax.parallel.mesh import make_mesh
 
@@ -77,7 +79,7 @@ def test_gradient_is_that_of_the_formula():
             assert gradient[index] == pytest.approx((losses[0] - losses[1]) / (2 * step), rel=1e-3, abs=1e-5)
 
 
-BLOCKS = SplashBlocks(forward=(128, 256, 128), backward=(128, 256, 128))
+BLOCKS = AttentionBlocks(forward=(128, 256, 128), backward=(128, 256, 128), pipelined=(128, 128))
 SPLIT = dataclasses.replace(BLOCKS, fused_backward=False)
 
 
@@ -101,7 +103,8 @@ def values_and_gradients(placement, tokens, context, valid_keys, interpret):
     return output, gradients
 
 
-@pytest.mark.parametrize("blocks", [BLOCKS, SPLIT], ids=["fused", "split"])
+# Both share the backward kernels, so that each forward kernel comes before one way of them.
+@pytest.mark.parametrize(("kernel", "blocks"), [("splash", BLOCKS), ("pipelined", SPLIT)])
 @pytest.mark.parametrize(
     ("tokens", "context", "valid_keys"),
     [
@@ -112,22 +115,58 @@ def values_and_gradients(placement, tokens, context, valid_keys, interpret):
         (130, 70, 60),  # both padded, in other amounts
     ],
 )
-def test_the_tpu_kernel_agrees_with_xla(tokens, context, valid_keys, blocks):
-    splash = Placement("splash", blocks=blocks)
-    found = values_and_gradients(splash, tokens, context, valid_keys, True)
+def test_the_tpu_kernels_agree_with_xla(tokens, context, valid_keys, kernel, blocks):
+    found = values_and_gradients(Placement(kernel, blocks=blocks), tokens, context, valid_keys, True)
     expected = values_and_gradients(Placement("xla"), tokens, context, valid_keys, False)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, atol=3e-5)
 
 
+@pytest.mark.parametrize(("keys", "chunks_at_a_time"), [(700, 99), (601, 99), (760, 2), (380, 1)])
+def test_the_pipelined_kernel_takes_any_number_of_chunks_and_parts(keys, chunks_at_a_time, monkeypatch):
+    """Even and odd numbers of chunks, all of them in VMEM and not; only the last is not full."""
+    monkeypatch.setattr(pipelined, "RESIDENT_BYTES", chunks_at_a_time * 4 * 128 * 128 * 4)
+    query, key, value = wide_inputs(128, 768, batch=1, heads=1)
+    output, logsumexp = pipelined.pipelined_forward(query, key, value, valid_keys=keys, blocks=BLOCKS, interpret=True)
+    scores = np.asarray(query[0, 0], np.float64) @ np.asarray(key[0, 0, :keys], np.float64).T
+    exponentials = np.exp(scores - scores.max(axis=1, keepdims=True))
+    sums = exponentials.sum(axis=1)
+    np.testing.assert_allclose(logsumexp[0, 0], np.log(sums) + scores.max(axis=1), rtol=1e-5)
+    expected = exponentials / sums[:, None] @ np.asarray(value[0, 0, :keys], np.float64)
+    np.testing.assert_allclose(output[0, 0], expected, atol=1e-4)
+
+
+def test_the_pipelined_kernel_is_close_in_half_precision():
+    query, key, value = (x.astype(jnp.bfloat16) for x in wide_inputs(128, 256, batch=1, heads=1))
+    output = attention(query, key, value, placement=Placement("pipelined", blocks=BLOCKS), interpret=True)
+    expected = reference(query, key, value)
+    assert output.dtype == jnp.bfloat16
+    assert np.sqrt(np.mean((np.asarray(output, np.float64) - expected) ** 2) / np.mean(expected**2)) < 1e-2
+
+
+@pytest.mark.parametrize(
+    ("kind", "kernel"), [("TPU v4", "splash"), ("TPU v5 lite", "pipelined"), ("TPU v5", "pipelined"), ("cpu", "xla")]
+)
+def test_the_device_chooses_the_kernel(kind, kernel, monkeypatch):
+    device = SimpleNamespace(platform="tpu" if "TPU" in kind else "cpu", device_kind=kind)
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    assert Placement().kernel_for(jnp.bfloat16) == kernel
+
+
+@pytest.mark.parametrize("sizes", [(1024,), (1024, 100), (0, 1024)])
+def test_the_pipelined_kernels_blocks_are_checked(sizes):
+    with pytest.raises(UserError, match=r"attention.pipelined_blocks=\(.*must be two multiples of 128"):
+        AttentionBlocks(pipelined=sizes)
+
+
 def test_padded_keys_get_no_gradient():
-    _, (_, key, value) = values_and_gradients(Placement("splash", blocks=BLOCKS), 384, 384, 377, True)
+    _, (_, key, value) = values_and_gradients(Placement("pipelined", blocks=SPLIT), 384, 384, 377, True)
     for gradient in (key, value):
         assert not np.any(gradient[:, :, 377:])
         assert np.all(np.any(gradient[:, :, :377], axis=-1))
 
 
-@pytest.mark.parametrize("kernel", ["xla", "splash"])
+@pytest.mark.parametrize("kernel", ["xla", "pipelined"])
 @pytest.mark.parametrize(("tokens", "context"), [(256, 256), (256, 70)])
 def test_sequence_parallelism_changes_nothing(kernel, tokens, context):
     """Heads and tokens change places and back, on a mesh that shares the batch too."""
@@ -173,7 +212,9 @@ def test_heads_must_be_shared_out_evenly():
         jax.eval_shape(lambda *arrays: attention(*arrays, placement=placement), *wide_inputs(16, 16, heads=12))
 
 
-@pytest.mark.parametrize(("kernel", "name"), [("splash", "_fwd"), ("cudnn", "fwd_wrapper")])
+@pytest.mark.parametrize(
+    ("kernel", "name"), [("pipelined", pipelined.NAME), ("splash", "_fwd"), ("cudnn", "fwd_wrapper")]
+)
 def test_saved_attention_runs_its_forward_once(kernel, name, cudnn):
     """With that policy a gradient holds as many forward kernels as there are attentions."""
     query, key, value = (x.astype(jnp.bfloat16) for x in wide_inputs(128, 128))
@@ -193,7 +234,7 @@ def test_saved_attention_runs_its_forward_once(kernel, name, cudnn):
     assert forward_kernels(jax.checkpoint_policies.nothing_saveable) == 2
 
 
-@pytest.mark.parametrize("kernel", ["xla", "splash", "cudnn"])
+@pytest.mark.parametrize("kernel", ["xla", "pipelined", "splash", "cudnn"])
 @pytest.mark.parametrize(("seq", "height"), [(1, 6), (2, 6), (4, 6), (8, 10), (8, 6)])
 def test_every_mesh_takes_every_kernel_and_any_number_of_tokens(kernel, seq, height, cudnn):
     """cuDNN's backward pass refuses an odd number of queries or keys on a device; here there are 45 tokens, or 75."""

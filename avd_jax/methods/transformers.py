@@ -22,7 +22,7 @@ from avd_jax.errors import UserError
 from avd_jax.fields import Field, Fields, one_of
 from avd_jax.generation.pipeline import LatentsShape, latents_shape
 from avd_jax.models.functional import Params
-from avd_jax.models.placement import Placement, SplashBlocks
+from avd_jax.models.placement import AttentionBlocks, Placement
 from avd_jax.models.wan_dit import REMAT_POLICIES, WanDiTConfig
 from avd_jax.models.wan_vae import WanVAEConfig
 from avd_jax.parallel.hosts import batch_rows
@@ -40,14 +40,19 @@ DTYPES = one_of(("float32", "bfloat16"))
 REMAT = one_of(REMAT_POLICIES)
 ATTENTION_FIELDS: Fields = {
     "attention.kernel": Field(
-        "auto", "'auto' chooses by platform: 'splash' on TPU, 'cudnn' on CUDA, 'xla' elsewhere", changeable=True
+        "auto",
+        "'auto' chooses by device: 'pipelined' or 'splash' on TPU, 'cudnn' on CUDA, 'xla' elsewhere",
+        changeable=True,
+    ),
+    "attention.pipelined_blocks": Field(
+        (1024, 1024), "pipelined: queries, and keys at a time (tune_attention.py)", changeable=True
     ),
     "attention.forward_blocks": Field(
         (1024, 2048, 512), "splash: queries, keys, and keys at a time (tune_attention.py)", changeable=True
     ),
-    "attention.backward_blocks": Field((1024, 2048, 512), "splash, backward: likewise", changeable=True),
+    "attention.backward_blocks": Field((1024, 2048, 512), "pipelined and splash, backward: likewise", changeable=True),
     "attention.fused_backward": Field(
-        True, "splash: one backward kernel, which needs more memory, instead of two", changeable=True
+        True, "pipelined and splash: one backward kernel, which needs more memory, instead of two", changeable=True
     ),
 }
 
@@ -62,8 +67,9 @@ def make_placement(attention, mesh: Mesh) -> Placement:
     Raises:
       UserError: naming the field of `config.attention` that is wrong.
     """
-    blocks = SplashBlocks(
+    blocks = AttentionBlocks(
         forward=attention.forward_blocks,
+        pipelined=attention.pipelined_blocks,
         backward=attention.backward_blocks,
         fused_backward=attention.fused_backward,
     )

@@ -19,8 +19,9 @@ from jaxtyping import Float
 
 from avd_jax.errors import UserError
 from avd_jax.models.linear import einsum
-from avd_jax.models.placement import Placement
-from avd_jax.models.splash import padded, splash_attention
+from avd_jax.models.pipelined import pipelined_forward
+from avd_jax.models.placement import TPU_KERNELS, Placement
+from avd_jax.models.splash import padded, splash_backward, splash_forward
 from avd_jax.shapes import Array, Heads, typechecked
 
 ContextHeads = Float[Array, "batch heads context_tokens head_dim"]
@@ -57,7 +58,7 @@ def attention(
       query, key, value: global arrays. Tokens that are sharded must be divided by the shards.
       placement: the kernel and, if there is more than one device, the mesh.
       valid_keys: how many of the keys count, the first ones; the rest are padding. None: all.
-      interpret: run the splash kernel step by step, on any backend.
+      interpret: run the TPU kernels step by step, on any backend.
 
     Raises:
       UserError: heads that the sequence axis does not divide.
@@ -123,19 +124,34 @@ def check_heads(heads: int, shards: int) -> None:
 def _attend(query, key, value, *, placement: Placement, valid_keys: int, interpret: bool):
     """Attend on one device."""
     kernel = placement.kernel_for(query.dtype)
-    if kernel == "splash":
-        return splash_attention(
-            query,
-            key,
-            value,
-            valid_keys=valid_keys,
-            blocks=placement.blocks,
-            residual_name=OUTPUT_NAME,
-            interpret=interpret,
-        )
+    if kernel in TPU_KERNELS:
+        return _on_tpu(query, key, value, kernel, valid_keys=valid_keys, blocks=placement.blocks, interpret=interpret)
     if kernel == "cudnn":
         return _cudnn(query, key, value, valid_keys)
     return checkpoint_name(_xla(query, key, value, valid_keys), OUTPUT_NAME)
+
+
+def _on_tpu(query, key, value, kernel: str, **options):
+    """Attend with one of two forward kernels; the backward kernels are splash's."""
+
+    @jax.custom_vjp
+    def attend(query, key, value):
+        return forward(query, key, value)[0]
+
+    def forward(query, key, value, *, logsumexp=False):
+        if kernel == "splash":
+            return splash_forward(query, key, value, logsumexp=logsumexp, **options)
+        return pipelined_forward(query, key, value, **options)
+
+    def forward_for_gradients(query, key, value):
+        output, logsumexp = (checkpoint_name(x, OUTPUT_NAME) for x in forward(query, key, value, logsumexp=True))
+        return output, (query, key, value, output, logsumexp)
+
+    def backward(residuals, gradient):
+        return splash_backward(*residuals, gradient, **options)
+
+    attend.defvjp(forward_for_gradients, backward)
+    return attend(query, key, value)
 
 
 def _xla(query, key, value, valid_keys):

@@ -4,6 +4,7 @@ A network holds one `Placement` as a static part of its graph. The default is on
 """
 
 import math
+import re
 from dataclasses import dataclass
 
 import jax
@@ -11,22 +12,28 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from avd_jax.errors import UserError, closest
 
-KERNELS = ("auto", "splash", "cudnn", "xla")
+TPU_KERNELS = ("pipelined", "splash")
+KERNELS = ("auto", *TPU_KERNELS, "cudnn", "xla")
 LANES = 128  # of a TPU's vector registers; the splash kernel's blocks are multiples of it
 
 
+_SMALL_VMEM = re.compile(r"TPU v[234]")  # 16 MiB a core, which the pipelined kernel's keys and values do not fit
+
+
 @dataclass(frozen=True)
-class SplashBlocks:
-    """Block sizes of the TPU kernel; `scripts/tune_attention.py` ranks them.
+class AttentionBlocks:
+    """Block sizes of the TPU kernels; `scripts/tune_attention.py` ranks them.
 
     Attributes:
-      forward: queries, keys, and keys at a time within a block of keys.
-      backward: likewise.
+      forward: of splash: queries, keys, and keys at a time within a block of keys.
+      pipelined: of the pipelined forward kernel: queries, and keys at a time.
+      backward: of splash's backward kernel, which both use: as `forward`.
       fused_backward: one kernel for all three gradients, which needs memory for the partial sums of the query's
         gradient, instead of two kernels that both compute the scores.
     """
 
     forward: tuple[int, int, int] = (1024, 2048, 512)
+    pipelined: tuple[int, int] = (1024, 1024)
     backward: tuple[int, int, int] = (1024, 2048, 512)
     fused_backward: bool = True
 
@@ -39,6 +46,12 @@ class SplashBlocks:
                     f"attention.{name}_blocks={sizes} must be three multiples of {LANES} (queries, keys, keys at a "
                     "time), the second a multiple of the third"
                 )
+        object.__setattr__(self, "pipelined", tuple(self.pipelined))
+        if len(self.pipelined) != 2 or any(size < LANES or size % LANES for size in self.pipelined):
+            raise UserError(
+                f"attention.pipelined_blocks={self.pipelined} must be two multiples of {LANES} (queries, keys at a "
+                "time)"
+            )
 
 
 @dataclass(frozen=True)
@@ -46,18 +59,19 @@ class Placement:
     """How a network's work is shared out.
 
     Attributes:
-      kernel: one of KERNELS; 'auto' takes splash on TPU, cuDNN for half precision on CUDA, XLA elsewhere.
+      kernel: one of KERNELS; 'auto' takes the pipelined kernel on TPU, splash up to v4, cuDNN for half
+        precision on CUDA, XLA elsewhere.
       mesh: of the devices, or None for one.
       batch_axes: mesh axes that share the batch.
       sequence_axis: mesh axis that shares the tokens, and within attention the heads (Ulysses), or None.
-      blocks: of the splash kernel.
+      blocks: of the TPU kernels.
     """
 
     kernel: str = "auto"
     mesh: Mesh | None = None
     batch_axes: tuple[str, ...] = ()
     sequence_axis: str | None = None
-    blocks: SplashBlocks = SplashBlocks()
+    blocks: AttentionBlocks = AttentionBlocks()
 
     def __post_init__(self):
         if self.kernel not in KERNELS:
@@ -74,20 +88,21 @@ class Placement:
         """Return the kernel that serves arrays of `dtype`; never 'auto'."""
         if self.kernel != "auto":
             return self.kernel
-        platform = jax.default_backend() if self.mesh is None else self.mesh.devices.flat[0].platform
-        if platform == "tpu":
-            return "splash"
+        device = jax.devices()[0] if self.mesh is None else self.mesh.devices.flat[0]
+        if device.platform == "tpu":
+            return "splash" if _SMALL_VMEM.search(device.device_kind) else "pipelined"
         half_precision = dtype in (jax.numpy.bfloat16, jax.numpy.float16)
-        return "cudnn" if platform in ("gpu", "cuda") and half_precision else "xla"
+        return "cudnn" if device.platform in ("gpu", "cuda") and half_precision else "xla"
 
     def padded_tokens(self, tokens: int, dtype) -> int:
         """Return to how many tokens a sequence of `tokens` is padded so that shards and kernel blocks divide it."""
         multiple, kernel = self.sequence_shards, self.kernel_for(dtype)
         if kernel == "cudnn":
             multiple *= 2  # it refuses an odd number of tokens on a device
-        elif kernel == "splash":
+        elif kernel in TPU_KERNELS:
             # Whole tiles on every device, and whole blocks of queries and keys once the shards are put together.
-            sizes = (*self.blocks.forward[:2], *self.blocks.backward[:2])
+            forward = self.blocks.pipelined if kernel == "pipelined" else self.blocks.forward[:2]
+            sizes = (*forward, *self.blocks.backward[:2])
             blocks = math.lcm(*sizes) if tokens > max(sizes) else LANES
             multiple = math.lcm(blocks, LANES * multiple)
         return -(-tokens // multiple) * multiple
