@@ -82,7 +82,7 @@ class Studio:
 
     def app(self) -> App:
         """Return what the server answers."""
-        pages = {"": "studio.html", "studio.js": "studio.js", "page.css": "page.css"}
+        pages = {"": "studio.html", **{name: name for name in ("studio.js", "page.js", "page.css")}}
         get = {path: static(name) for path, name in pages.items()}
         get |= {"about": lambda rest: as_json(self.about()), "gallery": lambda rest: as_json(self.gallery())}
         get["made"] = self._made

@@ -126,7 +126,7 @@ class BlindStudy:
 
     def app(self) -> App:
         """Return what the server answers."""
-        pages = {"": "vote.html", "vote.js": "vote.js", "page.css": "page.css"}
+        pages = {"": "vote.html", **{name: name for name in ("vote.js", "page.js", "page.css")}}
         get = {path: static(name) for path, name in pages.items()}
         get["v"] = lambda token: Reply(self._videos[token]) if token in self._videos else None
         get["about"] = lambda rest: as_json({"questions": QUESTIONS, "pairs": len(self.pairs)})

@@ -1,28 +1,8 @@
 "use strict";
 // The page of prompts: texts enter as text, never as HTML.
-const $ = (id) => document.getElementById(id);
+const SILENT = "The server does not answer.";
 const WHOLE = ["seed", "frames", "height", "width", "steps"];
 let about = {}, watched = null, shown = 0;
-
-function say(text) {
-  $("message").textContent = text;
-  $("message").hidden = !text;
-}
-
-async function ask(path, body) {
-  const options = body && {
-    method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body),
-  };
-  let reply, content;
-  try {
-    reply = await fetch(path, options);
-    content = await reply.json();
-  } catch {
-    throw new Error("The server does not answer.");
-  }
-  if (!reply.ok) throw Object.assign(new Error(content.error), { told: true });
-  return content;
-}
 
 function element(tag, text) {
   const made = document.createElement(tag);

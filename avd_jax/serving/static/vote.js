@@ -1,29 +1,9 @@
 "use strict";
 // A voter's page: one pair at a time. Texts enter as text, never as HTML.
-const $ = (id) => document.getElementById(id);
+const SILENT = "The server does not answer. What you confirmed is kept; try again in a moment.";
 const videos = [$("first"), $("second")];
 const LABELS = { first: "Video 1", comparable: "Comparable", second: "Video 2" };
 let questions = {}, answers = {}, pair = null, busy = false;
-
-function say(text) {
-  $("message").textContent = text;
-  $("message").hidden = !text;
-}
-
-async function ask(path, body) {
-  const options = body && {
-    method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body),
-  };
-  let reply, content;
-  try {
-    reply = await fetch(path, options);
-    content = await reply.json();
-  } catch {
-    throw new Error("The server does not answer. What you confirmed is kept; try again in a moment.");
-  }
-  if (!reply.ok) throw new Error(content.error);
-  return content;
-}
 
 function name() {
   try { return localStorage.getItem("annotator") || ""; } catch { return $("name").value; }
