@@ -95,13 +95,13 @@ def test_files_of_a_run(settings, tmp_path, seen, monkeypatch):
         np.testing.assert_allclose(video.mean((1, 2, 3)), expected.mean((1, 2, 3)), atol=0.05)
 
     # The same again: nothing is touched. Without one video: only that one, and the sheet.
-    before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    times = {path: path.stat().st_mtime_ns for path in out.iterdir()}
     assert generate(settings, JOBS, out).todo == []
-    assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
+    assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == times
     files[1].unlink()
     first = seen.copy()
     assert generate(settings, JOBS, out, batch_size=1).todo == [JOBS[1]]
-    assert {path.name for path in out.iterdir() if path.stat().st_mtime_ns != before.get(path)} == {
+    assert {path.name for path in out.iterdir() if path.stat().st_mtime_ns != times.get(path)} == {
         files[1].name,
         files[1].with_suffix(".json").name,
         *sheets,
