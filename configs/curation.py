@@ -41,4 +41,5 @@ def get_config():
     config.caption.model = ""
     config.caption.api_key_env = "CAPTION_API_KEY"  # the name of the variable; the key itself is written nowhere
     config.caption.send = "video"  # "images" for servers that know no video
+    config.caption.held_out = ""  # lists of prompts to judge by, such as VBench_full_info.json: no clip is like them
     return config

@@ -62,6 +62,8 @@ def curate(config) -> None:
     for entry in summary["funnel"]:
         skipped = f"   skipped: {entry['skipped']}" if "skipped" in entry else ""
         print(f"  {entry['stage']:<20} {entry['in']:>8} -> {entry['out']}{skipped}")
+        for found in entry.get("reasons", [])[:3]:
+            print(f"    {found['clips']} rejected: {found['reason']}")
     for entry in summary["unreadable"][:10]:
         print(f"  left out {entry['source']}: {entry['reason']}")
     if len(summary["unreadable"]) > 10:
@@ -71,6 +73,8 @@ def curate(config) -> None:
     print(out / "report.html")
     if not summary["readable"]:
         raise UserError(f"{VIDEOS.value}: none of its {summary['videos']} videos can be read")
+    if curation.failure:
+        raise UserError(curation.failure)
 
 
 def interruptible(config) -> None:

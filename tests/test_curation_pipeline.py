@@ -53,6 +53,8 @@ def curate(videos, out, config=None, stages=STAGES, run=None):
     rows = curation.analyse(run or pipeline.pool_runner(config, 2))
     summary = curation.select(rows)
     curation.write(rows, summary)
+    if curation.failure:
+        raise UserError(curation.failure)
     return summary
 
 
@@ -227,6 +229,44 @@ def test_a_server_that_is_down_is_one_line_when_all_else_is_written(fine, tmp_pa
         curate(fine, tmp_path / "out", captioned(endpoint))
     assert texts(tmp_path / "out") == {"told 0.0": "A dog."}
     assert "cannot be reached" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_a_server_that_answers_nothing_of_use_is_told_with_what_it_says(fine, tmp_path):
+    with (
+        server((400, {"error": "no videos"}), (400, {"error": "no videos"})) as (endpoint, _),
+        pytest.raises(UserError, match=r"answers 400 .*no videos.*; the rest is done"),
+    ):
+        curate(fine, tmp_path / "out", captioned(endpoint, concurrency=1))
+    (said_of,) = json.loads((tmp_path / "out" / "summary.json").read_text())["funnel"][-1]["reasons"]
+    assert said_of["clips"] == 2
+    assert "no videos" in said_of["reason"]
+
+
+def test_clips_are_rejected_whose_captions_are_held_out(fine, tmp_path):
+    """Another list asks the server for nothing."""
+    suite, other, out = tmp_path / "suite.jsonl", tmp_path / "other.txt", tmp_path / "out"
+    suite.write_text('{"prompt_en": "a blue bird"}\n{"prompt_en": "A red car drives, fast!"}\n')
+    other.write_text("the dog\nsomething else\n")
+    answers = said("a red car drives fast"), said("A green car that stands.")
+    with server(*answers) as (endpoint, asked):
+        summary = curate(fine, out, captioned(endpoint, concurrency=1, held_out=f"{suite}, {other}"))
+        assert texts(out) == {"fine 5.062": "A green car that stands."}
+        entry = summary["funnel"][-1]
+        assert entry["outcomes"] == {"success": 1, "truncated": 0, "blocked": 0, "error": 0, "held_out": 2}
+        reasons = ["like suite.jsonl:2 (normalised): 'A red car drives, fast!'"]
+        reasons += ["like other.txt:1 (one word): 'the dog'"]
+        assert [row["reason"] for row in entry["reasons"]] == reasons
+        rejected = [row for row in lines(out / "clips.jsonl") if row["rejected_by"] == "caption"]
+        assert [row["caption"]["reason"] for row in rejected] == reasons
+        assert rejected[0]["caption"]["text"] == "a red car drives fast"
+        page = (out / "report.html").read_text()
+        assert "2 held_out" in page
+        assert "like other.txt:1" in page
+        curate(fine, out, captioned(endpoint, concurrency=1, held_out=str(other)))
+        assert set(texts(out)) == {"fine 0.0", "fine 5.062"}
+        assert len(asked) == 2
+    with pytest.raises(UserError, match=r"gone\.txt: cannot be read"):
+        curate(fine, out, captioned(held_out=f"{suite},{tmp_path}/gone.txt"))
 
 
 def test_vision_models_rank_what_is_left_and_are_asked_once(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ that by each call. So a call that was killed is repeated for what was missing, a
 import base64
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,16 +16,20 @@ from tqdm import tqdm
 
 from avd_jax.curation import report, scoring, selection
 from avd_jax.curation.captioning import BLOCKED, ERROR, SUCCESS, TRUNCATED, Captioner, Outcome, ask_all, clip_reader
+from avd_jax.curation.held_out import held_out
 from avd_jax.curation.runner import run_pool
 from avd_jax.curation.selection import BEST, STAGES, Row, Verdict
 from avd_jax.curation.sources import Source
 from avd_jax.curation.store import Store, identity, writing
 from avd_jax.data.atomic import write_text
-from avd_jax.errors import UserError
+from avd_jax.data.leakage import read_texts
+from avd_jax.fields import listed
 
 ANALYSE, THUMBNAIL = "avd_jax.curation.analysis:analyse", "avd_jax.curation.thumbnails:thumbnail"
 ANALYSIS, CAPTIONS, PICTURES = "analysis", "captions", "pictures"
 GIVEN = "given"  # who wrote a caption that came with its video
+HELD_OUT = "held_out"  # outcome of a caption that is like one of config.caption.held_out
+MOST_REASONS = 10  # of clips without a caption that summary.json lists
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,11 @@ def pool_runner(config, workers: int) -> Callable[[Sequence[Job], Store], None]:
 
 
 class Curation:
-    """One call of the command: its settings, its videos and what is known of them."""
+    """One call of the command: its settings, its videos and what is known of them.
+
+    Attributes:
+      failure: why clips that need a caption have none, once `select` has found out; None if the server answers.
+    """
 
     def __init__(self, config, sources: Sequence[Source], out: Path, *, stages: Iterable[str], workers: int):
         """Take the settings, and find out now what would stop the work later.
@@ -72,7 +81,8 @@ class Curation:
           workers: processes for the pictures of the report.
 
         Raises:
-          UserError: the vision models cannot be loaded, or the key for captions is none.
+          UserError: the vision models cannot be loaded, the key for captions is none, or a list of held-out prompts
+            cannot be read.
         """
         self._config, self._out, self._store = config, out, Store(out)
         self._sources = {source.name: source for source in sources}
@@ -87,7 +97,9 @@ class Curation:
         self._missing: Mapping[str, str] | None = (
             None  # stage -> why there are no models for it, once they were looked for
         )
-        self._hopeless: str | None = None
+        self.failure: str | None = None
+        for path in listed(config.caption.held_out):
+            read_texts(path)
 
     def analyse(self, run: Callable[[Sequence[Job], Store], None]) -> list[Row]:
         """Analyse the videos that have not been, and return the rows of all clips, by video and time."""
@@ -165,8 +177,6 @@ class Curation:
         most = self._config.report.pictures
         pictures = self._pictures([row for some in report.shown(rows, most).values() for row in some])
         report.write_report(self._out / "report.html", summary, rows, pictures, most)
-        if self._hopeless:
-            raise UserError(f"{self._hopeless}; the rest is done, the same command asks again")
 
     def _verdict(self, stage: str, left: Sequence[Row]) -> tuple[str | None, Verdict]:
         """Return why a stage is skipped, or None, and what it decides."""
@@ -205,7 +215,8 @@ class Curation:
         if self._captioner:
             given = given if settings.keep_given else {}
         elif not given:
-            return "no config.caption.endpoint, and no captions came with the videos", Verdict(frozenset())
+            idle = "; config.caption.held_out was compared with nothing" if settings.held_out else ""
+            return f"no config.caption.endpoint, and no captions came with the videos{idle}", Verdict(frozenset())
         outcomes = {name: (Outcome(SUCCESS, caption), GIVEN) for name, caption in given.items()}
         others = [row for row in left if row["id"] not in given]
         if self._captioner:
@@ -214,19 +225,26 @@ class Curation:
             none = Outcome(ERROR, reason="no caption came with the video, and there is no config.caption.endpoint")
             outcomes |= {row["id"]: (none, None) for row in others}
         takes = {SUCCESS, TRUNCATED} if settings.keep_truncated else {SUCCESS}
+        taken = {name: outcome.text for name, (outcome, _) in outcomes.items() if outcome.outcome in takes}
+        lists = listed(settings.held_out)
+        alike = held_out(taken, lists)
         for row in left:
             outcome, by = outcomes[row["id"]]
-            row["caption"] = {"outcome": outcome.outcome, "text": outcome.text, "reason": outcome.reason, "by": by}
-        counts = {
-            name: sum(row["caption"]["outcome"] == name for row in left)
-            for name in (SUCCESS, TRUNCATED, BLOCKED, ERROR)
-        }
-        refused = frozenset(row["id"] for row in left if row["caption"]["outcome"] not in takes)
-        return None, Verdict(refused, details={"outcomes": counts})
+            said = {"outcome": outcome.outcome, "text": outcome.text, "reason": outcome.reason, "by": by}
+            if row["id"] in alike:
+                said |= {"outcome": HELD_OUT, "reason": alike[row["id"]]}
+            row["caption"] = said
+        kinds = (SUCCESS, TRUNCATED, BLOCKED, ERROR, *([HELD_OUT] if lists else []))
+        counts = {kind: sum(row["caption"]["outcome"] == kind for row in left) for kind in kinds}
+        refused = [row for row in left if row["caption"]["outcome"] not in takes]
+        reasons = Counter(row["caption"]["reason"] for row in refused)
+        most = [{"reason": reason, "clips": count} for reason, count in reasons.most_common(MOST_REASONS)]
+        details = {"outcomes": counts, "reasons": most}
+        return None, Verdict(frozenset(row["id"] for row in refused), details=details)
 
     def _asked(self, rows: Sequence[Row]) -> dict[str, Outcome]:
         """Return the captions of clips; those that failed are not kept, so that the next command asks again."""
-        said, outcomes, missing = self._captioner.made_from(), {}, []
+        said, outcomes, missing, hopeless = self._captioner.made_from(), {}, [], None
         made_from = {row["id"]: {**self._identities[row["source"]], **said} for row in rows}
         for row in rows:
             kept = self._store.get(CAPTIONS, row["id"], made_from[row["id"]])
@@ -241,10 +259,14 @@ class Curation:
                 outcomes[name] = outcome
                 bar.update()
                 if outcome.hopeless:
-                    self._hopeless = outcome.reason
+                    hopeless = outcome.reason
                 if outcome.outcome != ERROR:
                     kept = {"outcome": outcome.outcome, "text": outcome.text, "reason": outcome.reason}
                     self._store.put(CAPTIONS, name, made_from[name], kept)
+        if rows and all(outcome.outcome == ERROR for outcome in outcomes.values()):
+            hopeless = hopeless or Counter(outcome.reason for outcome in outcomes.values()).most_common(1)[0][0]
+        if hopeless:
+            self.failure = f"{hopeless}; the rest is done, the same command asks again"
         return outcomes
 
     def _pictures(self, rows: Sequence[Row]) -> dict[str, bytes]:

@@ -14,6 +14,7 @@ from avd_jax.fields import (
     Check,
     Field,
     Fields,
+    all_local,
     anything,
     at_least,
     check_values,
@@ -121,6 +122,12 @@ FIELDS: Fields = {
     "caption.keep_truncated": Field(False, "take captions that max_tokens has cut off"),
     "caption.send": Field(
         VIDEO, "the clip as a video, or as images for servers that know none", one_of((VIDEO, IMAGES))
+    ),
+    "caption.held_out": Field(
+        "",
+        "lists of prompts that a model will be judged by, separated by commas; clips whose captions are like one of "
+        "them are rejected",
+        all_local,
     ),
     "caption.images": Field(8, "how many images, evenly spread", at_least(1)),
     "caption.height": Field(480, "pixels to which the clip is shrunk", at_least(16)),

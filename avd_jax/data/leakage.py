@@ -58,7 +58,7 @@ class Leakage:
             lines.append(f"  {kind}: {len(pairs)} texts, {count} prompts that nothing is closer to")
             for pair in pairs[:EXAMPLES]:
                 own, other = self.texts[pair.text], self.others[pair.other]
-                lines.append(f"    {own.where}: {_short(own.value)} = {other.where}: {_short(other.value)}")
+                lines.append(f"    {own.where}: {short_text(own.value)} = {other.where}: {short_text(other.value)}")
         return "\n".join(lines)
 
     def as_record(self) -> dict:
@@ -113,6 +113,7 @@ def _prompts_of(folder: Path) -> list[str]:
     return [record["text"] for record in records]
 
 
-def _short(text: str) -> str:
+def short_text(text: str) -> str:
+    """Return the beginning of a text in one line, in quotes."""
     text = printable(" ".join(text.split()))
     return repr(text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}...")
