@@ -31,7 +31,7 @@ def test_the_config_file_holds_the_papers_settings_which_are_the_defaults():
         ("analysis.fps", float("nan"), "config.analysis.fps=nan must be positive"),
         ("analysis.cuts.trim_seconds", -1.0, "config.analysis.cuts.trim_seconds=-1.0 must be 0 or a positive number"),
         ("analysis.cuts.short_side", 0, "config.analysis.cuts.short_side=0 must be at least 16"),
-        ("analysis.cuts.gradual.spans", (0.2, -1.0), "must be positive numbers"),
+        ("analysis.cuts.gradual.long_spans", (4, 1), "must be whole numbers of at least 2"),
         ("analysis.looks.at", (1, 81), "must be below looks.of=81"),
         ("analysis.motion.preset", "slow", "must be one of ultrafast, fast, medium"),
         ("analysis.hash.pictures", 0, "config.analysis.hash.pictures=0 must be at least 1"),

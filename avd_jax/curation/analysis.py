@@ -30,16 +30,28 @@ DEFAULTS = {
         "quiet_chroma": 4,  # levels of chroma below which a pixel counts as grey, whose hue is noise
         "trim_seconds": 0.0,  # left out on both sides of a cut
         "gradual": {
-            "step": 0.1,  # seconds between the pictures that are compared
-            "spans": (0.2, 0.3, 0.5, 0.8, 1.2),  # seconds from the middle of a transition to the pictures around it
+            "short_spans": (4, 6, 9, 13, 18),  # pictures from one side of a short transition to the other
+            "step": 0.1,  # seconds between the pictures that are compared for a long one
+            "long_spans": (4, 6, 9, 13, 19, 28, 42),  # such steps
+            "moving_spans": (
+                4,
+                6,
+                10,
+                16,
+                24,
+            ),  # likewise, where the scenes may move
+            "residual": 0.17,  # most that is no mixture, as a share of the difference between both sides
+            "sum": 1.05,  # most that the two shares of a mixture are together
+            "resemblance": 0.55,  # most correlation between both sides
+            "around": 0.7,  # most that either side changes in itself, as a share of their difference
+            "moving_residual": 0.35,  # the same two for spans in which the scenes move
+            "moving_around": 1.0,
+            "uneven": 0.25,  # of a fade: most by which its contrast is off an even course, as a share of the change
+            "contrast": 9.0,  # levels that one side has at least
             "change": 6.0,  # levels by which most of the picture differs, from its mean
-            "spread": 0.75,  # and so much of the mean difference, which a single thing that moves makes larger
-            "resemblance": 0.5,  # most correlation between the outer two
-            "kinship": 0.3,  # least correlation of the middle one with either
-            "contrast": 1.08,  # most contrast of the middle one, relative to their mean's; what moves has 1.15
-            "residual": 0.25,  # of a fade: most by which its contrast is off an even course, as a share of the change
-            "plain": 3.0,  # levels of contrast below which a picture shows nothing: the end of a fade
-            "faded": 0.1,  # or so much of the contrast before it: a title on black, say
+            "spread": 0.7,  # and so much of the mean difference, which a single thing that moves makes larger
+            "plain": 2.0,  # levels of contrast below which a picture shows nothing: the end of a fade
+            "faded": 0.1,  # or so much of the contrast of the other side: a title on black, say
         },
     },
     "looks": {
@@ -108,11 +120,18 @@ def _analysed(file: VideoFile, settings: Mapping, tools: Tools) -> dict:
     for step in finder.steps(_chained(first, pictures)):
         cutter.add(step)
         last = step.picture.time
+    for begin, end in finder.finish():
+        cutter.end_before(begin, end)
     seconds = last + 1 / rate
     cutter.finish(seconds)
     width, height = reversed(shape) if is_on_its_side(display_matrix(frame)) else shape
     video = {"width": width, "height": height, "fps": file.rate, "seconds": round(seconds, 6), "codec": file.codec}
-    return {"video": video, "cuts": finder.cuts, "scenes": cutter.scenes, "clips": cutter.rows()}
+    return {
+        "video": video,
+        "cuts": sorted(finder.cuts, key=lambda cut: cut["seconds"]),
+        "scenes": cutter.scenes,
+        "clips": cutter.rows(),
+    }
 
 
 def _pictures(file: VideoFile) -> Iterator[Picture]:

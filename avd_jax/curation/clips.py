@@ -70,9 +70,9 @@ class ClipCutter:
     def add(self, step: Step) -> None:
         """Take the next picture."""
         picture = step.picture
-        if step.gradual is not None:
-            self._end_before(*step.gradual)
-        elif step.cut:
+        for begin, end in step.gradual:
+            self.end_before(begin, end)
+        if step.cut:
             self._fill(picture, inside=False)
             self._end(picture.time, self._trim)
         if self._scene is None:
@@ -135,7 +135,7 @@ class ClipCutter:
             self._scenes.append(self._scene)
         self._scene = self._clip = self._before = None
 
-    def _end_before(self, begin: float, end: float) -> None:
+    def end_before(self, begin: float, end: float) -> None:
         """End all scenes before a gradual transition, of which nothing was known until it was over."""
         if self._scene is not None and self._scene.begin < end:
             self._end(math.inf, self._trim)

@@ -4,7 +4,7 @@ Hard cuts are PySceneDetect's AdaptiveDetector's. Fades and dissolves are `trans
 """
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import cv2
@@ -29,12 +29,12 @@ class Step:
     Attributes:
       picture: the pictures come in order, a few behind the decoder.
       cut: whether a new scene begins with it.
-      gradual: a fade or dissolve that has been found to end before it, as (begin, end) in seconds.
+      gradual: fades and dissolves that have been found to end before it, as (begin, end) in seconds.
     """
 
     picture: Picture
     cut: bool = False
-    gradual: tuple[float, float] | None = None
+    gradual: Sequence[tuple[float, float]] = ()
 
 
 class CutFinder:
@@ -57,6 +57,7 @@ class CutFinder:
         )
         self._quiet = _deadened(settings["quiet_chroma"])
         self._gradual = GradualFinder(settings["gradual"])
+        self._close = 1.5 * settings["gradual"]["step"]
         self.cuts: list[dict] = []
 
     @staticmethod
@@ -102,20 +103,27 @@ class CutFinder:
         if cut:
             cuts.discard(picture.index)
             self.cuts.append({"seconds": round(picture.time, 6), "detector": "adaptive"})
-        gradual = self._gradual.add(picture.time, small[..., 0])
-        if gradual is not None:
-            self._note(*gradual)
-        return Step(picture, cut, gradual)
+        found = self._gradual.add(picture.time, small[..., 0])
+        return Step(picture, cut, [one for one in found if self._note(*one)])
 
-    def _note(self, begin: float, end: float) -> None:
-        """Write a gradual transition down; what overlaps with the one before is the same one."""
+    def finish(self) -> list[tuple[float, float]]:
+        """Return the fades and dissolves at the end of the video, as (begin, end) in seconds; after all `steps`."""
+        return [one for one in self._gradual.finish() if self._note(*one)]
+
+    def _note(self, begin: float, end: float) -> bool:
+        """Write a gradual transition down, and return whether that is new; one that overlaps others is the same one."""
         row = {"seconds": round(begin, 6), "until": round(end, 6), "detector": "gradual"}
-        before = self.cuts[-1] if self.cuts else {}
-        if before.get("detector") == "gradual" and before["until"] >= row["seconds"]:
-            before["seconds"] = min(before["seconds"], row["seconds"])
-            before["until"] = max(before["until"], row["until"])
-        else:
-            self.cuts.append(row)
+        same = [
+            one
+            for one in self.cuts
+            if one["detector"] == "gradual" and one["seconds"] <= row["until"] and one["until"] >= row["seconds"]
+        ]
+        if any(one["seconds"] <= begin + self._close and end <= one["until"] + self._close for one in same):
+            return False  # a longer span finds again what a shorter one has found
+        row["seconds"] = min(one["seconds"] for one in [row, *same])
+        row["until"] = max(one["until"] for one in [row, *same])
+        self.cuts = [one for one in self.cuts if one not in same] + [row]
+        return True
 
 
 def _deadened(quiet: int) -> np.ndarray:

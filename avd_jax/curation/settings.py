@@ -64,8 +64,8 @@ def _above_one(value: float) -> str | None:
     return None if 1 < value < math.inf else "must be above 1"
 
 
-def _all_positive(values: tuple) -> str | None:
-    return None if values and all(0 < value < math.inf for value in values) else "must be positive numbers"
+def _spans(values: tuple) -> str | None:
+    return None if values and all(value >= 2 for value in values) else "must be whole numbers of at least 2"
 
 
 def _frames(values: tuple) -> str | None:
@@ -77,7 +77,9 @@ _ANALYSIS_CHECKS: Mapping[str, Check] = {
     "analysis.clips_per_scene": at_least(0),
     "analysis.cuts.quiet_chroma": at_least(0),
     "analysis.cuts.trim_seconds": not_negative,
-    "analysis.cuts.gradual.spans": _all_positive,
+    "analysis.cuts.gradual.short_spans": _spans,
+    "analysis.cuts.gradual.long_spans": _spans,
+    "analysis.cuts.gradual.moving_spans": _spans,
     "analysis.cuts.gradual.faded": not_negative,
     "analysis.looks.at": _frames,
     "analysis.looks.of": at_least(2),

@@ -1,100 +1,170 @@
-"""Fades and dissolves: pictures that are a mixture of what stands before and behind them."""
+"""Fades and dissolves: pictures that are a mixture of what stands before and behind them.
 
-from collections import deque
+While a scene A gives way to a scene B, each picture is a A + b B. The share a falls from 1 to 0, b rises from 0 to 1,
+and a + b is 1 in a dissolve and less on the way through black. (Without its mean, a plain picture is 0, whatever its
+colour.) Nothing else does that: where something moves, the pictures between are no mixture of those around; where it is
+so smooth that they are, as in a wave, a + b is above 1, and the change went on before and goes on afterwards.
+"""
+
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import cv2
 import numpy as np
 
 SIZE = (32, 18)  # pixels of the pictures that are compared
 EDGE = 0.05  # of the way from one picture to the other: so little of a mixture is not seen
-
-
-@dataclass
-class Sample:
-    """A picture without its mean, as a vector of levels, and its contrast (their standard deviation)."""
-
-    time: float
-    levels: np.ndarray
-    contrast: float
+BETWEEN = (1 / 6, 1 / 3, 1 / 2, 2 / 3, 5 / 6)  # of a span: where the pictures between are looked at
+SLACK = 0.15  # by which a share may be off 0 or 1, or go the wrong way
+LONGEST_AFTER = 10  # steps; nothing is told of a transition before so much behind it is known
+FASTEST = 61  # pictures a second that are looked at, at most
 
 
 class GradualFinder:
-    """Finds fades and dissolves in pictures that come in order.
-
-    While A dissolves into B, the picture in the middle resembles both, which do not resemble each other, and has no
-    more contrast than their mean. What moves keeps its contrast. Where the light changes, what is left without the mean
-    is the same picture. In a fade, one of the two is plain and the middle one has half the contrast of the other.
-    """
+    """Finds fades and dissolves in pictures that come in order: short ones picture by picture, long ones in steps."""
 
     METHOD = (
-        f"of three luma pictures at {SIZE[0]}x{SIZE[1]} without their means, the middle one resembles both of the "
-        "outer two, which differ, and has the contrast of their mean; or one is plain and the contrast goes evenly"
+        f"luma pictures at {SIZE[0]}x{SIZE[1]} without their means: those of a span are a A + b B of its first and "
+        "last, a falls, b rises, a + b is at most 1; A and B differ over most of the picture, and change less around"
     )
 
     def __init__(self, settings: Mapping):
-        self._settings, self._step = settings, settings["step"]
-        self._spans = sorted({max(1, round(span / self._step)) for span in settings["spans"]})
-        self._history: deque[Sample] = deque(maxlen=2 * self._spans[-1] + 1)
+        short = _Level(settings["short_spans"], 1 / FASTEST, settings)
+        self._levels = [short, _Level(settings["long_spans"], settings["step"], settings, settings["moving_spans"])]
 
-    def add(self, time: float, luma: np.ndarray) -> tuple[float, float] | None:
-        """Take the next picture, uint8 [height width]; return (begin, end) of a transition in the last pictures."""
+    def add(self, time: float, luma: np.ndarray) -> list[tuple[float, float]]:
+        """Take the next picture, uint8 [height width]; return (begin, end) of transitions a while ago."""
+        small = cv2.resize(luma, SIZE, interpolation=cv2.INTER_AREA)
+        return [found for level in self._levels if (found := level.add(time, small)) is not None]
+
+    def finish(self) -> list[tuple[float, float]]:
+        """Return (begin, end) of the transitions at the end of the video."""
+        return [found for level in self._levels for found in level.finish()]
+
+
+class _Level:
+    """The last pictures, some time apart, and the spans of them that may be a transition."""
+
+    def __init__(self, spans: Sequence[int], step: float, settings: Mapping, moving: Sequence[int] = ()):
+        self._step, self._settings = step, settings
+        spans = np.array(sorted({*spans, *moving}))
+        self._moving = np.isin(spans, moving)
+        around = np.clip(spans // 2, 1, LONGEST_AFTER)
+        self._count = int((spans + 2 * around).max()) + 1
+        self._last = self._count - 1 - around
+        self._first = self._last - spans
+        self._before, self._after = self._first - around, np.full_like(spans, self._count - 1)
+        self._between = np.clip(np.rint(np.outer(BETWEEN, spans)).astype(int), 1, spans - 1) + self._first
+        self._delay = int(around.max())
+        self._times: np.ndarray | None = None
+
+    def add(self, time: float, small: np.ndarray) -> tuple[float, float] | None:
+        """Take the next picture, uint8 at SIZE; return (begin, end) of a transition."""
         # Pictures are as far apart as the rate allows, so that a tie must not depend on rounding.
-        if self._history and time < self._history[-1].time + 0.999 * self._step:
+        if self._times is not None and time < self._times[-1] + 0.999 * self._step:
             return None
-        levels = cv2.resize(luma, SIZE, interpolation=cv2.INTER_AREA).astype(np.float32).ravel()
-        levels -= levels.mean()
-        self._history.append(Sample(time, levels, float(levels.std())))
-        found = None
-        for span in self._spans:
-            if len(self._history) > 2 * span:
-                samples = [self._history[step] for step in range(-1 - 2 * span, 0)]
-                if is_transition(samples, self._settings):
-                    found = samples
-        return None if found is None else _within(found)
+        levels = small.ravel().astype(np.float64)
+        # Whole numbers, so that their products are the same in whichever order they are added.
+        levels = levels * levels.size - levels.sum()
+        if np.sqrt(levels @ levels / levels.size) / levels.size < self._settings["plain"]:
+            levels[:] = 0
+        return self._take(time, levels)
+
+    def finish(self) -> list[tuple[float, float]]:
+        """Return the transitions behind which too little has come."""
+        if self._times is None:
+            return []
+        last = self._levels[-1].copy()
+        rest = [self._take(self._times[-1], last, there=False) for _ in range(self._delay)]
+        return [found for found in rest if found is not None]
+
+    def _take(self, time: float, levels: np.ndarray, *, there: bool = True) -> tuple[float, float] | None:
+        if self._times is None:
+            self._times, self._there = np.full(self._count, time), np.zeros(self._count, bool)
+            self._kept = np.repeat(levels[None], 4 * self._count, 0)
+            self._end = self._count
+            self._products = np.full((self._count, self._count), levels @ levels)
+        else:
+            if self._end == len(self._kept):  # to move them each time would take longer than to look at them
+                self._kept[: self._count], self._end = self._kept[-self._count :], self._count
+            self._kept[self._end] = levels
+            self._end += 1
+            self._times[:-1], self._times[-1] = self._times[1:], time
+            self._there[:-1], self._products[:-1, :-1] = self._there[1:], self._products[1:, 1:]
+            self._products[-1] = self._products[:, -1] = self._levels @ levels
+        self._there[-1] = there
+        found = [self._within(span) for span in self._transitions()]
+        return (min(begin for begin, _ in found), max(end for _, end in found)) if found else None
+
+    @property
+    def _levels(self) -> np.ndarray:
+        return self._kept[self._end - self._count : self._end]
+
+    def _transitions(self) -> list[int]:
+        """Return the numbers of the spans that are one now."""
+        said, products = self._settings, self._products
+        first, last = self._first, self._last
+        aa, bb, ab = products[first, first], products[last, last], products[first, last]
+        high = np.maximum(aa, bb)
+        unit = float(self._levels.shape[1]) ** 3  # of a product where contrast is 1 level
+        differ = (high > said["contrast"] ** 2 * unit) & (ab < said["resemblance"] * np.sqrt(aa * bb) + unit)
+        if not differ.any():
+            return []
+        # How much the scenes change in themselves, around the span. What is plain does not.
+        distance = aa + bb - 2 * ab
+        before = np.where(aa == 0, 0, _distance(products, self._before, first)) / np.maximum(distance, 1)
+        after = np.where(bb == 0, 0, _distance(products, last, self._after)) / np.maximum(distance, 1)
+        there = (self._there[self._before] | (aa == 0)) & (self._there[self._after] | (bb == 0))
+        around, limit = np.maximum(before, after), np.where(self._moving, said["moving_around"], said["around"])
+        fades = self._moving & (np.minimum(aa, bb) < said["faded"] ** 2 * high)
+        spans = np.flatnonzero(differ & (fades | there & (around <= limit**2)))
+        if not len(spans):
+            return []
+        aa, bb, ab, distance, around = aa[spans], bb[spans], ab[spans], distance[spans], around[spans]
+        first, last, between = first[spans], last[spans], self._between[:, spans]
+        am, bm, mm = products[first, between], products[last, between], products[between, between]
+        a, b = _shares(aa, bb, ab, am, bm)
+        off = (mm - 2 * (a * am + b * bm) + a * a * aa + b * b * bb + 2 * a * b * ab) / distance
+        mixed = (a + b <= said["sum"]).all(0) & (np.minimum(a, b) >= -SLACK).all(0)
+        mixed &= (np.diff(a, axis=0) <= SLACK).all(0) & (np.diff(b, axis=0) >= -SLACK).all(0)
+        # A cut has nothing between.
+        mixed &= (((a > SLACK) & (a < 1 - SLACK)) | ((b > SLACK) & (b < 1 - SLACK))).any(0)
+        still = there[spans] & (off <= said["residual"] ** 2).all(0) & (around <= said["around"] ** 2)
+        moving = there[spans] & (off <= said["moving_residual"] ** 2).all(0) & self._moving[spans]
+        moving &= around <= said["moving_around"] ** 2
+        # A scene that moves while it fades: its contrast goes evenly.
+        begin, end = np.sqrt(aa), np.sqrt(bb)
+        uneven = np.sqrt(mm) - (begin + np.array(BETWEEN)[:, None] * (end - begin))
+        even = (np.abs(uneven) <= said["uneven"] * np.abs(end - begin)).all(0) & fades[spans]
+        return [span for span in spans[mixed & (still | moving) | even] if self._is_everywhere(span)]
+
+    def _is_everywhere(self, span: int) -> bool:
+        """Whether most of the picture changes, not only where something moves; a fade leaves it as it is."""
+        said, before, after = self._settings, self._levels[self._first[span]], self._levels[self._last[span]]
+        low, high = sorted(float(np.sqrt(x @ x / x.size)) / x.size for x in (before, after))
+        if low < max(said["plain"], said["faded"] * high):
+            return True
+        change = np.abs(after - before) / before.size
+        return float(np.median(change)) >= max(said["change"], said["spread"] * float(change.mean()))
+
+    def _within(self, span: int) -> tuple[float, float]:
+        """Return when a transition begins and ends: pictures that still are A, or already B, are not in it."""
+        first, last, products = self._first[span], self._last[span], self._products
+        aa, bb, ab = products[first, first], products[last, last], products[first, last]
+        a, b = _shares(aa, bb, ab, products[first, first : last + 1], products[last, first : last + 1])
+        way = 1 - a if bb == 0 else b if aa == 0 else (1 - a + b) / 2
+        inside = np.flatnonzero((way > EDGE) & (way < 1 - EDGE))
+        if not len(inside):  # scenes that move are like themselves for too short a time
+            return float(self._times[first]), float(self._times[last])
+        begin, end = first + max(inside[0] - 1, 0), first + inside[-1] + 1
+        return float(self._times[begin]), float(self._times[end])
 
 
-def is_transition(samples: Sequence[Sample], settings: Mapping) -> bool:
-    """Whether the first of these pictures fades or dissolves into the last; their number is odd."""
-    before, middle, after = samples[0], samples[len(samples) // 2], samples[-1]
-    low, high = sorted((before.contrast, after.contrast))
-    if low < max(settings["plain"], settings["faded"] * high):
-        return high > 3 * settings["plain"] and _goes_evenly(samples, settings["residual"])
-    if _resemblance(before, after) >= settings["resemblance"]:
-        return False
-    if min(_resemblance(before, middle), _resemblance(middle, after)) < settings["kinship"]:
-        return False
-    mean = (before.levels + after.levels) / 2
-    if middle.contrast >= settings["contrast"] * float(mean.std()):
-        return False
-    # Over most of the picture, not only where something moves.
-    change = np.abs(after.levels - before.levels)
-    return float(np.median(change)) >= max(settings["change"], settings["spread"] * float(change.mean()))
+def _shares(aa, bb, ab, am, bm) -> tuple[np.ndarray, np.ndarray]:
+    """Return a and b of the mixture a A + b B that is nearest to a picture M, from the products of the three."""
+    scale = np.maximum(aa * bb - ab * ab, 1)
+    a, b = (am * bb - bm * ab) / scale, (bm * aa - am * ab) / scale
+    return np.where(bb == 0, am / np.maximum(aa, 1), a), np.where(aa == 0, bm / np.maximum(bb, 1), b)
 
 
-def _within(samples: Sequence[Sample]) -> tuple[float, float]:
-    """Return when a transition begins and ends: pictures that still are the first one, or already the last, are none.
-
-    How far each is on the way is its projection on the difference. What moves within a scene seems to be on its way.
-    """
-    way = samples[-1].levels - samples[0].levels
-    shares = [float((sample.levels - samples[0].levels) @ way) / float(way @ way) for sample in samples]
-    first, last = 0, len(samples) - 1
-    while first + 1 < last and shares[first + 1] <= EDGE:
-        first += 1
-    while last - 1 > first and shares[last - 1] >= 1 - EDGE:
-        last -= 1
-    return samples[first].time, samples[last].time
-
-
-def _goes_evenly(samples: Sequence[Sample], residual: float) -> bool:
-    """Whether the contrast goes from that of the first to that of the last about evenly."""
-    contrasts = np.array([sample.contrast for sample in samples])
-    even = np.linspace(contrasts[0], contrasts[-1], len(contrasts))
-    return float(np.abs(contrasts - even).max()) <= residual * abs(contrasts[-1] - contrasts[0])
-
-
-def _resemblance(one: Sample, other: Sample) -> float:
-    """Return the correlation of two pictures."""
-    return float(one.levels @ other.levels) / max(one.contrast * other.contrast * one.levels.size, 1e-6)
+def _distance(products: np.ndarray, one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    return products[one, one] + products[other, other] - 2 * products[one, other]
