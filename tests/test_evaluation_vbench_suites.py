@@ -62,6 +62,34 @@ def test_names_keep_every_character_that_the_official_tool_looks_for():
     assert VBENCH2.file_name("x" * 180 + "/", 0) == "x" * 180 + "-0.mp4"
 
 
+def test_every_path_of_vbench2_is_byte_for_byte_that_of_its_rows(tmp_path):
+    """1,230 rows, with prompts that are long, accented, quoted, or end in spaces and dots."""
+    tails = (
+        "",
+        ".",
+        " ",
+        "'s \u2018hat\u2019",
+        ' "so", 50 %',
+        " \u00e9t\u00e9",
+        " ...",
+        " and more" * 25,
+        " \u00b0" * 2,
+    )
+    rows = entries(VBENCH2)
+    for number, row in enumerate(rows):
+        row["prompt_en"] = f"{number} {row['prompt_en']}{tails[number % len(tails)]}"
+    assert len(rows) == 1230
+    expected = []
+    for row in rows:  # as vbench2/__init__.py puts a path together
+        for dimension in row["dimension"]:
+            for index in range(20 if dimension == "Diversity" else 3):
+                expected.append(f"{dimension}/{row['prompt_en'][:180]}-{index}.mp4".encode())
+    info = read_info(write_info(tmp_path, VBENCH2, rows), VBENCH2)
+    found = [f"{video.folder}/{video.name}".encode() for video in everything(VBENCH2, info)]
+    assert len(found) == 3860
+    assert sorted(found) == sorted(expected)
+
+
 def test_a_prompt_of_two_folders_lies_in_both_and_has_one_seed():
     rows = ("The bund, oil painting", ("appearance_style",)), ("The bund, oil painting", ("overall_consistency",))
     videos = everything(VBENCH, info_of(*rows))
