@@ -309,6 +309,15 @@ def test_a_broken_video_is_one_line(tmp_path):
     assert "missing.mp4" in analysed(tmp_path / "missing.mp4")["error"]
 
 
+def test_a_matroska_file_that_was_cut_off_is_no_short_video(tmp_path):
+    whole = made.write(tmp_path / "a.mkv", made.scene(0, 100, speed=1), g="25")
+    assert analysed(whole)["error"] is None
+    cut = tmp_path / "b.mkv"
+    cut.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    assert "b.mkv: is cut off: " in analysed(cut)["error"]
+    assert "of 4.00 s are there" in analysed(cut)["error"]
+
+
 def test_no_frame_is_kept(tmp_path):
     """PyAV's `side_data` makes a frame hold itself, and each is megabytes."""
     path = made.write(tmp_path / "a.mp4", made.scene(0))

@@ -43,11 +43,17 @@ def test_thresholds_are_the_papers():
     assert rejected("colour", [row("grey", colour=0.59), row("fine", colour=0.6)]) == {"grey"}
     assert rejected("sharpness", [row("blurred", sharpness=19.9), row("fine", sharpness=20.0)]) == {"blurred"}
     assert rejected("motion", [row("still", motion=0.19), row("fine", motion=0.2)]) == {"still"}
-    sizes = {"fine": (1280, 720), "narrow": (1279, 720), "low": (1280, 719), "upright": (720, 1280)}
+    sizes = {
+        "fine": (1280, 720),
+        "narrow": (1279, 720),
+        "low": (1280, 719),
+        "upright": (720, 1280),
+        "slim": (719, 1280),
+    }
     rows = [
         rows_of(name, curation_stand_in.found(curation_stand_in.clip(), size=size))[0] for name, size in sizes.items()
     ]
-    assert rejected("resolution", rows) == {"narrow", "low", "upright"}
+    assert rejected("resolution", rows) == {"narrow", "low", "slim"}
     assert judge("resolution", rows, THRESHOLDS).threshold == [1280, 720]
 
 

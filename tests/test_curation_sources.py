@@ -29,6 +29,14 @@ def test_a_folder_gives_its_videos_in_order_with_the_texts_beside_them(tmp_path)
     assert not any(source.problem for source in sources)
 
 
+def test_links_to_folders_are_followed_once(tmp_path):
+    touch(tmp_path, "videos/z/a.mp4", "elsewhere/b.mp4", "elsewhere/deep/c.mp4")
+    links = {"a": "z", "more": "../elsewhere", "z/up": "..", "again": "../elsewhere/deep", "gone": "../nowhere"}
+    for name, target in links.items():
+        os.symlink(target, tmp_path / "videos" / name)
+    assert named(find(tmp_path / "videos")) == ["again/c.mp4", "more/b.mp4", "z/a.mp4"]
+
+
 @pytest.mark.parametrize(
     "spelling", [("file", "caption"), ("video_path", "cap"), ("path", "text"), ("video", "prompt")]
 )

@@ -17,6 +17,8 @@ from avd_jax.data.picture import display_matrix, is_on_its_side
 from avd_jax.data.video_file import VideoFile, opened
 from avd_jax.errors import UserError
 
+CUT_OFF = 0.5  # seconds that a video may be shorter than its file says, or a fiftieth of it
+
 DEFAULTS = {
     "frames": 81,  # of a clip, as the model takes them
     "fps": 16.0,  # frames per second of a clip; videos are resampled as when they are encoded
@@ -123,6 +125,9 @@ def _analysed(file: VideoFile, settings: Mapping, tools: Tools) -> dict:
     for begin, end in finder.finish():
         cutter.end_before(begin, end)
     seconds = last + 1 / rate
+    promised = file.promised()
+    if promised and seconds < promised - max(CUT_OFF, 0.02 * promised):
+        raise UserError(f"{file.path}: is cut off: {seconds:.2f} of {promised:.2f} s are there; get the file again.")
     cutter.finish(seconds)
     width, height = reversed(shape) if is_on_its_side(display_matrix(frame)) else shape
     video = {"width": width, "height": height, "fps": file.rate, "seconds": round(seconds, 6), "codec": file.codec}

@@ -110,7 +110,7 @@ def _funnel(funnel: Sequence[Mapping]) -> Html:
 def _threshold(entry: Mapping) -> str:
     stage, threshold = entry["stage"], entry["threshold"]
     if stage == "resolution":
-        return f"at least {threshold[0]}x{threshold[1]}"
+        return f"at least {threshold[0]}x{threshold[1]}, either way up"
     if stage in BEST:
         reached = f", {entry['lowest_kept']:.4g} or more" if "lowest_kept" in entry else ""
         return f"the best {100 * threshold:g} %{reached}"

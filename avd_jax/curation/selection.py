@@ -80,8 +80,9 @@ def judge(stage: str, rows: Sequence[Row], thresholds: Mapping, embeddings: Mapp
     if stage == "length":
         return Verdict(_ids(row for row in rows if row["too_short"]))
     if stage == "resolution":
-        width, height = least = (thresholds["width"], thresholds["height"])
-        small = _ids(row for row in rows if row["size"][0] < width or row["size"][1] < height)
+        least = (thresholds["width"], thresholds["height"])
+        # Whichever way up: 720x1280 is as good as 1280x720.
+        small = _ids(row for row in rows if any(a < b for a, b in zip(sorted(row["size"]), sorted(least), strict=True)))
         return Verdict(small, threshold=list(least))
     if stage in BEST:
         return _best(stage, rows, thresholds[stage])

@@ -104,7 +104,9 @@ def _analysis(defaults: Mapping, path: str = "analysis") -> Iterator[tuple[str, 
 
 FIELDS: Fields = {
     **dict(_analysis(DEFAULTS)),
-    "select.width": Field(1280, "pixels that a video has at least, as it is shown", at_least(1)),
+    "select.width": Field(
+        1280, "pixels that a video has at least, as it is shown; upright ones are measured on their side", at_least(1)
+    ),
     "select.height": Field(720, "likewise", at_least(1)),
     "select.colour": Field(0.60, "least entropy of the hues; below it a clip is monochrome", not_negative),
     "select.sharpness": Field(20.0, "least variance of the Laplacian; below it a clip is blurred", not_negative),

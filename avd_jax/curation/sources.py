@@ -2,7 +2,7 @@
 
 import os
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,7 +60,7 @@ def _of_folder(folder: Path) -> Iterator[Source]:
     def stop(error: OSError) -> None:
         raise UserError(f"{error.filename}: cannot be read ({error.strerror}); mend its permissions") from error
 
-    for place, _, names in os.walk(folder, onerror=stop):
+    for place, names in _folders(folder, stop):
         texts = {_stem(name): name for name in names if name.lower().endswith(".txt")}
         for name in names:
             path = Path(place, name)
@@ -73,6 +73,21 @@ def _of_folder(folder: Path) -> Iterator[Source]:
                 yield _source(folder, path, problem=str(error))
             else:
                 yield _source(folder, path, caption=caption)
+
+
+def _folders(top: Path, stop: Callable[[OSError], None]) -> Iterator[tuple[str, list[str]]]:
+    """Yield each folder below, once, with the names of its files; links last, so that they take no folder its name."""
+    seen, waiting = set(), [str(top)]
+    while waiting:
+        for place, folders, names in os.walk(waiting.pop(0), onerror=stop):
+            status = os.stat(place)
+            if (status.st_dev, status.st_ino) in seen:  # a link to what is above it, or a second way there
+                folders.clear()
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            folders.sort()
+            waiting += [path for name in folders if os.path.islink(path := os.path.join(place, name))]
+            yield place, names
 
 
 def _of_list(path: Path) -> Iterator[Source]:

@@ -5,6 +5,7 @@ What a frame looks like is `picture.py`'s matter, and which frames make a clip `
 
 import math
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -120,6 +121,23 @@ class VideoFile:
         self._open()
         times = self._packet_times()
         return 0.0 if times is None else times[1] - (times[0] if origin is None else origin)
+
+    def promised(self) -> float | None:
+        """Return how many seconds a Matroska file says that the video lasts; None if it does not say, or is another.
+
+        Other kinds of files are seen to be damaged where they were cut off; this one just ends.
+        """
+        stream, container = self._stream, self._container
+        if "matroska" not in container.format.name:
+            return None
+        told = re.fullmatch(r"(\d+):(\d\d):(\d\d(?:\.\d+)?)", stream.metadata.get("DURATION", ""))
+        if told:
+            end = 3600 * int(told[1]) + 60 * int(told[2]) + float(told[3])
+        elif len(container.streams) == 1 and container.duration:
+            end = container.duration / av.time_base
+        else:
+            return None  # the whole file's length may be that of its sound
+        return end - max(self._origin() or 0.0, 0.0)
 
     def close(self) -> None:
         """Close the file."""
