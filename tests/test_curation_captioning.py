@@ -1,7 +1,9 @@
 """Captions over HTTP, by a server of the test's own that fails on purpose."""
 
 import base64
+import contextlib
 import json
+import socket
 import threading
 import time
 from contextlib import contextmanager
@@ -135,6 +137,28 @@ def test_whatever_the_server_does_is_an_outcome_with_a_reason(answers, outcome, 
     assert found.outcome == outcome
     assert (reason is None and found.reason is None) or reason in found.reason
     assert len(asked) == tries
+
+
+def test_a_server_that_sends_its_headers_in_drops_is_waited_for_no_longer_than_the_timeout():
+    stopped, listener = threading.Event(), socket.create_server(("127.0.0.1", 0))
+
+    def drip():
+        connection, _ = listener.accept()
+        with connection, contextlib.suppress(OSError):
+            connection.sendall(b"HTTP/1.1 200 OK\r\n")
+            for number in range(600):
+                if stopped.wait(0.05):
+                    break
+                connection.sendall(f"X-{number}: a\r\n".encode())
+
+    threading.Thread(target=drip, daemon=True).start()
+    with listener:
+        outcome = captioner(f"http://127.0.0.1:{listener.getsockname()[1]}/v1", timeout=0.3, tries=1).ask(
+            lambda: (CLIP, 16.0)
+        )
+    stopped.set()
+    assert "no answer within 0.3 s (config.caption.timeout)" in outcome.reason
+    assert not outcome.hopeless
 
 
 def test_a_server_that_is_down_is_hopeless_and_a_slow_one_is_not():

@@ -5,10 +5,12 @@ Whatever the server does, the answer to a clip is an `Outcome` with a reason. On
 """
 
 import base64
+import contextlib
 import http.client
 import io
 import json
 import os
+import socket
 import tempfile
 import threading
 import time
@@ -60,6 +62,49 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
         return None
 
 
+class _Deadline:
+    """Ends connections once a request has taken too long: a server that sends drops renews every other timeout."""
+
+    def __init__(self, seconds: float):
+        self._timer, self._sockets, self.passed = threading.Timer(seconds, self._end), [], False
+        self._timer.daemon = True
+
+    def __enter__(self) -> "_Deadline":
+        self._timer.start()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._timer.cancel()
+
+    def watched(self, kind: type) -> type:
+        """Return a kind of connection that ends with the request."""
+        deadline = self
+
+        class Watched(kind):
+            def connect(self) -> None:
+                super().connect()
+                deadline._sockets.append(self.sock)
+
+        return Watched
+
+    def _end(self) -> None:
+        self.passed = True
+        for one in self._sockets:
+            with contextlib.suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+
+
+class _Http(urllib.request.HTTPHandler):
+    def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(request.deadline.watched(http.client.HTTPConnection), request)
+
+
+class _Https(urllib.request.HTTPSHandler):
+    def https_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
+        kind = request.deadline.watched(http.client.HTTPSConnection)
+        return self.do_open(kind, request, context=self._context)
+
+
 class Captioner:
     """Asks one server for captions; its methods may be called by several threads."""
 
@@ -78,7 +123,7 @@ class Captioner:
             raise UserError(f"{settings['api_key_env']}: the environment variable holds no key that can be sent")
         endpoint = settings["endpoint"].rstrip("/")
         self._url = f"{endpoint}/chat/completions"
-        handlers = [_NoRedirects()]
+        handlers = [_NoRedirects(), _Http(), _Https()]
         if urlsplit(endpoint).hostname in ("localhost", "127.0.0.1", "::1"):
             handlers.append(urllib.request.ProxyHandler({}))  # a proxy's localhost is another
         self._opener = urllib.request.build_opener(*handlers)
@@ -122,22 +167,29 @@ class Captioner:
 
     def _once(self, body: bytes) -> tuple[Outcome, bool]:
         """Return (outcome, whether another try may go better)."""
+        with _Deadline(self._settings["timeout"]) as deadline:
+            answer = self._sent(body, deadline)
+        late = deadline.passed and answer[0].outcome == ERROR
+        return (self._late(), True) if late else answer
+
+    def _sent(self, body: bytes, deadline: _Deadline) -> tuple[Outcome, bool]:
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self._key}"} if self._key else {})
         seconds = self._settings["timeout"]
         until = time.monotonic() + seconds
         try:
             request = urllib.request.Request(self._url, body, headers, method="POST")
+            request.deadline = deadline
             with self._opener.open(request, timeout=seconds) as response:
                 return self._answer(_read(response, until)), False
         except urllib.error.HTTPError as error:
             with error:
                 return self._refusal(error, until)
         except TimeoutError:
-            return self._failure(f"no answer within {seconds:g} s (config.caption.timeout)"), True
+            return self._late(), True
         except (urllib.error.URLError, OSError, http.client.HTTPException) as error:
             cause = getattr(error, "reason", None) or error
             if isinstance(cause, TimeoutError):
-                return self._failure(f"no answer within {seconds:g} s (config.caption.timeout)"), True
+                return self._late(), True
             unreachable = not isinstance(cause, http.client.HTTPException | ConnectionResetError | BrokenPipeError)
             words = getattr(cause, "strerror", None) or cause or type(cause).__name__
             return self._failure(f"cannot be reached ({words})", hopeless=unreachable), True
@@ -175,6 +227,9 @@ class Captioner:
             reason += "; is config.caption.model one of its models, and does the endpoint end in /v1?"
         again = status not in FINAL | REFUSED and status >= 400
         return self._failure(reason, hopeless=status in REFUSED | {404}), again
+
+    def _late(self) -> Outcome:
+        return self._failure(f"no answer within {self._settings['timeout']:g} s (config.caption.timeout)")
 
     def _failure(self, reason: str, *, hopeless: bool = False) -> Outcome:
         return Outcome(ERROR, reason=f"{self._settings['endpoint']}: {reason}", hopeless=hopeless)
