@@ -170,6 +170,16 @@ def test_a_cut_is_found_wherever_it_is(tmp_path, at):
     assert result["scenes"] == [[0, pytest.approx(at / 25)], [pytest.approx(at / 25), pytest.approx(60 / 25)]]
 
 
+@pytest.mark.parametrize("length", [1, 2])
+def test_a_flash_is_no_cut(tmp_path, length):
+    images = made.scene(0, 60, speed=1)
+    for at in (15, 40):
+        images[at : at + length] = 255
+    assert analysed(made.write(tmp_path / "a.mp4", images))["cuts"] == []
+    images[41:] = made.scene(1, 19, speed=1)  # here another scene follows
+    assert analysed(made.write(tmp_path / "b.mp4", images))["cuts"] != []
+
+
 def numbered(frames, cut):
     """Two scenes; the levels of two squares tell the frame's number, as digits to the base 12."""
     images = np.zeros((frames, 48, 64, 3), np.uint8)

@@ -21,6 +21,9 @@ except ImportError as error:
         "curation needs PySceneDetect, which is not installed: pip install 'scenedetect-headless>=0.7.2'"
     ) from error
 
+BRIGHTER = 20  # levels that a flash is, at least
+SAME = 10  # times as much as the scene that goes on behind it has changed
+
 
 @dataclass
 class Step:
@@ -59,6 +62,8 @@ class CutFinder:
         self._gradual = GradualFinder(settings["gradual"])
         self._close = 1.5 * settings["gradual"]["step"]
         self.cuts: list[dict] = []
+        self._before: np.ndarray | None = None
+        self._flash_until = -1
 
     @staticmethod
     def method(settings: Mapping) -> dict:
@@ -84,11 +89,11 @@ class CutFinder:
             waiting.append((picture, small))
             last = picture, small
             if len(waiting) > self._window:
-                yield self._step(*waiting.popleft(), cuts)
+                yield self._step(*waiting.popleft(), cuts, waiting)
         for index in range(self._window if last is not None else 0):
             cuts.update(self._judge(last[0].index + 1 + self._window + index, last[1]))
         while waiting:
-            yield self._step(*waiting.popleft(), cuts)
+            yield self._step(*waiting.popleft(), cuts, waiting)
 
     def _small(self, picture: Picture) -> np.ndarray:
         return cv2.LUT(picture.colours(self._size), self._quiet)
@@ -98,13 +103,26 @@ class CutFinder:
         bgr = cv2.cvtColor(small, cv2.COLOR_YUV2BGR)
         return [cut.frame_num - self._window for cut in self._adaptive.process_frame(timecode, bgr)]
 
-    def _step(self, picture: Picture, small: np.ndarray, cuts: set[int]) -> Step:
-        cut = picture.index in cuts
+    def _step(self, picture: Picture, small: np.ndarray, cuts: set[int], following: Sequence) -> Step:
+        cut = picture.index in cuts and picture.index > self._flash_until
+        cuts.discard(picture.index)
+        luma = small[..., 0].astype(np.int16)
+        if cut and (length := self._flash(luma, [later[..., 0] for _, later in following])):
+            cut, self._flash_until = False, picture.index + length
+        self._before = luma
         if cut:
-            cuts.discard(picture.index)
             self.cuts.append({"seconds": round(picture.time, 6), "detector": "adaptive"})
         found = self._gradual.add(picture.time, small[..., 0])
         return Step(picture, cut, [one for one in found if self._note(*one)])
+
+    def _flash(self, luma: np.ndarray, following: Sequence[np.ndarray]) -> int:
+        """Return for how many pictures from this one on there is more light, before the same scene goes on; 0: none."""
+        before = self._before
+        if before is None or luma.mean() < before.mean() + BRIGHTER:
+            return 0
+        change = np.abs(luma - before).mean()
+        same = (number for number, later in enumerate(following, 1) if np.abs(later - before).mean() < change / SAME)
+        return next(same, 0)
 
     def finish(self) -> list[tuple[float, float]]:
         """Return the fades and dissolves at the end of the video, as (begin, end) in seconds; after all `steps`."""
