@@ -10,7 +10,7 @@ import ml_collections
 from absl import app
 
 from avd_jax.errors import UserError, closest
-from avd_jax.paths import local_path
+from avd_jax.paths import local_path, weights_path
 
 Check = Callable[[object], str | None]
 
@@ -165,6 +165,15 @@ def local(value: str) -> str | None:
     """Check a path, which may be empty; those that read it expand `~`."""
     try:
         local_path(value)
+    except UserError as error:
+        return f"cannot be used: {str(error).removeprefix(f'{value}: ')}"
+    return None
+
+
+def weights(value: str) -> str | None:
+    """Check a path of weights, local or `hf://ORG/NAME[@REVISION]`, which may be empty."""
+    try:
+        weights_path(value)
     except UserError as error:
         return f"cannot be used: {str(error).removeprefix(f'{value}: ')}"
     return None

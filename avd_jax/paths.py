@@ -7,6 +7,9 @@ from urllib.parse import unquote
 
 from avd_jax.errors import UserError
 
+# `hf://ORG/NAME[@REVISION]`, with one slash or two as above.
+_HUB = re.compile(r"hf:/{1,2}([^/@\s]+/[^/@\s]+)(?:@(\S+))?/?$")
+
 # Two letters at least: `C:/` is no scheme. One slash is enough, since `Path` makes `gs:/bucket` of `gs://bucket`.
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
 
@@ -43,3 +46,23 @@ def local_path(path: str | os.PathLike) -> Path:
         ) from None
     # Of `./~x` and `./gs:/x` only `~x` and `gs:/x` are left, which would mean something else next time.
     return local.absolute() if str(local).startswith("~") or _SCHEME.match(str(local)) else local
+
+
+def hub_name(path: str | os.PathLike) -> tuple[str, str | None] | None:
+    """Return repository and revision, or None, of weights on the Hugging Face Hub; None for any other path.
+
+    Raises:
+      UserError: an `hf://` that names no repository.
+    """
+    text = os.fspath(path)
+    if not text.lower().startswith("hf:/"):
+        return None
+    found = _HUB.match(text)
+    if not found:
+        raise UserError(f"{text}: names no repository of weights; write hf://ORG/NAME or hf://ORG/NAME@REVISION")
+    return found[1], found[2]
+
+
+def weights_path(path: str | os.PathLike) -> str:
+    """Return a path of weights as a text: a local one by `local_path`, one on the Hub as it is."""
+    return str(local_path(path)) if hub_name(path) is None else os.fspath(path)

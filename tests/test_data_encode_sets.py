@@ -142,7 +142,8 @@ def test_only_what_is_new_is_encoded(tmp_path):
     assert (summary.written, list(summary.skipped)) == (5, ["1.mp4@0.000"])
     assert sum(seen) == 4, "three clips and the one of the corrected caption; the one that is broken cannot be read"
     assert sum(done) == 6
-    assert said[0] == f"{tmp_path}/set: 5 of 6 to encode, about 1 kB on disk"
+    assert said[0].startswith(f"{tmp_path}/set: 5 of 6 to encode, about 1 kB on disk (")
+    assert said[0].endswith(" kB for 1,000)")
     assert len(said) == 2
     assert said[1].startswith(f"{tmp_path}/set: about 0 s to go (")
     encoded = EncodedSet(tmp_path / "set", "latents")

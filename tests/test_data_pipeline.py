@@ -69,6 +69,7 @@ def test_what_a_batch_holds(folders):
     assert jax.tree.map(np.shape, batch) == {
         "prompts": {"prompt_embeds": (4, 1, 5, 2)},
         "latents": (4, 2, 2, 4, 1),
+        "canvas": (4, 0, 2, 2, 4, 1),
         "captions": {"prompt_embeds": (4, 5, 2)},
     }
     assert all(value.dtype == ml_dtypes.bfloat16 for value in jax.tree.leaves(batch))

@@ -71,16 +71,17 @@ def test_a_wide_network_starts_as_the_average_and_still_sees_both_frames():
 
 
 def test_held_out_clips_are_spread_and_never_seen(latents_dir):
-    assert held_out_indices(11, 3) == [1, 5, 9]
-    assert held_out_indices(4, 2) == [1, 3]
+    assert held_out_indices([11], 3) == [[1, 5, 9]]
+    assert held_out_indices([4], 2) == [[1, 3]]
+    assert held_out_indices([3, 8], 3) == [[1], [2, 6]], "as if they were one set"
     records = EncodedSet(latents_dir, "latents")
-    held = [np.asarray(records[i]["latents"]) for i in held_out_indices(11, 3)]
+    held = [np.asarray(records[i]["latents"]) for i in held_out_indices([11], 3)[0]]
     batches = training_batches(latents_dir, None, batch_size=4, prompt_batches=1, seed=0, text_len=1, held_out=3)
     seen = np.concatenate([next(batches)["latents"] for _ in range(4)])
     assert not any((clip == row).all() for clip in held for row in seen)
     assert len({row.tobytes() for row in seen}) == 8  # all others
     with pytest.raises(UserError, match="11 records are to be held out of a set of 11"):
-        held_out_indices(11, 11)
+        held_out_indices([11], 11)
 
 
 def test_it_trains_resumes_bit_for_bit_and_tells_the_held_out_error(latents_dir, tmp_path):
@@ -93,7 +94,7 @@ def test_it_trains_resumes_bit_for_bit_and_tells_the_held_out_error(latents_dir,
     assert [row.split("|")[1].strip() for row in table] == ["step", "---", "2", "4"]
 
     clips = EncodedSet(latents_dir, "latents")
-    held = jnp.stack([jnp.asarray(clips[i]["latents"], jnp.float32) for i in held_out_indices(11, 3)])
+    held = jnp.stack([jnp.asarray(clips[i]["latents"], jnp.float32) for i in held_out_indices([11], 3)[0]])
     expected = [baseline_errors(held)[name] for name in ("copy left", "average")]
     expected.append(interpolation_loss(unet, held))
     np.testing.assert_allclose([float(cell) for cell in table[-1].split("|")[2:5]], expected, atol=1e-3)

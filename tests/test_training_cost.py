@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+from functools import partial
 from types import SimpleNamespace
 
 import jax
@@ -64,7 +65,7 @@ def full_cost(**fields):
         "teacher": SimpleNamespace(abstract=teacher.abstract_params()),
         "negative": SimpleNamespace(abstract={"prompt_embeds": jax.ShapeDtypeStruct((8, 16), jnp.float32)}),
     }
-    method = dataclasses.replace(method, frozen=frozen, unit=lambda: unit(network, DIT, LATENTS_SHAPE, 2))
+    method = dataclasses.replace(method, frozen=frozen, unit=partial(unit, network, DIT))
     found = cycle_cost(Assembly(method))
     return {name: found.in_units(flops) for name, flops in found.updates.items()}, found
 

@@ -73,7 +73,7 @@ def test_logs_and_checkpoints_come_at_their_steps(tmp_path):
 
 
 def test_mfu_is_the_share_of_the_time_at_peak(tmp_path):
-    _, _, lines = run(tmp_path, seconds_at_peak=1e-6)
+    _, _, lines = run(tmp_path, seconds_at_peak=lambda: 1e-6)
     assert all(line["time/mfu"] == pytest.approx(1e-6 / line["time/step_seconds"]) for line in lines)
 
 

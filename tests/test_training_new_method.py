@@ -146,4 +146,4 @@ def test_a_new_term_is_summed_logged_and_switched_off(with_a_new_term, tmp_path)
     # Nothing but the samples is computed for it: no fake_score, no teacher, no captions.
     assembly = Assembly(RECIPE.build(config))
     assert set(assembly.abstract.networks) == {"generator"}
-    assert assembly.calls[0].fields == ("prompts", "latents")
+    assert assembly.calls[0].fields == ("prompts", "latents", "canvas")

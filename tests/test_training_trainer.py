@@ -27,6 +27,7 @@ from avd_jax.convert.architectures import WAN_VAE
 from avd_jax.data.atomic import only_writer
 from avd_jax.errors import UserError
 from avd_jax.training.assembly import Assembly
+from avd_jax.training.ledger import KINDS
 from avd_jax.training.metrics import MetricsWriter
 from avd_jax.training.workdir import StopSignals
 
@@ -111,7 +112,8 @@ def test_what_a_run_leaves(straight):
         *(f"loss/{name}" for name in ("generator", "distribution_matching", "regression", "temporal", "fake_score")),
         *("regression/weight", *(f"regression/ema_{i}" for i in range(4))),
         *("grad_norm/generator", "grad_norm/fake_score", "skipped/total", "skipped/in_row"),
-        *("time/step_seconds", "time/steps_per_second"),
+        *("time/step_seconds", "time/steps_per_second", "time/goodput", "time/unix"),
+        *(f"time/spent_{kind}" for kind in KINDS),
     }
     assert all(set(line) == names for line in lines(straight))
     assert len({line["loss/generator"] for line in lines(straight)}) == 5

@@ -205,6 +205,7 @@ def make_batch(size: int = 4, *, seed: int = 0, shape=LATENTS_SHAPE, text_len: i
         "prompts": {"prompt_embeds": jnp.asarray(embeds[0])},
         "captions": {"prompt_embeds": jnp.asarray(embeds[1])},
         "latents": jnp.asarray(rng.standard_normal((size, *shape)), jnp.float32),
+        "canvas": jnp.zeros((size, 0, *shape), jnp.bfloat16),
     }
 
 

@@ -213,8 +213,11 @@ def _begin(
     if todo:
         values = math.prod(info.latents_shape) if isinstance(info, LatentsInfo) else 0
         text = {"texts": (texts[i] for i in todo), "text_len": info.text_len, "text_dim": info.text_dim}
-        size = size_in_words(disk_size(records=len(todo), values=values, **text))
-        say(f"{writer.folder}: {len(todo)} of {len(texts)} to encode, about {size} on disk")
+        size = disk_size(records=len(todo), values=values, **text)
+        say(
+            f"{writer.folder}: {len(todo)} of {len(texts)} to encode, about {size_in_words(size)} on disk "
+            f"({size_in_words(1000 * size / len(todo))} for 1,000)"
+        )
     return pending, todo
 
 

@@ -42,7 +42,7 @@ class Estimate:
             self._since = now
         elif self._batches == 3 and self._left > 0:
             each = (now - self._since) / (2 * count)
-            self._say(f"about {in_words(each * self._left)} to go ({each:.2g} s each)")
+            self._say(f"about {in_words(each * self._left)} to go ({in_words(1000 * each)} for 1,000)")
 
 
 def in_words(seconds: float) -> str:

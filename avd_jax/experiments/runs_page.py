@@ -14,6 +14,7 @@ from avd_jax.errors import UserError
 from avd_jax.experiments.comparison import REAL, means_table
 from avd_jax.experiments.curves import CHARTS, last_logged, training_charts
 from avd_jax.experiments.video_sets import Shown, matched, read_set, with_record
+from avd_jax.training.ledger import in_words
 
 MOST_ROWS, MOST_VIDEOS = 16, 75  # Chrome plays at most 75 in a page
 _RESULTS = ("metrics.json", "evaluation/metrics.json")  # of scripts/evaluate.py, with --out as its docs have it
@@ -105,9 +106,17 @@ def _numbers(metrics: dict[str, dict[str, float]], logged: dict[str, Logged]) ->
     if shown := _of_interest(logged):
         rows = [[CHARTS[name], *(_shown(values.get(name)) for values in logged.values())] for name in shown]
         pieces += [heading("Last logged by the training"), table(["value (step)", *logged], rows)]
+    if any("time/goodput" in values for values in logged.values()):
+        pieces += [heading("Where the time went"), *_times(logged)]
     if not pieces:
         pieces = [paragraph("No metrics: scripts/evaluate.py --videos FOLDER --out FOLDER/evaluation measures them.")]
     return pieces
+
+
+def _times(logged: dict[str, Logged]) -> list[Html]:
+    """Return a sentence a run, which says what its wall time was spent on, restarts included."""
+    told = {run: {name: value for name, (_, value) in values.items()} for run, values in logged.items()}
+    return [paragraph(f"{run}: {in_words(values)}.") for run, values in told.items() if "time/goodput" in values]
 
 
 def _side_by_side(videos: dict[str, list[Shown]], page: Path) -> list[Html]:

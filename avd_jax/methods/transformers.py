@@ -1,9 +1,8 @@
 """What the methods that run Wan's transformer share: its fields, its placement, its weights, and data that fit it."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +15,8 @@ from avd_jax.convert.architectures import WAN_DIT
 from avd_jax.convert.fingerprint import fingerprint
 from avd_jax.convert.networks import DEFAULT
 from avd_jax.convert.weights import open_weights
-from avd_jax.data.latents import LatentsInfo, read_metadata, read_negative_prompt_embeds, set_fingerprint
+from avd_jax.data import mixture
+from avd_jax.data.latents import LatentsInfo, read_negative_prompt_embeds
 from avd_jax.data.pipeline import training_batches
 from avd_jax.errors import UserError
 from avd_jax.fields import Field, Fields, one_of
@@ -114,29 +114,50 @@ def architecture(model: WanDiTConfig) -> dict:
     return {"name": WAN_DIT.name, "config": dataclasses.asdict(model)}
 
 
-def latents_info(folder: str | Path) -> LatentsInfo:
-    """Return what a set of latents says of itself; raises a UserError if it is another kind of set."""
-    info = read_metadata(Path(folder))
-    if not isinstance(info, LatentsInfo):
-        raise UserError(f"config.data.latents={folder}: is a set of prompts, not of latents")
-    return info
+def sets(value: str) -> str | None:
+    """Check a field that names encoded sets, or none, as `data/mixture.py` reads them."""
+    try:
+        mixture.named_sets(value)
+    except UserError as error:
+        return f"cannot be used: {str(error).removeprefix(f'{value}: ')}"
+    return None
 
 
-def clip_shape(folder: str, video: Mapping[str, int] | None, model: WanDiTConfig) -> LatentsShape:
-    """Return the shape (F, H, W, C) of a set's clips, or of videos of some size if no set is named."""
-    if folder or video is None:
-        return latents_info(folder).latents_shape
-    return latents_shape(**video, dit=model, vae=WanVAEConfig())
+def latents_infos(named: str) -> list[LatentsInfo]:
+    """Return what each named set of latents says of itself; raises a UserError if they do not go together."""
+    try:
+        return mixture.read_infos(named, "latents")
+    except UserError as error:
+        raise UserError(f"config.data.latents: {error}") from error
+
+
+def clip_shapes(named: str, video: Mapping[str, int] | None, model: WanDiTConfig) -> list[LatentsShape]:
+    """Return the different shapes (F, H, W, C) of the sets' clips, or that of videos of a size if no set is named.
+
+    The first one is that of the first set, in whose size a run shows its samples.
+    """
+    if named or video is None:
+        return list(dict.fromkeys(info.latents_shape for info in latents_infos(named)))
+    return [latents_shape(**video, dit=model, vae=WanVAEConfig())]
 
 
 def set_fingerprints(latents: str, prompts: str = "") -> dict[str, str]:
-    """Return config field -> what identifies the set that it names."""
-    found = {"data.latents": set_fingerprint(Path(latents))}
-    return found | ({"data.prompts": set_fingerprint(Path(prompts))} if prompts else {})
+    """Return config field -> what identifies the sets that it names."""
+    found = {"data.latents": mixture.fingerprint(latents)}
+    return found | ({"data.prompts": mixture.fingerprint(prompts)} if prompts else {})
+
+
+def encoded_sizes(batch_size: int, shapes: Sequence[LatentsShape], model: WanDiTConfig) -> dict[str, Mapping]:
+    """Return `fields` and `sizes` of a `Method` for encoded sets with clips of these shapes."""
+    sizes = {"x".join(map(str, shape[:-1])): encoded_fields(batch_size, shape, model) for shape in shapes}
+    return {"fields": encoded_fields(batch_size, shapes[0], model), "sizes": sizes}
 
 
 def encoded_fields(batch_size: int, latents_shape: tuple[int, ...], model: WanDiTConfig) -> dict[str, BatchField]:
-    """Return the fields of batches from encoded sets: `prompts`, fresh for each update, `latents`, their `captions`."""
+    """Return the fields of batches from encoded sets: `prompts`, fresh for each update, `latents`, their `captions`.
+
+    `canvas` holds no values: its shape says how large the student's samples are that go with these clips.
+    """
 
     def array(*shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((batch_size, *shape), jnp.bfloat16)
@@ -145,6 +166,7 @@ def encoded_fields(batch_size: int, latents_shape: tuple[int, ...], model: WanDi
     return {
         "prompts": BatchField(conditions, fresh=True),
         "latents": BatchField(array(*latents_shape)),
+        "canvas": BatchField(array(0, *latents_shape)),
         "captions": BatchField(conditions),
     }
 
@@ -158,14 +180,14 @@ def encoded_batches(
       config: has batch_size, seed and data.latents.
       mesh: decides which rows this host reads.
       text_len: tokens of a prompt that the model sees.
-      prompts: folder of a set of prompts; empty: the captions of the latents.
+      prompts: sets of prompts; empty: the captions of the latents.
       held_out: clips that no update sees.
     """
 
     def batches(fresh: Mapping[str, int]):
         return training_batches(
-            Path(config.data.latents),
-            Path(prompts) if prompts else None,
+            config.data.latents,
+            prompts or None,
             batch_size=config.batch_size,
             prompt_batches=fresh.get("prompts", 0),
             seed=config.seed,
@@ -183,13 +205,13 @@ def abstract_conditions(size: int, model: WanDiTConfig, dtype: str, sharding) ->
     return {"prompt_embeds": jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=sharding)}
 
 
-def negative_conditions(folder: str, model: WanDiTConfig, mesh: Mesh) -> Frozen:
-    """Return the conditions that guidance subtracts, one for all examples: those of the negative prompt of a set."""
+def negative_conditions(named: str, model: WanDiTConfig, mesh: Mesh) -> Frozen:
+    """Return the conditions that guidance subtracts, one for all examples: those of the first set's negative prompt."""
     everywhere = replicated(mesh)
     shape = jax.ShapeDtypeStruct((model.text_len, model.text_dim), jnp.bfloat16, sharding=everywhere)
 
     def load():
-        embeds = read_negative_prompt_embeds(Path(folder), model.text_len)
+        embeds = read_negative_prompt_embeds(mixture.named_sets(named)[0].path, model.text_len)
         return jax.device_put(as_conditions(jnp.asarray(embeds)), everywhere)
 
     return Frozen(as_conditions(shape), load)

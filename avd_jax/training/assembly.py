@@ -14,7 +14,7 @@ from avd_jax.errors import UserError, closest
 from avd_jax.parallel.compiler import compiler_options
 from avd_jax.parallel.hosts import BatchRows, batch_rows
 from avd_jax.parallel.mesh import batch_sharding, placed, replicated
-from avd_jax.training.method import Method, Update
+from avd_jax.training.method import BatchField, Method, Update
 from avd_jax.training.state import TrainState, abstract_state, ema_item, init_state
 from avd_jax.training.update import Step, fields_of, make_step, passes_of
 
@@ -41,6 +41,7 @@ class Assembly:
       method: as given.
       abstract: the state's shapes, dtypes and shardings.
       calls: the updates of a cycle that have something to train, in order.
+      sizes: name -> the fields of a batch of that size; one entry at least.
     """
 
     def __init__(self, method: Method):
@@ -69,6 +70,7 @@ class Assembly:
             )
 
         self.calls = tuple(Call(update, compiled(update), fields_of(method, update)) for update in updates)
+        self.sizes = method.sizes or {"": method.fields}
 
     @property
     def mesh(self) -> Mesh:
@@ -82,7 +84,7 @@ class Assembly:
 
     @property
     def _batch_size(self) -> int:
-        return jax.tree.leaves([field.abstract for field in self.method.fields.values()])[0].shape[0]
+        return jax.tree.leaves(_abstract(self.method.fields))[0].shape[0]
 
     def fresh(self) -> dict[str, int]:
         """Return how many batches a cycle takes of each field that is fresh for every update, 0 if nothing reads it."""
@@ -138,19 +140,37 @@ class Assembly:
                 number += 1
         return state, metrics
 
+    @property
+    def largest(self) -> str:
+        """The size of which a batch takes most memory."""
+        return max(self.sizes, key=lambda size: part_of(size, _abstract(self.sizes[size])).device_gib)
+
+    def size_of(self, batch: Mapping) -> str:
+        """Return which of the sizes a batch of `Method.batches` has; this host may hold only some of its rows."""
+        read = {name for call in self.calls for name in call.fields} - set(self.fresh())
+        return next(
+            size
+            for size, fields in self.sizes.items()
+            if len(self.sizes) == 1 or all(_shapes(fields[name].abstract) == _shapes(batch[name]) for name in read)
+        )
+
     def _put(self, tree, number: int | None):
         """Return a field on the devices: that of one update if each has its own."""
         return jax.tree.map(lambda local: self.rows.put(local if number is None else local[:, number]), tree)
 
-    def program(self, name: str) -> Program:
+    def program(self, name: str, size: str | None = None) -> Program:
         """Return a program of a run by name, with the shapes and shardings of its arguments.
+
+        Args:
+          name: one of `program_names`.
+          size: of the batch, for an update; None: the largest.
 
         Raises:
           UserError: there is none of that name; says which is closest.
         """
         for call in self.calls:
             if name == f"{call.update.network}_step":
-                return self._step_program(name, call)
+                return self._step_program(name, call, size or self.largest)
         if name not in self.method.programs:
             names = self.program_names()
             raise UserError(
@@ -183,7 +203,9 @@ class Assembly:
         found = list(self._state_parts())
         found += [part_of(name, part.abstract) for name, part in self.method.frozen.items()]
         # Those of the cycle that runs and of the next one, which the host has dispatched.
-        batches = [self._abstract_batch(call) for call in self.calls for _ in range(2 * call.update.times)]
+        batches = [
+            self._abstract_batch(call, self.largest) for call in self.calls for _ in range(2 * call.update.times)
+        ]
         found.append(part_of("batches", batches))
         # Orbax copies the state to the host, and writes it from there while the run goes on.
         saved = sum(part.device_gib + part.host_gib for part in self._state_parts())
@@ -196,15 +218,24 @@ class Assembly:
             if network.ema is not None:
                 yield part_of(ema_item(name), network.ema)
 
-    def _step_program(self, name: str, call: Call) -> Program:
+    def _step_program(self, name: str, call: Call, size: str) -> Program:
         frozen = {name: part.abstract for name, part in self.method.frozen.items()}
         key = placed(jax.eval_shape(lambda: jax.random.key(0)), replicated(self.method.mesh))
-        args = self.abstract, frozen, self._abstract_batch(call), key
+        args = self.abstract, frozen, self._abstract_batch(call, size), key
         return Program(name, call.step, args, outcomes=_outcomes(call.update), resident=(0, 1))
 
-    def _abstract_batch(self, call: Call) -> dict:
-        batch = {name: self.method.fields[name].abstract for name in call.fields}
+    def _abstract_batch(self, call: Call, size: str) -> dict:
+        batch = {name: self.sizes[size][name].abstract for name in call.fields}
         return placed(batch, batch_sharding(self.method.mesh))
+
+
+def _abstract(fields: Mapping[str, BatchField]) -> list:
+    return [field.abstract for field in fields.values()]
+
+
+def _shapes(tree) -> list[tuple[int, ...]]:
+    """Return the shapes of a tree's arrays without the batch."""
+    return [leaf.shape[1:] for leaf in jax.tree.leaves(tree)]
 
 
 def _outcomes(update: Update) -> tuple[dict[str, int], ...]:

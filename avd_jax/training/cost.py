@@ -47,14 +47,21 @@ class CycleCost:
         return f"one cycle ({made}) costs {self.in_units(self.flops):.3g} {self.unit} an example: {each}"
 
 
-def cycle_cost(assembly: Assembly) -> CycleCost:
-    """Count one cycle of a run; each program is traced, which its first call need not do again."""
-    calls, method = assembly.calls, assembly.method
-    updates = {call.update.network: expected_flops(assembly.program(f"{call.update.network}_step")) for call in calls}
+def cycle_cost(assembly: Assembly, size: str | None = None) -> CycleCost:
+    """Count one cycle of a run; each program is traced, which its first call need not do again.
+
+    Args:
+      assembly: of the run.
+      size: of the batch, where there are several; None: the largest.
+    """
+    calls, method, size = assembly.calls, assembly.method, size or assembly.largest
+    updates = {
+        call.update.network: expected_flops(assembly.program(f"{call.update.network}_step", size)) for call in calls
+    }
     times = {call.update.network: call.update.times for call in calls}
     unit, unit_flops = None, 1.0
     if method.unit is not None:
-        unit, function, args = method.unit()
+        unit, function, args = method.unit(assembly.sizes[size])
         unit_flops = count_flops(function, *args)
     return CycleCost(updates, times, assembly.rows.batch_size, unit, unit_flops)
 

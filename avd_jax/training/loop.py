@@ -7,7 +7,7 @@ before.
 import signal
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -16,6 +16,7 @@ import jax
 from avd_jax.errors import UserError
 from avd_jax.fields import flatten
 from avd_jax.training.checkpoint import Checkpoints, State
+from avd_jax.training.ledger import Ledger, in_words
 from avd_jax.training.metrics import MetricsWriter, NoMetrics
 from avd_jax.training.profiling import Profile
 from avd_jax.training.workdir import StopSignals, jsonable
@@ -36,7 +37,8 @@ class Driven(Generic[SomeState]):
       sample: called with `(step, state)` every `sample_every` steps and after the last, after the checkpoint unless
         that is rated by the samples; its time is not a step's.
       sample_every: 0 never samples.
-      seconds_at_peak: that a step would take if every device worked at its peak; None if unknown.
+      seconds_at_peak: that the step just dispatched would take if every device worked at its peak; None if unknown.
+      ledger: of the run's time, which the loop keeps.
       profile: folder for a trace of a few steps; None traces none.
     """
 
@@ -47,7 +49,8 @@ class Driven(Generic[SomeState]):
     ratings: Callable[[], dict[str, float]] = dict
     sample: Callable[[int, SomeState], object] = lambda step, state: None
     sample_every: int = 0
-    seconds_at_peak: float | None = None
+    seconds_at_peak: Callable[[], float | None] = lambda: None
+    ledger: Ledger = field(default_factory=Ledger)
     profile: Path | None = None
 
 
@@ -75,14 +78,15 @@ class _HostLoop:
     def __init__(self, driven: Driven, checkpoints, writer, stop, step: int):
         self.driven, self.config = driven, driven.config
         self.checkpoints, self.writer, self.stop = checkpoints, writer, stop
-        self.pending: tuple[int, object] | None = None
+        self.pending: tuple[int, object, float | None] | None = None
         self.latest: dict[str, float] = {}
         self.step = self.written = step
-        self.clock = time.monotonic()
+        self.clock, self.at_peak = time.monotonic(), 0.0
         self.profile = Profile(driven.profile, first_step=step, num_steps=driven.config.num_steps)
 
     def go(self, state):
         config = self.config
+        self.driven.ledger.turn_to("step")
         while self.step < config.num_steps and not self.stop.before(self.step):
             self.profile.before(self.step)
             with jax.profiler.StepTraceAnnotation("step", step_num=self.step):
@@ -90,7 +94,7 @@ class _HostLoop:
             self._fetch()  # of the step before, while the devices work on this one
             self.profile.after(self.step, metrics)
             self.step += 1
-            self.pending = self.step, metrics
+            self.pending = self.step, metrics, self.driven.seconds_at_peak()
             actions = [self._sample] if self._is_due(self.driven.sample_every) else []
             if self._is_due(config.checkpoint_every):
                 rated_by_samples = self.checkpoints.best_metric in self.driven.ratings()
@@ -100,8 +104,12 @@ class _HostLoop:
             self._stop_if_broken(state)
         self.profile.close()
         self._save(state)
-        self.checkpoints.wait()
+        self._wait()
+        spent = self.driven.ledger.numbers()
+        self.writer.message(in_words(spent))
         if self.stop.signal and self.step < config.num_steps:
+            if self.step != self.written:
+                self.writer.record(self.step, spent)  # from here on the run is down
             name = signal.Signals(self.stop.signal).name
             self.writer.message(
                 f"stopped by {name} after step {self.step}, which is saved; the same command goes on from it"
@@ -117,38 +125,48 @@ class _HostLoop:
     def _sample(self, state) -> None:
         self._fetch()
         started = time.monotonic()
-        self.driven.sample(self.step, state)
+        with self.driven.ledger.spending("sample"):
+            self.driven.sample(self.step, state)
         self.clock += time.monotonic() - started
 
     def _fetch(self) -> None:
         """Bring the last step's metrics to the host and log them."""
         if self.pending is None:
             return
-        step, metrics = self.pending
+        step, metrics, at_peak = self.pending
         self.pending = None
+        self.at_peak += at_peak or 0.0
         self.latest = values = self.driven.summarise(step, jax.device_get(metrics))
         self.checkpoints.check_best_metric(self.driven.ratings() | values)  # now, not when hours later it is needed
         self.writer.advance(step)
         if step % self.config.log_every == 0 or step == self.config.num_steps:
             now = time.monotonic()
             seconds = (now - self.clock) / (step - self.written)
-            self.clock, self.written = now, step
             speed = {"time/step_seconds": seconds, "time/steps_per_second": 1 / seconds}
-            if self.driven.seconds_at_peak:
-                speed["time/mfu"] = self.driven.seconds_at_peak / seconds
-            self.writer.write(step, values | speed)
+            if self.at_peak:
+                speed["time/mfu"] = self.at_peak / (now - self.clock)
+            self.clock, self.written, self.at_peak = now, step, 0.0
+            self.writer.write(step, values | speed | self.driven.ledger.numbers())
 
     def _save(self, state) -> None:
         self._fetch()
+        with self.driven.ledger.spending("save"):
+            self._write(state)
+
+    def _write(self, state) -> None:
         meta = self.driven.describe() | {"step": self.step, "settings": jsonable(flatten(self.config))}
         self.checkpoints.save(self.step, state, meta, self.driven.ratings() | self.latest)
+
+    def _wait(self) -> None:
+        with self.driven.ledger.spending("save"):
+            self.checkpoints.wait()
 
     def _stop_if_broken(self, state) -> None:
         skipped = self.latest.get("skipped/in_row", 0)
         if skipped < self.config.max_nonfinite:
             return
         self._save(state)
-        self.checkpoints.wait()
+        self._wait()
         raise UserError(
             f"the loss was not finite in {int(skipped)} updates in a row (config.max_nonfinite); stopped after step "
             f"{self.step}, which is saved with the last good weights. Look at metrics.jsonl; a lower "

@@ -229,6 +229,8 @@ class Method:
       networks: those that are trained, by name.
       updates: of a cycle, in order; the last one completes a step.
       fields: parts of the batch, by name.
+      sizes: if batches come in several sizes, each in one of them: name -> `fields` with the shapes of that size. The
+        updates are compiled for each; what they read, and what is fresh, is that of `fields`.
       batches: (field -> how many a cycle takes of a fresh one, 0 if none is asked for) -> an iterator over the cycles'
         batches, this host's rows of them.
       frozen: what is not trained, by name.
@@ -238,8 +240,8 @@ class Method:
       record: what a checkpoint says beside arrays: `architecture` of the main network, and more.
       inputs: config field -> what identifies the weights or the set that its path leads to.
       observer: called with the surroundings and the frozen arrays once a run starts.
-      unit: (name, function, abstract arguments) of the piece of work in which the cost of a cycle is stated, for a
-        whole batch; None states none.
+      unit: fields -> (name, function, abstract arguments) of the piece of work in which the cost of a cycle is stated,
+        for a whole batch of these fields; None states none.
       programs: what else a run compiles, by name, for the memory verdict.
       stages: when these run, beside the updates.
     """
@@ -251,6 +253,7 @@ class Method:
     updates: tuple[Update, ...]
     fields: Mapping[str, BatchField]
     batches: Callable[[Mapping[str, int]], Batches]
+    sizes: Mapping[str, Mapping[str, BatchField]] = field(default_factory=dict)
     frozen: Mapping[str, Frozen] = field(default_factory=dict)
     extras: Mapping[str, Callable[[], Tree]] = field(default_factory=dict)
     accumulation_steps: int | None = None
@@ -258,7 +261,7 @@ class Method:
     record: Callable[[], dict] = dict
     inputs: Callable[[], dict[str, str]] = dict
     observer: Callable[[Surroundings, Mapping[str, Tree]], Observer] = lambda surroundings, frozen: Observer()
-    unit: Callable[[], tuple[str, Callable, tuple]] | None = None
+    unit: Callable[[Mapping[str, BatchField]], tuple[str, Callable, tuple]] | None = None
     programs: Mapping[str, Callable[[], Program]] = field(default_factory=dict)
     stages: tuple[Stage, ...] = ()
 

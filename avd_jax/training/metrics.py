@@ -22,17 +22,21 @@ from tqdm import tqdm
 from avd_jax.data.atomic import write_text
 from avd_jax.errors import UserError
 from avd_jax.parallel.hosts import is_first
+from avd_jax.training.ledger import Ledger, read_lines
 
 
 class MetricsWriter:
     """Writes one JSON object a logged step, the same scalars to TensorBoard, and a progress bar or plain lines."""
 
-    def __init__(self, workdir: Path, *, first_step: int, num_steps: int):
-        """Continue after `first_step` (0 for a new run), dropping what was logged after it."""
+    def __init__(self, workdir: Path, *, first_step: int, num_steps: int, ledger: Ledger | None = None):
+        """Continue after `first_step` (0 for a new run), dropping what was logged after it, which the ledger reads."""
         self._path = path = workdir / "metrics.jsonl"
         with self._reporting():
             if path.exists():
-                write_text(path, "".join(line + "\n" for line in _lines_up_to(path, first_step)))
+                lines = read_lines(path)
+                kept = [line for line in lines if line["step"] <= first_step]
+                lines = ledger.goes_on(lines, first_step) if ledger else kept
+                write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
             self._file = path.open("a")
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1)
         self._num_steps = num_steps
@@ -131,17 +135,10 @@ class NoMetrics:
         """Do nothing."""
 
 
-def open_metrics(workdir: Path, *, first_step: int, num_steps: int) -> MetricsWriter | NoMetrics:
+def open_metrics(
+    workdir: Path, *, first_step: int, num_steps: int, ledger: Ledger | None = None
+) -> MetricsWriter | NoMetrics:
     """Return this host's writer of a run that continues after `first_step`."""
     if not is_first():
         return NoMetrics()
-    return MetricsWriter(workdir, first_step=first_step, num_steps=num_steps)
-
-
-def _lines_up_to(path: Path, step: int):
-    for line in path.read_text().splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                yield line
-        except (ValueError, KeyError, TypeError):
-            continue  # a line that a kill cut off
+    return MetricsWriter(workdir, first_step=first_step, num_steps=num_steps, ledger=ledger)

@@ -22,6 +22,7 @@ from avd_jax.paths import local_path
 from avd_jax.training.assembly import Assembly
 from avd_jax.training.checkpoint import Checkpoints
 from avd_jax.training.cost import cycle_cost, seconds_at_peak
+from avd_jax.training.ledger import Ledger
 from avd_jax.training.loop import Driven, run_steps
 from avd_jax.training.method import Batches, Method, Recipe, Surroundings
 from avd_jax.training.metrics import open_metrics
@@ -67,6 +68,7 @@ def train(recipe: Recipe, config, workdir: Path, *, profile: bool = False) -> Ou
     Raises:
       UserError: for what the user can put right.
     """
+    ledger = Ledger()
     recipe.validate(config)
     workdir = local_path(workdir)
     check_shared(workdir)
@@ -76,33 +78,45 @@ def train(recipe: Recipe, config, workdir: Path, *, profile: bool = False) -> Ou
     with StopSignals() as stop, contextlib.ExitStack() as held:
         method = recipe.build(config)
         assembly = Assembly(method)
-        cost = cycle_cost(assembly)
+        costs = {size: cycle_cost(assembly, size) for size in assembly.sizes}
+        at_peak = {size: seconds_at_peak(assembly, cost) for size, cost in costs.items()}
         if is_first():
             held.enter_context(only_writer(workdir))
             _print_layout(assembly)
-            print(cost.as_text(), flush=True)
+            for size, cost in costs.items():
+                print(f"{size}: {cost.as_text()}" if len(costs) > 1 else cost.as_text(), flush=True)
             overview = parameter_overview.get_parameter_overview(method.main_network.abstract, include_stats=False)
             write_text(workdir / "parameters.txt", f"{overview}\n")
         inputs = method.inputs()
         frozen = assembly.load_frozen()
         checkpoints = Checkpoints(workdir, **config.checkpoint)
-        state, key, batches = _start(assembly, config, checkpoints, inputs)
+        state, key, batches = _start(assembly, config, checkpoints, inputs, ledger)
         first_step = int(state.step)
         if is_first():
             record_config(config, workdir, step=first_step, changed=changed)
-        writer = open_metrics(workdir, first_step=first_step, num_steps=config.num_steps)
+        goes_on = first_step < config.num_steps
+        writer = open_metrics(
+            workdir, first_step=first_step, num_steps=config.num_steps, ledger=ledger if goes_on else None
+        )
         try:
-            if first_step >= config.num_steps:
+            if not goes_on:
                 writer.message(f"the run is complete: {first_step} of {config.num_steps} steps are in {workdir}")
                 return Outcome(0, state, method)
             if first_step:
                 writer.message(f"going on from step {first_step}" + _in_words(changed))
             observer = method.observer(Surroundings(workdir, writer), frozen)
             if observer.sample_every and observer.samples_at_start and not first_step and not stop.signal:
-                observer.sample(0, state)
+                with ledger.spending("sample"):
+                    observer.sample(0, state)
+
+            size = next(iter(assembly.sizes))
 
             def dispatch(state: TrainState, step: int):
-                return assembly.dispatch(state, frozen, next(batches), jax.random.fold_in(key, step))
+                nonlocal size
+                with ledger.spending("data"):
+                    batch = next(batches)
+                size = assembly.size_of(batch)
+                return assembly.dispatch(state, frozen, batch, jax.random.fold_in(key, step))
 
             def record() -> dict:
                 return {
@@ -120,7 +134,8 @@ def train(recipe: Recipe, config, workdir: Path, *, profile: bool = False) -> Ou
                 ratings=lambda: observer.ratings,
                 sample=observer.sample,
                 sample_every=observer.sample_every,
-                seconds_at_peak=seconds_at_peak(assembly, cost),
+                seconds_at_peak=lambda: at_peak[size],
+                ledger=ledger,
                 profile=workdir / "profile" if profile else None,
             )
             status, state = run_steps(driven, state, checkpoints, writer, stop)
@@ -130,7 +145,7 @@ def train(recipe: Recipe, config, workdir: Path, *, profile: bool = False) -> Ou
 
 
 def _start(
-    assembly: Assembly, config, checkpoints: Checkpoints, inputs: Mapping[str, str]
+    assembly: Assembly, config, checkpoints: Checkpoints, inputs: Mapping[str, str], ledger: Ledger
 ) -> tuple[TrainState, jax.Array, Batches]:
     """Return (state, key, batches) of a new run or of the last checkpoint."""
     method, step = assembly.method, checkpoints.latest_step()
@@ -164,7 +179,8 @@ def _start(
     check_inputs(meta.get("inputs"), inputs, where)
     batches.set_state(meta["data"])
     key = jax.random.wrap_key_data(np.asarray(meta["key"], np.uint32))
-    return checkpoints.restore(step, assembly.abstract), key, batches
+    with ledger.spending("restore"):
+        return checkpoints.restore(step, assembly.abstract), key, batches
 
 
 def _updates(cycle: Mapping) -> str:

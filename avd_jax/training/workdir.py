@@ -114,8 +114,9 @@ def check_inputs(before: Mapping[str, str] | None, now: Mapping[str, str], check
     changed = sorted(f"config.{name}" for name in {*before, *now} if before.get(name) != now.get(name))
     if changed:
         raise UserError(
-            f"{checkpoint}: the run began with other contents of {', '.join(changed)}; name a copy of those, or "
-            "another --workdir (docs/data.md says how to have a set back that has grown)"
+            f"{checkpoint}: the run began with other contents of {', '.join(changed)}; name a copy of those, several "
+            "sets in the same order and with the same weights, or another --workdir (docs/data.md says how to have a "
+            "set back that has grown)"
         )
 
 

@@ -18,16 +18,16 @@ from avd_jax.fields import (
     check_values,
     config_from,
     finite,
-    local,
     not_nan,
     not_negative,
     one_of,
     positive,
     require,
+    weights,
     with_defaults,
 )
 from avd_jax.methods.avd import terms
-from avd_jax.methods.transformers import ATTENTION_FIELDS, DTYPES, REMAT, WHICH_FIELDS
+from avd_jax.methods.transformers import ATTENTION_FIELDS, DTYPES, REMAT, WHICH_FIELDS, sets
 from avd_jax.models.vae_tiles import MEMORY_GIB
 from avd_jax.models.wan_dit import REMAT_POLICIES, WAN_MODELS
 from avd_jax.parallel.memory import MEMORIES
@@ -41,18 +41,21 @@ FIELDS: Fields = {
     "init_from": Field(
         "",
         "weights of the teacher, which all networks start from, in any layout; sets the sizes",
-        local,
+        weights,
         changeable=True,
     ),
     **WHICH_FIELDS,
     "model": Field("", f"what aot_compile.py compiles if init_from is empty: {', '.join(WAN_MODELS)}"),
     "data.latents": Field(
-        "", "folder of encoded videos (scripts/encode.py --videos), for the regression loss", local, changeable=True
+        "",
+        "folder of encoded videos (scripts/encode.py --videos), for the regression loss; or several, as in a:3,b:1",
+        sets,
+        changeable=True,
     ),
     "data.prompts": Field(
         "",
-        "folder of encoded prompts (scripts/encode.py --prompts); empty: the captions of data.latents",
-        local,
+        "folder of encoded prompts (scripts/encode.py --prompts), or several; empty: the captions of data.latents",
+        sets,
         changeable=True,
     ),
     "data.held_out": Field(
@@ -72,7 +75,7 @@ FIELDS: Fields = {
     "half_rate.interpolator": Field(
         "",
         "weights that make the other frames, in any layout; they stay with the student",
-        local,
+        weights,
         changeable=True,
     ),
     "score.shift": Field(
@@ -168,7 +171,7 @@ FIELDS: Fields = {
         changeable=True,
     ),
     "sample.vae": Field(
-        "", "weights of the VAE that decodes the samples; empty: those beside init_from", local, changeable=True
+        "", "weights of the VAE that decodes the samples; empty: those beside init_from", weights, changeable=True
     ),
     "sample.vae_gib": Field(
         MEMORY_GIB,

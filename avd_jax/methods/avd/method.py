@@ -1,7 +1,6 @@
 """AVD as a method of the trainer: which networks there are, what they start from, what a run of it reads and says."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 
 import jax
@@ -12,17 +11,17 @@ from avd_jax.convert.architectures import INTERPOLATOR
 from avd_jax.convert.fingerprint import fingerprint
 from avd_jax.convert.networks import DEFAULT
 from avd_jax.convert.weights import open_weights
-from avd_jax.data.latents import EncodedSet, LatentsInfo
+from avd_jax.data.latents import LatentsInfo
 from avd_jax.data.leakage import read_texts
+from avd_jax.data.mixture import named_sets, open_sets
 from avd_jax.diffusion.student import StudentSchedule, check_half_rate
 from avd_jax.errors import UserError
 from avd_jax.fields import listed
-from avd_jax.generation.pipeline import LatentsShape
 from avd_jax.losses.adaptive_regression import LossHistory
 from avd_jax.methods import transformers
 from avd_jax.methods.avd.objectives import Student
 from avd_jax.methods.avd.observer import AVDObserver
-from avd_jax.methods.avd.programs import programs, stages, unit
+from avd_jax.methods.avd.programs import Sizes, programs, stages, unit
 from avd_jax.methods.avd.terms import asks_for_fake_score, fake_score_update, generator_update
 from avd_jax.models.attention import check_heads
 from avd_jax.models.functional import Denoiser, Functional, functional, make_denoiser, unallocated
@@ -31,21 +30,6 @@ from avd_jax.models.wan_dit import WAN_MODELS, WanDiTConfig
 from avd_jax.parallel.mesh import make_mesh, placed, replicated
 from avd_jax.training.method import Frozen, Method, Trained
 from avd_jax.training.optimizers import constant
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """What is known before any weight is read.
-
-    Attributes:
-      model: sizes of generator, fake_score and teacher.
-      latents: shape (F, H, W, C) of a clip.
-      interpolator: sizes of the frame interpolator, or None without half-rate steps.
-    """
-
-    model: WanDiTConfig
-    latents: LatentsShape
-    interpolator: InterpolatorConfig | None
 
 
 def build(config, *, devices=None, video: Mapping[str, int] | None = None) -> Method:
@@ -63,7 +47,7 @@ def build(config, *, devices=None, video: Mapping[str, int] | None = None) -> Me
     sizes = _sizes(config, video)
     check_heads(sizes.model.num_heads, mesh.shape["seq"])
     if config.data.prompts:
-        EncodedSet(config.data.prompts, "prompts")  # a wrong folder is to be named before the weights are read
+        open_sets(config.data.prompts, "prompts")  # a wrong folder is to be named before the weights are read
     for path in listed(config.data.held_out):
         read_texts(path)  # so is a wrong list
     make = partial(make_denoiser, sizes.model, placement=transformers.make_placement(config.attention, mesh))
@@ -73,7 +57,7 @@ def build(config, *, devices=None, video: Mapping[str, int] | None = None) -> Me
     student = Student(
         network=network,
         timesteps=StudentSchedule(tuple(config.student.timesteps)).timesteps,
-        shape=sizes.latents,
+        shape=sizes.shapes[0],
         half_rate_steps=config.half_rate.steps,
         half_rate_positions=config.half_rate.positions,
         interpolator=interpolator,
@@ -97,7 +81,7 @@ def build(config, *, devices=None, video: Mapping[str, int] | None = None) -> Me
         updates, frozen = (fake_score_update(config, student), *updates), dict(teacher_parts)
     if interpolator is not None:
         frozen["interpolator"] = _interpolator_part(config, interpolator, mesh)
-    info = transformers.latents_info(config.data.latents) if config.data.latents else None
+    info = transformers.latents_infos(config.data.latents)[0] if config.data.latents else None
     return Method(
         name="avd",
         main="generator",
@@ -105,15 +89,15 @@ def build(config, *, devices=None, video: Mapping[str, int] | None = None) -> Me
         networks=networks,
         frozen=frozen,
         updates=updates,
-        fields=transformers.encoded_fields(config.batch_size, sizes.latents, sizes.model),
+        **transformers.encoded_sizes(config.batch_size, sizes.shapes, sizes.model),
         batches=transformers.encoded_batches(config, mesh, text_len=sizes.model.text_len, prompts=config.data.prompts),
         extras={"history": partial(LossHistory.init, len(config.student.timesteps))},
         accumulation_steps=config.accumulation_steps,
         record=partial(_record, config, sizes.model, info),
         inputs=partial(_inputs, config),
         observer=partial(AVDObserver, config, student, teacher, teacher_parts, sizes.model, info, mesh),
-        unit=partial(unit, network, sizes.model, sizes.latents, config.batch_size),
-        programs=programs(config, student, teacher, teacher_parts, set(frozen), sizes.model, sizes.interpolator, mesh),
+        unit=partial(unit, network, sizes.model),
+        programs=programs(config, student, teacher, teacher_parts, set(frozen), sizes, mesh),
         stages=stages(config),
     )
 
@@ -125,36 +109,37 @@ def _sizes(config, video: Mapping[str, int] | None) -> Sizes:
         model = WAN_MODELS[config.model]
     else:
         raise UserError(f"config.model={config.model!r}: set it to one of {', '.join(WAN_MODELS)}, or set init_from")
-    latents = transformers.clip_shape(config.data.latents, video, model)
+    shapes = transformers.clip_shapes(config.data.latents, video, model)
     if config.data.latents:
-        _check_set(config.data.latents, model, config.init_from)
+        _check_sets(config.data.latents, model, config.init_from)
     named, interpolator = config.half_rate.interpolator, None
     if named:
         interpolator = open_weights(named, INTERPOLATOR).config
-        if interpolator.channels != latents[-1]:
+        if interpolator.channels != shapes[0][-1]:
             raise UserError(
                 f"config.half_rate.interpolator={named}: takes latents of {interpolator.channels} channels, the set "
-                f"has {latents[-1]}; use the one that was trained for this VAE"
+                f"has {shapes[0][-1]}; use the one that was trained for this VAE"
             )
     elif config.half_rate.steps:
-        interpolator = InterpolatorConfig(latents[-1])
-    check_half_rate(config.half_rate.steps, num_steps=len(config.student.timesteps), frames=latents[0])
-    return Sizes(model, latents, interpolator)
+        interpolator = InterpolatorConfig(shapes[0][-1])
+    for shape in shapes:
+        check_half_rate(config.half_rate.steps, num_steps=len(config.student.timesteps), frames=shape[0])
+    return Sizes(model, shapes, interpolator)
 
 
-def _check_set(folder: str, model: WanDiTConfig, weights: str) -> None:
-    info = transformers.latents_info(folder)
-    *sizes, channels = info.latents_shape
-    if channels != model.in_dim or info.text_dim != model.text_dim:
-        raise UserError(
-            f"config.data.latents={folder}: has {channels} channels and text_dim {info.text_dim}, the model of "
-            f"init_from={weights} takes {model.in_dim} and {model.text_dim}; encode the videos with its weights"
-        )
-    if any(size % patch for size, patch in zip(sizes, model.patch_size, strict=True)):
-        raise UserError(
-            f"config.data.latents={folder}: the model's patch {model.patch_size} does not divide latents of "
-            f"{tuple(sizes)}; encode with a height and width that are multiples of 16"
-        )
+def _check_sets(named: str, model: WanDiTConfig, weights: str) -> None:
+    for (folder, _), info in zip(named_sets(named), transformers.latents_infos(named), strict=True):
+        *sizes, channels = info.latents_shape
+        if channels != model.in_dim or info.text_dim != model.text_dim:
+            raise UserError(
+                f"config.data.latents={folder}: has {channels} channels and text_dim {info.text_dim}, the model of "
+                f"init_from={weights} takes {model.in_dim} and {model.text_dim}; encode the videos with its weights"
+            )
+        if any(size % patch for size, patch in zip(sizes, model.patch_size, strict=True)):
+            raise UserError(
+                f"config.data.latents={folder}: the model's patch {model.patch_size} does not divide latents of "
+                f"{tuple(sizes)}; encode with a height and width that are multiples of 16"
+            )
 
 
 def _start(config, mesh, shardings) -> dict:

@@ -39,7 +39,7 @@ class Student:
     Attributes:
       network: of generator and fake_score.
       timesteps: of its steps.
-      shape: (F, H, W, C) of its samples.
+      shape: (F, H, W, C) of its samples, where nothing else says it.
       half_rate_steps: first steps at half rate.
       half_rate_positions: of their frames, a key of HALF_RATE_POSITIONS.
       interpolator: `(params, latents) -> latents`, makes the missing frames; None without half-rate steps.
@@ -62,7 +62,7 @@ class Student:
         """Draw the step (0-based) at which a rollout stops, one for the batch, from an update's key."""
         return jax.random.randint(jax.random.fold_in(key, STOP), (), 0, len(self.timesteps))
 
-    def x0(self, params, conditions, keys, stop, interpolator=None):
+    def x0(self, params, conditions, keys, stop, interpolator=None, *, shape=None):
         """Return the x0 at step `stop` of a rollout, [B F H W C]; only that step carries gradient (Algorithm 1).
 
         Args:
@@ -71,9 +71,10 @@ class Student:
           keys: [B].
           stop: from `stop_step`.
           interpolator: its parameters.
+          shape: (F, H, W, C) of the samples, if it is not that of `shape`.
         """
         keys, half_steps = _stream(keys, ROLLOUT), self.half_rate_steps
-        noise = initial_noise(keys, self.shape)
+        noise = initial_noise(keys, shape or self.shape)
         # Constants from the start: else the rollout's loop would be differentiated only to be thrown away.
         constants = jax.lax.stop_gradient(params)
         simulation = {"timesteps": self.timesteps, "stop_step": stop}

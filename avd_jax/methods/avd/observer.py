@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from avd_jax import convert
 from avd_jax.convert.shipping import write_interpolator
 from avd_jax.data.leakage import leakage, read_texts
+from avd_jax.data.mixture import named_sets
 from avd_jax.fields import listed
 from avd_jax.methods.avd.meters import BINS, Meters
 from avd_jax.methods.avd.samples import SampleWriter
@@ -54,12 +55,13 @@ class AVDObserver(Observer):
 
 def _tell_of_leakage(config, message: Callable[[str], None]) -> None:
     """Send a line for each list that the student will be judged by, if it trains on prompts like those."""
-    source = config.data.prompts or config.data.latents
-    texts = read_texts(source) if config.data.held_out else []
-    for path in listed(config.data.held_out):
-        found = leakage(texts, path)
-        if found.pairs:
-            message(
-                f"leakage: {found.summary()} ({source}); scripts/vbench.py leakage --prompts {source} --against {path} "
-                "shows them"
-            )
+    against = listed(config.data.held_out)
+    for source, _ in named_sets(config.data.prompts or config.data.latents) if against else ():
+        texts = read_texts(source)
+        for path in against:
+            found = leakage(texts, path)
+            if found.pairs:
+                message(
+                    f"leakage: {found.summary()} ({source}); scripts/vbench.py leakage --prompts {source} "
+                    f"--against {path} shows them"
+                )

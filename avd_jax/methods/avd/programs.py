@@ -1,6 +1,8 @@
 """What a distillation compiles beside its updates, for the memory verdict, and the unit of its cost."""
 
-from collections.abc import Callable, Mapping, Set
+import math
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import dataclass
 from functools import partial
 
 import jax
@@ -22,16 +24,32 @@ from avd_jax.models.umt5 import UMT5Config, UMT5Encoder
 from avd_jax.models.wan_dit import WanDiTConfig
 from avd_jax.models.wan_vae import WanVAE, WanVAEConfig, computing_in
 from avd_jax.parallel.mesh import filled_up, placed, replicated
-from avd_jax.training.method import Frozen
+from avd_jax.training.method import BatchField, Frozen
 
 TEXTS_AT_ONCE = 8  # that scripts/encode.py gives to the text encoder
 
 
-def unit(network: Denoiser, model: WanDiTConfig, shape: LatentsShape, batch_size: int) -> tuple[str, Callable, tuple]:
-    """Return the piece of work in which a cycle's cost is stated: one forward pass on a batch.
+@dataclass(frozen=True)
+class Sizes:
+    """What is known before any weight is read.
+
+    Attributes:
+      model: sizes of generator, fake_score and teacher.
+      shapes: different shapes (F, H, W, C) of the clips, that of the first set first.
+      interpolator: sizes of the frame interpolator, or None without half-rate steps.
+    """
+
+    model: WanDiTConfig
+    shapes: Sequence[LatentsShape]
+    interpolator: InterpolatorConfig | None
+
+
+def unit(network: Denoiser, model: WanDiTConfig, fields: Mapping[str, BatchField]) -> tuple[str, Callable, tuple]:
+    """Return the piece of work in which a cycle's cost is stated: one forward pass on a batch of some fields.
 
     It is a whole one: of a single example every batch shard would make the attention.
     """
+    batch_size, *shape = fields["latents"].abstract.shape
     conditions = abstract_conditions(batch_size, model, "bfloat16", None)
     latents = jax.ShapeDtypeStruct((batch_size, *shape), jnp.float32)
     args = network.abstract_params(), latents, jax.ShapeDtypeStruct((batch_size,), jnp.float32), conditions
@@ -54,8 +72,7 @@ def programs(
     teacher: Denoiser,
     teacher_parts: Mapping[str, Frozen],
     held: Set[str],
-    model: WanDiTConfig,
-    interpolator: InterpolatorConfig | None,
+    sizes: Sizes,
     mesh: Mesh,
 ) -> Mapping[str, Callable[[], Program]]:
     """Return the programs by name, each made when it is asked for.
@@ -70,18 +87,18 @@ def programs(
       teacher: its network.
       teacher_parts: `teacher` and `negative`, which its samples take.
       held: names of what the run holds anyway.
-      model: sizes of the transformer.
-      interpolator: sizes of the frame interpolator, or None.
+      sizes: of the networks and the clips, of which `vae_encode` makes the largest; samples are as `student.shape`.
       mesh: to run on.
     """
-    shape, sampled = student.shape, partial(_student_sample, config, student, model, interpolator, mesh)
+    model, shape = sizes.model, student.shape
+    sampled = partial(_student_sample, config, student, model, sizes.interpolator, mesh)
     found = {"student_sample": sampled}
     if student.half_rate_steps:
         found["student_sample_half_rate"] = partial(sampled, half_rate=True)
     if config.sample.teacher_steps:
         found["teacher_sample"] = partial(_teacher_sample, config, teacher, teacher_parts, held, shape, model, mesh)
     found["vae_decode"] = partial(_vae_decode, config, shape, mesh)
-    found["vae_encode"] = partial(_vae_encode, shape, mesh)
+    found["vae_encode"] = partial(_vae_encode, max(sizes.shapes, key=math.prod), mesh)
     if model.text_dim == UMT5Config().dim:
         found["text_encode"] = partial(_text_encode, mesh)
     return found | {"forward": partial(_forward, config, shape, model, mesh)}

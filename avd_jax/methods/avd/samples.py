@@ -16,6 +16,7 @@ from avd_jax import convert
 from avd_jax.data.atomic import replacing
 from avd_jax.data.encoding import video_decoder
 from avd_jax.data.latents import EncodedSet, LatentsInfo, pad_prompt_embeds
+from avd_jax.data.mixture import named_sets
 from avd_jax.data.prompts import file_stem
 from avd_jax.data.video import contact_sheet, write_video
 from avd_jax.errors import UserError
@@ -56,7 +57,7 @@ class SampleWriter:
           teacher: its network.
           teacher_parts: `teacher` and `negative`, loaded for the teacher's samples if the run does not hold them.
           model: sizes of both.
-          info: of the set of latents: the clips' size and frame rate.
+          info: of the first set of latents: the size and frame rate of samples.
           mesh: to sample on.
           surroundings: where to write.
           frozen: what the run holds.
@@ -77,7 +78,7 @@ class SampleWriter:
         if config.sample.teacher_steps:
             self._teacher_videos = self._decode(self._teacher_latents(teacher, teacher_parts, frozen))
         self._teacher_rows = self._measure(self._teacher_videos or [], self._captions)
-        clips = EncodedSet(config.data.latents, "latents")
+        clips = EncodedSet(named_sets(config.data.latents)[0].path, "latents")
         real = [clips[i] for i in range(min(len(self._captions), len(clips)))]
         videos = self._decode(np.stack([clip["latents"] for clip in real]).astype(np.float32))
         self._real_rows = self._measure(videos, [clip["caption"] for clip in real])
@@ -139,9 +140,9 @@ class SampleWriter:
 
 
 def _first_prompts(config, text_len: int) -> tuple[list[str], np.ndarray]:
-    """Return the first prompts of the run's data and their embeddings [N text_len text_dim]."""
+    """Return the first prompts of the run's first set and their embeddings [N text_len text_dim]."""
     kind, text = ("prompts", "text") if config.data.prompts else ("latents", "caption")
-    prompts = EncodedSet(config.data.prompts or config.data.latents, kind)
+    prompts = EncodedSet(named_sets(config.data.prompts or config.data.latents)[0].path, kind)
     records = [prompts[i] for i in range(min(config.sample.prompts, len(prompts)))]
     embeds = [pad_prompt_embeds(record["prompt_embeds"], text_len) for record in records]
     return [record[text] for record in records], np.stack(embeds)

@@ -47,8 +47,8 @@ def asks_for_fake_score(weights) -> bool:
 def generator_update(config, student: Student, teacher: Callable) -> Update:
     """Return the generator's update.
 
-    It reads `prompts` for the student's samples, `latents` with their `captions` for the regression, and the parameters
-    of `fake_score`, of the `teacher` and, with half-rate steps, of the `interpolator`.
+    It reads `prompts` and the size of the `canvas` for the student's samples, `latents` with their `captions` for the
+    regression, and the parameters of `fake_score`, of the `teacher` and, with half-rate steps, of the `interpolator`.
 
     Args:
       config: of `config.FIELDS`.
@@ -114,10 +114,10 @@ def _stop(student: Student) -> Draw:
 def _samples(student: Student) -> Value:
     interpolator = ("interpolator",) if student.half_rate_steps else ()
 
-    def x0(generator, prompts, keys, stop, interpolator=None):
-        return student.x0(generator, prompts, keys, stop, interpolator)
+    def x0(generator, prompts, canvas, keys, stop, interpolator=None):
+        return student.x0(generator, prompts, keys, stop, interpolator, shape=canvas.shape[2:])
 
-    return Value("x0", ("generator", "prompts", "keys", "stop", *interpolator), x0)
+    return Value("x0", ("generator", "prompts", "canvas", "keys", "stop", *interpolator), x0)
 
 
 def _scores(config, student: Student, teacher: Callable) -> Callable:

@@ -1,8 +1,8 @@
 """Every field of a training or fine-tuning by flow matching."""
 
 from avd_jax.errors import UserError
-from avd_jax.fields import Field, Fields, at_least, check_values, local, one_of, require, share, with_defaults
-from avd_jax.methods.transformers import ATTENTION_FIELDS, DTYPES, REMAT, WHICH_FIELDS
+from avd_jax.fields import Field, Fields, at_least, check_values, one_of, require, share, weights, with_defaults
+from avd_jax.methods.transformers import ATTENTION_FIELDS, DTYPES, REMAT, WHICH_FIELDS, sets
 from avd_jax.models.wan_dit import REMAT_POLICIES
 from avd_jax.training.config import MESH_FIELDS, RUN_FIELDS, SCHEDULE_FIELDS
 
@@ -11,7 +11,7 @@ FIELDS: Fields = {
         RUN_FIELDS, method="flow_matching", num_steps=10000, batch_size=16, log_every=50, checkpoint_every=500
     ),
     "init_from": Field(
-        "", "weights to fine-tune, in any layout; empty: a new model of the sizes below", local, changeable=True
+        "", "weights to fine-tune, in any layout; empty: a new model of the sizes below", weights, changeable=True
     ),
     **WHICH_FIELDS,
     "model.dim": Field(128, "width of the tokens, without init_from", at_least(1)),
@@ -20,7 +20,7 @@ FIELDS: Fields = {
     "model.num_layers": Field(4, "blocks, without init_from", at_least(1)),
     "model.patch_size": Field((1, 2, 2), "latent frames, rows and columns that make a token, without init_from"),
     "model.text_len": Field(32, "tokens of a prompt that the model sees, without init_from", at_least(1)),
-    "data.latents": Field("", "folder of encoded videos (scripts/encode.py)", local, changeable=True),
+    "data.latents": Field("", "folder of encoded videos (encode.py), or several: a:3,b:1", sets, changeable=True),
     "timestep.shift": Field(3.0, "timestep shift of the random timesteps"),
     "timestep.min": Field(0.0, "lower bound of these timesteps, of 1000"),
     "timestep.max": Field(1000.0, "upper bound of these timesteps, of 1000"),

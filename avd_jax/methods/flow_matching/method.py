@@ -32,7 +32,7 @@ def build(config, *, devices=None, video: Mapping[str, int] | None = None) -> Me
     """Put the method together; arguments and errors as in `methods/avd/method.py`."""
     mesh = transformers.batch_mesh(config.mesh, config.batch_size, devices)
     model = _model_config(config)
-    shape = transformers.clip_shape(config.data.latents, video, model)
+    shapes = transformers.clip_shapes(config.data.latents, video, model)
     check_heads(model.num_heads, mesh.shape["seq"])
     network = make_denoiser(
         model,
@@ -56,7 +56,7 @@ def build(config, *, devices=None, video: Mapping[str, int] | None = None) -> Me
         },
         frozen={"negative": transformers.negative_conditions(config.data.latents, model, mesh)},
         updates=(_update(config, network),),
-        fields=transformers.encoded_fields(config.batch_size, shape, model),
+        **transformers.encoded_sizes(config.batch_size, shapes, model),
         batches=transformers.encoded_batches(config, mesh, text_len=model.text_len),
         key_of=lambda key, number: key,
         record=lambda: {"architecture": transformers.architecture(model)},
@@ -135,7 +135,7 @@ def _model_config(config) -> WanDiTConfig:
     folder = config.data.latents
     channels, text_dim = WanDiTConfig().in_dim, WanDiTConfig().text_dim
     if folder:
-        info = transformers.latents_info(folder)
+        info = transformers.latents_infos(folder)[0]
         channels, text_dim = info.latents_shape[-1], info.text_dim
     if not config.init_from:
         sizes = {**config.model, "patch_size": tuple(config.model.patch_size)}

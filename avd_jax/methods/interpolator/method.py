@@ -23,7 +23,7 @@ from avd_jax.convert.networks import DEFAULT
 from avd_jax.convert.weights import open_weights
 from avd_jax.data.atomic import write_text
 from avd_jax.data.encoding import video_decoder
-from avd_jax.data.latents import EncodedSet
+from avd_jax.data.mixture import open_sets
 from avd_jax.data.pipeline import held_out_indices
 from avd_jax.data.video import contact_sheet
 from avd_jax.errors import UserError
@@ -34,7 +34,7 @@ from avd_jax.models.wan_dit import WanDiTConfig
 from avd_jax.parallel.hosts import is_first
 from avd_jax.parallel.mesh import replicated
 from avd_jax.shapes import Latents
-from avd_jax.training.method import BatchField, Method, Observer, Term, Trained, Update
+from avd_jax.training.method import Method, Observer, Term, Trained, Update
 from avd_jax.training.optimizers import growing_decay, scheduled
 from avd_jax.training.state import TrainState
 
@@ -42,15 +42,15 @@ from avd_jax.training.state import TrainState
 def build(config, *, devices=None, video=None) -> Method:
     """Put the method together; arguments and errors as in `methods/avd/method.py`."""
     mesh = transformers.batch_mesh(config.mesh, config.batch_size, devices)
-    folder, shape = config.data.latents, transformers.clip_shape(config.data.latents, video, WanDiTConfig())
-    if shape[0] < 3 or shape[0] % 2 == 0:
-        raise UserError(
-            f"{folder}: its clips have {shape[0]} latent frames; every second one can be left out of "
-            "an odd number from 3 on; encode 8n + 1 video frames, 9 at least"
-        )
-    start = _start(config, shape[-1])
+    shapes = transformers.clip_shapes(config.data.latents, video, WanDiTConfig())
+    for frames, *_ in shapes:
+        if frames < 3 or frames % 2 == 0:
+            raise UserError(
+                f"{config.data.latents}: its clips have {frames} latent frames; every second one can be left out of "
+                "an odd number from 3 on; encode 8n + 1 video frames, 9 at least"
+            )
+    start = _start(config, shapes[0][-1])
     network, params = functional(start)
-    latents = jax.ShapeDtypeStruct((config.batch_size, *shape), jnp.bfloat16)
     return Method(
         name="interpolator",
         main="interpolator",
@@ -64,12 +64,12 @@ def build(config, *, devices=None, video=None) -> Method:
             )
         },
         updates=(_update(network),),
-        fields={"latents": BatchField(latents)},
+        **transformers.encoded_sizes(config.batch_size, shapes, WanDiTConfig(text_len=1)),
         batches=transformers.encoded_batches(config, mesh, text_len=1, held_out=config.data.held_out),
         key_of=lambda key, number: key,
         record=lambda: {"architecture": INTERPOLATOR.record(start.config)},
         inputs=partial(_inputs, config),
-        observer=lambda surroundings, frozen: HeldOut(config, Path(folder), surroundings.workdir, network, mesh),
+        observer=lambda surroundings, frozen: HeldOut(config, surroundings.workdir, network, mesh),
     )
 
 
@@ -136,13 +136,14 @@ class HeldOut(Observer):
     `held_out.md` gets a row a checkpoint, `samples/step_<n>.png` four pictures a clip: left, made, right and truth.
     """
 
-    def __init__(self, config, folder: Path, workdir: Path, network: Functional, mesh: Mesh):
-        """Read the clips of the set in `folder`."""
+    def __init__(self, config, workdir: Path, network: Functional, mesh: Mesh):
+        """Read the clips."""
         self.sample_every = config.checkpoint_every or config.num_steps
-        clips = EncodedSet(folder, "latents")
-        indices = held_out_indices(len(clips), config.data.held_out)
-        self._clips = [np.asarray(clips[i]["latents"], np.float32)[None] for i in indices]
-        self._captions = [clips[i]["caption"] for i in indices[: config.sample.clips]]
+        sets = open_sets(config.data.latents, "latents")
+        indices = held_out_indices([len(one) for one in sets], config.data.held_out)
+        clips = [one[i] for one, numbers in zip(sets, indices, strict=True) for i in numbers]
+        self._clips = [np.asarray(clip["latents"], np.float32)[None] for clip in clips]
+        self._captions = [clip["caption"] for clip in clips[: config.sample.clips]]
         self._workdir = workdir
         self._baselines = {
             name: np.mean([baseline_errors(clip)[name] for clip in self._clips]) for name in ("copy left", "average")
