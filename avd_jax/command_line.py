@@ -16,7 +16,7 @@ from avd_jax.generation.settings import DTYPES, SOLVERS
 from avd_jax.models.vae_tiles import MEMORY_GIB
 from avd_jax.parallel.compiler import keep_programs
 from avd_jax.parallel.hosts import connect, leaving_at_once
-from avd_jax.paths import local_path
+from avd_jax.paths import local_path, weights_path
 from avd_jax.training.method import Recipe
 
 flags.disclaim_key_flags()  # a flag that a script defines through this module is the script's, so --help shows it
@@ -27,12 +27,12 @@ class _PathParser(flags.ArgumentParser):
 
     syntactic_help = "a local path"
 
-    def __init__(self, name: str):
-        self._name = name
+    def __init__(self, name: str, resolve: Callable[[str], str | Path]):
+        self._name, self._resolve = name, resolve
 
     def parse(self, argument: str) -> str:
         try:
-            return str(local_path(argument)) if argument else argument
+            return str(self._resolve(argument)) if argument else argument
         except UserError as error:
             raise UserError(f"--{self._name} {error}") from None
 
@@ -42,7 +42,12 @@ class _PathParser(flags.ArgumentParser):
 
 def path_flag(name: str, default: str | None, help: str) -> flags.FlagHolder[str]:
     """Define a flag for a file or folder; its value is the path as a text, with `~` expanded (see `local_path`)."""
-    return flags.DEFINE(_PathParser(name), name, default, help)
+    return flags.DEFINE(_PathParser(name, local_path), name, default, help)
+
+
+def weights_flag(name: str, help: str) -> flags.FlagHolder[str]:
+    """Define a flag for weights that are read: as `path_flag`, or `hf://ORG/NAME[@REVISION]` (`convert/hub.py`)."""
+    return flags.DEFINE(_PathParser(name, weights_path), name, None, help)
 
 
 def run(

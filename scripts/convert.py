@@ -16,7 +16,7 @@ from avd_jax import command_line, convert
 from avd_jax.convert.networks import DEFAULT
 from avd_jax.convert.video_size import video_size, write_video_size
 
-SRC = command_line.path_flag("src", None, "Weights to convert, in any known layout.")
+SRC = command_line.weights_flag("src", "Weights to convert, in any known layout.")
 DST = command_line.path_flag("dst", None, "Folder for the converted weights.")
 DTYPE = flags.DEFINE_enum("dtype", "keep", ["keep", "float32", "bfloat16"], "Stored dtype; keep: the source's.")
 COMPONENTS = flags.DEFINE_list("components", None, "Of transformer, vae, text_encoder, tokenizer; default: all found.")

@@ -29,7 +29,7 @@ SHAPES_WORLD = flags.DEFINE_bool("shapes_world", False, "Draw clips of moving sh
 CLIPS = flags.DEFINE_integer("clips", None, "How many clips of --shapes_world to draw.", lower_bound=1)
 PROMPT_COUNT = flags.DEFINE_integer("prompt_count", None, "Captions of it to encode as prompts.", lower_bound=0)
 STYLE = flags.DEFINE_enum("style", None, shapes_world.STYLES, "How --shapes_world is drawn. Default: painted.")
-WEIGHTS = command_line.path_flag("weights", None, "Folder with the VAE, umT5 and its tokenizer, in any known layout.")
+WEIGHTS = command_line.weights_flag("weights", "Folder with the VAE, umT5 and its tokenizer, in any known layout.")
 WHICH = command_line.define_which()
 OUT = command_line.path_flag("out", None, "Folder of the set; of both sets with --shapes_world, of all with --sizes.")
 FRAMES = flags.DEFINE_integer("frames", None, "Video frames of a clip, 4n+1. Default: 81; with --shapes_world 17.")

@@ -29,8 +29,8 @@ from avd_jax.generation.settings import Options, resolve
 
 VIDEOS = command_line.path_flag("videos", None, "Folder of videos to measure, instead of weights.")
 CAPTIONS = command_line.path_flag("captions", None, "Their captions. Default: captions.jsonl, or the JSON beside each.")
-WEIGHTS = command_line.path_flag("weights", None, "VAE, text encoder, tokenizer (and transformer), in any layout.")
-CHECKPOINT = command_line.path_flag("checkpoint", None, "Student: a training run or checkpoint, an export, a model.pt.")
+WEIGHTS = command_line.weights_flag("weights", "VAE, text encoder, tokenizer (and transformer), in any layout.")
+CHECKPOINT = command_line.weights_flag("checkpoint", "Student: a training run or checkpoint, an export, a model.pt.")
 WHICH = command_line.define_which()
 BESIDE_TEACHER = flags.DEFINE_bool("beside_teacher", False, "Also the teacher: with --steps, and with the student's.")
 STEPS = flags.DEFINE_integer("steps", 50, "UniPC steps of the teacher.", lower_bound=1)

@@ -12,12 +12,15 @@ import jax.numpy as jnp
 from absl import flags
 
 from avd_jax import command_line, convert
+from avd_jax.convert.hub import push
 from avd_jax.convert.networks import DEFAULT
 from avd_jax.errors import UserError
+from avd_jax.paths import hub_name
 
-CHECKPOINT = command_line.path_flag("checkpoint", None, "Training run or checkpoint, or weights in any known layout.")
+CHECKPOINT = command_line.weights_flag("checkpoint", "Training run or checkpoint, or weights in any known layout.")
 LAYOUT = flags.DEFINE_enum("layout", None, convert.LAYOUTS, "Wan's own layout, or diffusers'.")
 DST = command_line.path_flag("dst", None, "Folder for the export.")
+PUSH = flags.DEFINE_string("push", "", "Then publish --dst, its card too: hf://ORG/NAME or hf://ORG/NAME@BRANCH.")
 DTYPE = flags.DEFINE_enum("dtype", "keep", ["keep", "float32", "bfloat16"], "Stored dtype; keep: the checkpoint's.")
 WHICH = command_line.define_which()
 INSIDE = flags.DEFINE_bool(
@@ -30,6 +33,8 @@ def main() -> None:
     """Open, check and write."""
     if INSIDE.value and LAYOUT.value != "native":
         raise UserError("--interpolator_inside: only goes with --layout native; leave it out")
+    if PUSH.value and hub_name(PUSH.value) is None:
+        raise UserError(f"--push={PUSH.value}: write hf://ORG/NAME or hf://ORG/NAME@BRANCH")
     student = convert.export_dit(
         CHECKPOINT.value,
         Path(DST.value),
@@ -41,6 +46,8 @@ def main() -> None:
     )
     kind = f"a student of {len(student['timesteps'])} steps" if student else "weights of no student"
     print(f"{DST.value}: {kind} in {LAYOUT.value} layout; README.md there says how to load it")
+    if PUSH.value:
+        print(f"published: {push(DST.value, PUSH.value)}")
 
 
 if __name__ == "__main__":

@@ -30,8 +30,8 @@ from avd_jax.generation.sampling import generation_mesh
 from avd_jax.generation.settings import Options, from_record_file, make_jobs, resolve
 from avd_jax.parallel.hosts import is_first, leaving_at_once
 
-WEIGHTS = command_line.path_flag("weights", None, "VAE, text encoder, tokenizer (and transformer), in any layout.")
-CHECKPOINT = command_line.path_flag("checkpoint", None, "Student: a training run or checkpoint, an export, a model.pt.")
+WEIGHTS = command_line.weights_flag("weights", "VAE, text encoder, tokenizer (and transformer), in any layout.")
+CHECKPOINT = command_line.weights_flag("checkpoint", "Student: a training run or checkpoint, an export, a model.pt.")
 PROMPT = flags.DEFINE_string("prompt", None, "What to show.")
 PROMPTS = command_line.path_flag("prompts", None, "Prompts: text with one a line, JSON, JSON lines, CSV or TSV.")
 FROM_JSON = command_line.path_flag("from_json", None, "The .json beside a video, to make that video again.")

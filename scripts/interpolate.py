@@ -16,8 +16,8 @@ from avd_jax.errors import UserError
 from avd_jax.generation.smoothing import Smoother, sources
 
 SRC = command_line.path_flag("src", None, "Video, folder of videos, or .npy of latents.")
-WEIGHTS = command_line.path_flag("weights", None, "VAE, and the interpolator if no --checkpoint has one.")
-CHECKPOINT = command_line.path_flag("checkpoint", None, "Student with its interpolator, or an interpolator.")
+WEIGHTS = command_line.weights_flag("weights", "VAE, and the interpolator if no --checkpoint has one.")
+CHECKPOINT = command_line.weights_flag("checkpoint", "Student with its interpolator, or an interpolator.")
 WHICH = command_line.define_which()
 OUT = command_line.path_flag("out", None, "Folder for the videos.")
 FPS = flags.DEFINE_float("fps", None, "Frames per second of what the latents of a .npy show; a video says its own.")

@@ -29,8 +29,8 @@ from avd_jax.serving.study import BlindStudy, named_folders
 from avd_jax.serving.vote_report import results_text, write_results
 from avd_jax.serving.votes import VoteFile
 
-WEIGHTS = command_line.path_flag("weights", None, "VAE, text encoder, tokenizer (and teacher), in any layout.")
-CHECKPOINT = command_line.path_flag("checkpoint", None, "Student: a training run or checkpoint, an export, a model.pt.")
+WEIGHTS = command_line.weights_flag("weights", "VAE, text encoder, tokenizer (and teacher), in any layout.")
+CHECKPOINT = command_line.weights_flag("checkpoint", "Student: a training run or checkpoint, an export, a model.pt.")
 WHICH = command_line.define_which()
 GUIDANCE_SCALE = flags.DEFINE_float("guidance_scale", None, "The teacher's. Default: the student's training's, else 5.")
 SHIFT = flags.DEFINE_float("shift", None, "The teacher's timestep shift. Default: the student's training's, else 5.")

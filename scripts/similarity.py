@@ -24,8 +24,8 @@ from avd_jax.generation.predictions import steps_of
 from avd_jax.generation.run import open_for
 from avd_jax.generation.settings import Job, Options, make_jobs, resolve
 
-WEIGHTS = command_line.path_flag("weights", None, "VAE, text encoder, tokenizer (and transformer), in any layout.")
-CHECKPOINT = command_line.path_flag("checkpoint", None, "Student: a training run or checkpoint, an export, a model.pt.")
+WEIGHTS = command_line.weights_flag("weights", "VAE, text encoder, tokenizer (and transformer), in any layout.")
+CHECKPOINT = command_line.weights_flag("checkpoint", "Student: a training run or checkpoint, an export, a model.pt.")
 BESIDE_TEACHER = flags.DEFINE_bool("beside_teacher", False, "Also the teacher, of --weights.")
 PROMPTS = command_line.path_flag("prompts", None, "Prompts: text with one a line, JSON, JSON lines, CSV or TSV.")
 COUNT = flags.DEFINE_integer("count", 16, "Prompts: the first so many.", lower_bound=1)

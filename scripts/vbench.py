@@ -18,7 +18,7 @@ from functools import partial
 from absl import flags
 
 from avd_jax import command_line
-from avd_jax.command_line import Command, path_flag
+from avd_jax.command_line import Command, path_flag, weights_flag
 from avd_jax.evaluation.vbench.suites import SUITES
 from avd_jax.experiments import vbench_commands
 from avd_jax.generation.prompt_cache import default_folder
@@ -31,8 +31,8 @@ LIMIT = flags.DEFINE_integer("limit", None, "The first so many prompts of each f
 OUT = path_flag(
     "out", None, "Folder of the export, or of measured results; of leakage a file for the texts that are not alike."
 )
-WEIGHTS = path_flag("weights", None, "VAE, text encoder, tokenizer (and transformer), in any layout.")
-CHECKPOINT = path_flag("checkpoint", None, "Student: a training run or checkpoint, an export, a model.pt.")
+WEIGHTS = weights_flag("weights", "VAE, text encoder, tokenizer (and transformer), in any layout.")
+CHECKPOINT = weights_flag("checkpoint", "Student: a training run or checkpoint, an export, a model.pt.")
 NAME = flags.DEFINE_string("name", None, "The model's name in the paths. Default: that of --checkpoint, or --weights.")
 SEED = flags.DEFINE_integer("seed", 0, "Of the export; each video has one that follows from it.")
 PROMPT_FILE = path_flag("prompt_file", None, "Extended prompts to sample from, one for each of the list's entries.")

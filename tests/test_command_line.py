@@ -13,7 +13,7 @@ from avd_jax.fields import flags_parser
 
 SCRIPTS = sorted((Path(__file__).parents[1] / "scripts").glob("*.py"))
 # The flags and fields of text that are no path.
-TEXT_FLAGS = {"beam_args", "topology", "prompt", "negative_prompt", "coordinator", "name", "shard", "sizes"}
+TEXT_FLAGS = {"push", "beam_args", "topology", "prompt", "negative_prompt", "coordinator", "name", "shard", "sizes"}
 TEXT_FLAGS |= {"compare", "host"}  # NAME=FOLDER, whose folder goes through local_path; and a name of a machine
 TEXT_FIELDS = {"method", "model", "checkpoint.best_metric", "which"}
 FIELDS = {f"{name}.{field}": row for name in methods.names() for field, row in methods.get(name).fields.items()} | {
@@ -82,8 +82,8 @@ def test_a_config_file_in_the_home_folder(tmp_path, monkeypatch):
     ],
 )
 def test_the_loaders_and_writers_refuse_a_scheme(load):
-    with pytest.raises(UserError, match="hf:// is not supported, only local paths are"):
-        load("hf://Wan-AI/Wan2.1-T2V-1.3B")
+    with pytest.raises(UserError, match="s3:// is not supported, only local paths"):
+        load("s3://bucket/Wan2.1-T2V-1.3B")
 
 
 def test_weights_in_the_home_folder(tmp_path, monkeypatch):

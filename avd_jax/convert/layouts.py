@@ -11,9 +11,9 @@ import orbax.checkpoint as ocp
 from avd_jax.convert.architectures import INTERPOLATOR, UMT5, WAN_DIT, Architecture
 from avd_jax.convert.files import NotHereError, check_complete
 from avd_jax.convert.folders import check_nothing_else, check_one_expert, comfy_files, snapshot_of, weight_files
+from avd_jax.convert.hub import fetched
 from avd_jax.convert.interpolator_rules import CLASS_NAME as INTERPOLATOR_CLASS
 from avd_jax.errors import UserError, closest
-from avd_jax.paths import local_path
 
 # The component's record in the config.json of our own layout is under this key.
 OUR_KEY = "avd_jax"
@@ -127,7 +127,7 @@ def student_settings(path: str | Path) -> dict | None:
     Returns:
       The settings, or None for weights that are no student's.
     """
-    path = snapshot_of(local_path(path))
+    path = snapshot_of(fetched(path))
     folder = path.parent if path.is_file() else path
     folders = [folder, folder / WAN_DIT.component]
     if folder.name == WAN_DIT.component:
@@ -142,7 +142,7 @@ def student_settings(path: str | Path) -> dict | None:
 
 def training_settings(path: str | Path) -> dict | None:
     """Return what a training checkpoint records of its run, beside architecture and student; None for other weights."""
-    path = snapshot_of(local_path(path))
+    path = snapshot_of(fetched(path))
     if not path.is_dir() or (step := training_step(path)) is None:
         return None
     meta = read_json(step / "meta" / "metadata")

@@ -20,6 +20,7 @@ from avd_jax.convert.architectures import (
 )
 from avd_jax.convert.files import NotHereError, Stored, open_files, tensors_of
 from avd_jax.convert.folders import snapshot_of, weight_files
+from avd_jax.convert.hub import fetched
 from avd_jax.convert.layouts import TorchFiles, find_tokenizer, find_weights
 from avd_jax.convert.networks import DEFAULT, most_like
 from avd_jax.convert.spiece import tokenizer_json
@@ -125,7 +126,7 @@ def open_interpolator_of(*paths: str | Path | None, key: str = DEFAULT) -> Weigh
     Returns:
       None if there is none.
     """
-    for path in map(local_path, filter(None, paths)):
+    for path in (fetched(path, INTERPOLATOR.component) for path in paths if path):
         folder = path.parent if path.is_file() else path
         if folder.name == WAN_DIT.component:  # of diffusers' layout or ours: the interpolator's folder is beside it
             places = [folder.parent]
@@ -199,7 +200,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
     It is `tokenizer.json`, or is made from `spiece.model`, or from what ComfyUI's file of umT5 has of it.
     """
-    path = local_path(path)
+    path = fetched(path, "tokenizer")
     try:
         folder = find_tokenizer(path)
     except NotHereError:

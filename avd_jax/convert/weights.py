@@ -14,11 +14,11 @@ from avd_jax.convert import orbax_io
 from avd_jax.convert.architectures import WAN_DIT, Architecture, in_native_names, matching_keys
 from avd_jax.convert.engine import leaf_from_torch, read_shards, resolve, source_shapes
 from avd_jax.convert.files import TensorFile, is_matrix, open_files, tensors_of
+from avd_jax.convert.hub import fetched
 from avd_jax.convert.layouts import OrbaxTree, TorchFiles, find_weights, read_json
 from avd_jax.convert.networks import DEFAULT, is_causal, network_in, note_causal
 from avd_jax.convert.state import flat_state, from_flat
 from avd_jax.errors import UserError, closest
-from avd_jax.paths import local_path
 
 Sharding = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 
@@ -61,7 +61,7 @@ def open_weights(path: str | Path, architecture: Architecture, key: str = DEFAUL
     Raises:
       UserError: one line that names the file, key or field.
     """
-    found = find_weights(local_path(path), architecture, key if strict else DEFAULT)
+    found = find_weights(fetched(path, architecture.component), architecture, key if strict else DEFAULT)
     if isinstance(found, OrbaxTree):
         if key not in (DEFAULT, "") and strict and not found.several_networks:
             raise UserError(f"{path}: holds no {key!r}, but one network only; leave --which out")

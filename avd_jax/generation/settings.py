@@ -27,7 +27,7 @@ from avd_jax.diffusion.student import (
 from avd_jax.diffusion.unipc import unipc_schedule
 from avd_jax.errors import UserError, closest
 from avd_jax.generation.pipeline import MAX_SEED
-from avd_jax.paths import local_path
+from avd_jax.paths import local_path, weights_path
 
 SOLVERS = ("student", "unipc")
 DTYPES = ("float32", "bfloat16")
@@ -149,8 +149,8 @@ def resolve(options: Options, *, note: Callable[[str], object] = print) -> Setti
     """
     if not options.weights:
         raise UserError("--weights is missing: the folder with the VAE, the text encoder and its tokenizer")
-    weights = str(local_path(options.weights))
-    checkpoint = str(local_path(options.checkpoint)) if options.checkpoint else None
+    weights = weights_path(options.weights)
+    checkpoint = weights_path(options.checkpoint) if options.checkpoint else None
     options = replace(options, weights=weights, checkpoint=checkpoint)
     source = checkpoint or weights
     student = student_settings(source)
@@ -250,7 +250,7 @@ def from_record_file(path: str, *, weights: str | None, checkpoint: str | None) 
     _check_entries(path, record, expected)
     entries = {"half_rate_steps": 0, "half_rate_positions": None} | record["settings"]  # older ones have neither
     moved = {"weights": weights, "checkpoint": checkpoint}
-    entries |= {name: str(local_path(value)) for name, value in moved.items() if value}
+    entries |= {name: weights_path(value) for name, value in moved.items() if value}
     _check_entries(path, entries, hints)
     for name in ("shift", "guidance_scale", "negative_prompt"):
         if (entries[name] is None) != (entries["solver"] == "student"):
