@@ -95,3 +95,9 @@ def test_bf16_networks_are_computed_with_in_float32():
 def test_one_noise_level_for_several_examples_is_refused():
     with pytest.raises(Exception, match=r"(?s)sigmas|batch"):
         flow.add_noise(x0=normal(0), noise=normal(1), sigmas=jnp.array([0.5]))
+
+
+def test_logit_normal_timesteps_have_the_quantiles_of_the_normal():
+    timesteps = flow.sample_logit_normal_timesteps(jax.random.key(0), 20_000, mean=0.7, deviation=1.6)
+    found = np.quantile(np.asarray(timesteps, np.float64), [0.05, 0.25, 0.5, 0.75, 0.95])
+    np.testing.assert_allclose(found, [126, 406, 668, 856, 965], atol=8)

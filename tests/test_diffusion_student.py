@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 
 from avd_jax.diffusion.flow import add_noise, x0_from_velocity
-from avd_jax.diffusion.student import StudentSchedule, backward_simulation, initial_noise, renoise, student_sample
+from avd_jax.diffusion.student import (
+    StudentSchedule,
+    backward_simulation,
+    initial_noise,
+    random_times,
+    renoise,
+    student_sample,
+)
 from avd_jax.errors import UserError
 
 TIMESTEPS = StudentSchedule().timesteps
@@ -153,3 +160,31 @@ def test_bad_schedules_are_refused(timesteps):
 def test_schedules_compare_by_value():
     assert StudentSchedule([1000, 500]) == StudentSchedule((1000.0, 500.0))
     assert TIMESTEPS == (1000, 900, 757, 522)
+
+
+def test_a_first_timestep_below_1000_starts_from_weaker_noise():
+    noise, times = initial_noise(KEYS, SHAPE), (800.0, 300.0)
+    xt, _ = backward_simulation(velocity, noise, KEYS, timesteps=times, stop_step=0)
+    np.testing.assert_allclose(xt, 0.8 * noise, rtol=1e-6)
+    end = student_sample(velocity, noise, KEYS, timesteps=times[:1])
+    np.testing.assert_allclose(end, xt - 0.8 * velocity(xt, jnp.full(3, 800.0)), rtol=1e-5, atol=1e-6)
+
+
+def test_random_times_fall_from_1000_and_belong_to_the_example():
+    keys = jax.random.split(jax.random.key(5), 4000)
+    times = np.asarray(random_times(keys, 4, shift=5.0))
+    assert (times[0] == 1000).all()
+    assert (np.diff(times, axis=0) <= 0).all()
+    np.testing.assert_array_equal(random_times(keys[7:9], 4, shift=5.0), times[:, 7:9])
+    # The second is a draw of its own: the quantiles of a shift of 5.
+    np.testing.assert_allclose(np.quantile(times[1], [0.05, 0.25, 0.5, 0.75]), [208, 625, 833, 938], atol=30)
+
+
+def test_a_rollout_over_own_times_is_that_of_each_example_alone():
+    times, noise = random_times(KEYS, 4, shift=5.0), initial_noise(KEYS, SHAPE)
+    xt, last = backward_simulation(velocity, noise, KEYS, timesteps=times, stop_step=3)
+    np.testing.assert_array_equal(last, times[3])
+    alone, _ = backward_simulation(
+        velocity, noise[1:2], KEYS[1:2], timesteps=tuple(map(float, times[:, 1])), stop_step=3
+    )
+    np.testing.assert_allclose(alone[0], xt[1], rtol=0, atol=1e-5)

@@ -14,6 +14,8 @@ so configs list them as they are, shifted already.
 Arithmetic is at least float32: bf16 has 8 bits, and x0 is a small difference of large terms if sigma is near 1.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from einops import rearrange
@@ -62,6 +64,15 @@ def sample_timesteps(
 
 
 @typechecked
+def sample_logit_normal_timesteps(
+    key: Key[Array, ""], batch: int, *, mean: float | int, deviation: float | int
+) -> Timesteps:
+    """Draw random network timesteps, [B] float32, whose ln(sigma / (1 - sigma)) is normal with mean and deviation."""
+    logits = mean + deviation * jax.random.normal(key, (batch,), jnp.float32)
+    return NUM_TRAIN_TIMESTEPS * jax.nn.sigmoid(logits)
+
+
+@typechecked
 def add_noise(*, x0: Latents, noise: Latents, sigmas: Sigmas) -> Latents:
     """Return xt = (1 - sigma) x0 + sigma noise, [B F H W C], for one noise level an example."""
     sigmas = _over_latents(sigmas)
@@ -72,6 +83,32 @@ def add_noise(*, x0: Latents, noise: Latents, sigmas: Sigmas) -> Latents:
 def velocity_target(*, x0: Latents, noise: Latents) -> Latents:
     """Return what the network learns to predict, noise - x0, [B F H W C]."""
     return at_least_float32(noise) - at_least_float32(x0)
+
+
+@typechecked
+def flow_step(*, xt: Latents, velocity: Latents, sigmas: Sigmas, next_sigmas: Sigmas) -> Latents:
+    """Return where a velocity at xt leads in one Euler step, xt + (next_sigma - sigma) velocity, [B F H W C].
+
+    It is an Euler step of the trigonometric path too: both keep the x0 and the noise that the velocity implies.
+    """
+    step = at_least_float32(next_sigmas) - at_least_float32(sigmas)
+    return at_least_float32(xt) + _over_latents(step) * at_least_float32(velocity)
+
+
+@typechecked
+def velocity_along_flow(
+    velocity_fn: Callable, xt: Latents, timesteps: Timesteps, direction: Latents
+) -> tuple[Latents, Latents]:
+    """Return a network's velocity v at a point and dv/dsigma along a flow through it, both [B F H W C].
+
+    Args:
+      velocity_fn: (latents [B F H W C], timesteps [B]) -> velocity; `jax.jvp` has to go through it.
+      xt: the point.
+      timesteps: its network timesteps.
+      direction: dxt/dsigma of the flow, such as the teacher's velocity there.
+    """
+    per_sigma = jnp.full_like(timesteps, NUM_TRAIN_TIMESTEPS)
+    return jax.jvp(velocity_fn, (xt, timesteps), (direction.astype(xt.dtype), per_sigma))
 
 
 @typechecked

@@ -1,7 +1,8 @@
 """The few-step student: its rollout, and the backward simulation that feeds its loss (docs/method.md, Algorithm 1).
 
 A step predicts x0 from xt and re-noises it with fresh noise to the next timestep. After the last step the "next
-timestep" is 0. Re-noising to 0 changes nothing, so every step is the same program and the network is traced once.
+timestep" is 0. Re-noising to 0 changes nothing, so every step is the same program and the network is traced once. The
+first step starts from noise as strong as its timestep says: if that is below 1000, sigma times standard normal noise.
 
 Randomness is per example: key `b` of `keys: [B]` decides everything about example `b`, whatever else is in the batch
 and however it is sharded. `fold_in(key, 0)` gives the initial noise, `fold_in(key, i + 1)` the noise added after step
@@ -21,11 +22,19 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from avd_jax.diffusion.flow import NUM_TRAIN_TIMESTEPS, add_noise, at_least_float32, sigma_of_timestep, x0_from_velocity
+from avd_jax.diffusion.flow import (
+    NUM_TRAIN_TIMESTEPS,
+    add_noise,
+    at_least_float32,
+    sample_timesteps,
+    sigma_of_timestep,
+    x0_from_velocity,
+)
 from avd_jax.errors import UserError
 from avd_jax.shapes import Latents, Timesteps, typechecked
 
 Keys = Key[Array, " batch"]
+OwnTimes = Float[Array, "steps batch"]  # timesteps of each example
 
 
 @dataclass(frozen=True)
@@ -87,6 +96,25 @@ def initial_noise(keys: Keys, shape: tuple[int, ...]) -> Float[Array, "batch ...
 
 
 @typechecked
+def random_times(keys: Keys, steps: int, *, shift: float | int) -> OwnTimes:
+    """Return the timesteps of a rollout that does not follow a schedule, falling from 1000 (NVlabs/rcm).
+
+    Each is drawn uniformly and shifted; where a draw is above the timestep before it, that is taken again.
+
+    Args:
+      keys: [B], one an example.
+      steps: how many.
+      shift: timestep shift.
+    """
+
+    def drawn(key):
+        return sample_timesteps(key, steps - 1, shift=shift, minimum=0.0, maximum=float(NUM_TRAIN_TIMESTEPS))
+
+    first = jnp.full((keys.shape[0], 1), float(NUM_TRAIN_TIMESTEPS))
+    return jax.lax.cummin(jnp.concatenate([first, jax.vmap(drawn)(keys)], axis=1), axis=1).T
+
+
+@typechecked
 def renoise(x0: Latents, keys: Keys, *, step: int | Int[Array, ""], timesteps: Timesteps) -> Latents:
     """Return x0 [B F H W C] noised to `timesteps` [B] with the noise that belongs after `step` (0-based)."""
     noise = _noise_after(keys, x0.shape[1:])(step)
@@ -115,7 +143,7 @@ def student_sample(
       the last x0 prediction, [B F H W C] in float32 at least.
     """
     if half_rate is None:
-        return full_rate_steps(velocity_fn, noise, keys, timesteps=timesteps, first_step=0)
+        return full_rate_steps(velocity_fn, _start(noise, timesteps), keys, timesteps=timesteps, first_step=0)
     xt = half_rate_steps(noise, keys, timesteps=timesteps, half_rate=half_rate)
     return full_rate_steps(velocity_fn, xt, keys, timesteps=timesteps, first_step=half_rate.steps)
 
@@ -143,7 +171,7 @@ def backward_simulation(
     noise: Latents,
     keys: Keys,
     *,
-    timesteps: Sequence[float | int],
+    timesteps: Sequence[float | int] | OwnTimes,
     stop_step: int | Int[Array, ""],
     half_rate: HalfRate | None = None,
 ) -> tuple[Latents, Timesteps]:
@@ -156,7 +184,7 @@ def backward_simulation(
       velocity_fn: (latents [B F H W C], timesteps [B] float32) -> velocity [B F H W C]; traced once.
       noise: [B F H W C], from `initial_noise`.
       keys: [B] typed random keys, the ones that `noise` was made with.
-      timesteps: `StudentSchedule.timesteps`.
+      timesteps: `StudentSchedule.timesteps`, or those of each example without half-rate steps.
       stop_step: integer in 0..len(timesteps)-1, one for the batch, usually traced; 0 returns the noise itself. The
         random choice must be the same on every host.
       half_rate: how the first steps are made, if not like the others; stop_step is then `half_rate.steps` at least.
@@ -164,9 +192,9 @@ def backward_simulation(
     Returns:
       xt [B F H W C], the input of step `stop_step`, and that step's timestep for each example, [B] float32.
     """
-    xt, first = jax.lax.stop_gradient(noise), 0
+    xt, first = jax.lax.stop_gradient(_start(noise, timesteps)), 0
     if half_rate is not None:
-        xt = half_rate_steps(xt, keys, timesteps=timesteps, half_rate=_without_gradient(half_rate))
+        xt = half_rate_steps(noise, keys, timesteps=timesteps, half_rate=_without_gradient(half_rate))
         xt, first = jax.lax.stop_gradient(xt), half_rate.steps
     noise_after = _noise_after(keys, noise.shape[1:])
     xt = _roll_out(_constant(velocity_fn), xt, timesteps, first, stop_step, noise_after)
@@ -200,8 +228,8 @@ def half_rate_simulation(
 
 def _half_rate_input(noise, keys, timesteps, half_rate, stop):
     """Return the input of step `stop` at half rate, whose noise is every second frame of the full rate's."""
-    noise_after = _noise_after(keys, noise.shape[1:])
-    return _roll_out(half_rate.velocity_fn, noise[:, ::2], timesteps, 0, stop, lambda step: noise_after(step)[:, ::2])
+    noise_after, start = _noise_after(keys, noise.shape[1:]), _start(noise[:, ::2], timesteps)
+    return _roll_out(half_rate.velocity_fn, start, timesteps, 0, stop, lambda step: noise_after(step)[:, ::2])
 
 
 def _constant(function):
@@ -217,10 +245,17 @@ def _timestep_of(noise, timesteps, step):
     return jnp.full(noise.shape[:1], jnp.asarray(timesteps, jnp.float32)[step])
 
 
+def _start(noise, timesteps):
+    """Return the input of the first step: the noise, as strong as its timestep says."""
+    x0 = jnp.zeros_like(noise)
+    return add_noise(x0=x0, noise=noise, sigmas=sigma_of_timestep(_timestep_of(noise, timesteps, 0)))
+
+
 def _roll_out(velocity_fn, xt, timesteps, first_step, stop_step, noise_after):
     """Return the input of step `stop_step`, given that of `first_step`; after the last step it is the final x0."""
     batch = xt.shape[:1]
-    times = jnp.asarray((*timesteps, 0.0), jnp.float32)
+    times = jnp.asarray(timesteps, jnp.float32)
+    times = jnp.concatenate([times, jnp.zeros_like(times[:1])])
 
     def step(i, xt):
         now, following = jnp.full(batch, times[i]), jnp.full(batch, times[i + 1])
