@@ -58,7 +58,7 @@ def trigonometric(strength):
     x = normal(0) * over_latents(1 / trigonometric_speed(sigmas))
 
     def rotating(velocity_fn):
-        def F(x, t):  # noqa: N802 - the papers' letter
+        def F(x, t):
             c, s = over_latents(jnp.cos(t)), over_latents(jnp.sin(t))
             v = velocity_fn(x / (c + s), 1000 * jnp.sin(t) / (jnp.cos(t) + jnp.sin(t)))
             return ((c - s) * x + v) / (c + s)

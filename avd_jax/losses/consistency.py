@@ -11,10 +11,10 @@ c = cos t = (1 - sigma) / a and s = sin t = sigma / a, the tangent of weight c a
     g = -c a sqrt(1 - r^2 s^2) (v - v_T) + r [c a^2 df/dsigma + c^2 a (v - v_T)]
 
 which is c df/dt at r = 1, and a plain regression on the teacher's velocity at r = 0. With g at a root mean square of 1,
-G = g / (rms(g) + 7e-5), the loss is L_CM = 1/2 mean((F - stop_grad(F + G))^2), where F = a v + ... is the velocity in t.
+G = g / (rms(g) + 7e-5), the loss is L_CM = 1/2 mean((F - stop_grad(F + G))^2); F = a v + ... is the velocity in t.
 
-From arXiv 2410.11081 and 2510.08431 with NVlabs/rcm's code. There the sum of squares is 1 and the loss a sum: its weight
-100 is 100 / sqrt(elements) here, 0.07 for Wan2.1 1.3B, whatever the number of elements.
+From arXiv 2410.11081 and 2510.08431 with NVlabs/rcm's code. There the sum of squares of G is 1 and the loss a sum: its
+weight 100 is 100 / sqrt(elements) here, 0.07 for Wan2.1 1.3B, whatever the number of elements.
 """
 
 import jax

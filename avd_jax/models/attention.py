@@ -22,6 +22,7 @@ from avd_jax.models.linear import einsum
 from avd_jax.models.pipelined import pipelined_forward
 from avd_jax.models.placement import TPU_KERNELS, Placement
 from avd_jax.models.splash import padded, splash_backward, splash_forward
+from avd_jax.models.tangents import with_tangents
 from avd_jax.shapes import Array, Heads, typechecked
 
 ContextHeads = Float[Array, "batch heads context_tokens head_dim"]
@@ -67,6 +68,8 @@ def attention(
     # Here, where the compiler makes it part of whatever wrote the queries.
     query = (query.astype(jnp.float32) * query.shape[-1] ** -0.5).astype(query.dtype)
     attend = functools.partial(_attend, placement=placement, valid_keys=valid_keys, interpret=interpret)
+    if placement.tangents:
+        attend = with_tangents(attend, valid_keys=valid_keys)
     mesh = placement.mesh
     if mesh is None or mesh.size == 1:
         return attend(query, key, value)

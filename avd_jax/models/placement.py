@@ -65,6 +65,8 @@ class Placement:
       batch_axes: mesh axes that share the batch.
       sequence_axis: mesh axis that shares the tokens, and within attention the heads (Ulysses), or None.
       blocks: of the TPU kernels.
+      tangents: whether `jax.jvp` is to go through attention, which is plain JAX then (`models/tangents.py`); no
+        gradient does.
     """
 
     kernel: str = "auto"
@@ -72,6 +74,7 @@ class Placement:
     batch_axes: tuple[str, ...] = ()
     sequence_axis: str | None = None
     blocks: AttentionBlocks = AttentionBlocks()
+    tangents: bool = False
 
     def __post_init__(self):
         if self.kernel not in KERNELS:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
+from jax.custom_derivatives import linear_call
 from jaxtyping import Float
 
 from avd_jax.shapes import Array, Heads, typechecked
@@ -54,7 +55,7 @@ def rotate(x: Heads, cos: Float[Array, "tokens half"], sin: Float[Array, "tokens
     return _rotate(x, cos, sin)
 
 
-@jax.custom_vjp
+@jax.custom_jvp
 def _rotate(x, cos, sin):
     x32 = x.astype(jnp.float32)  # bf16 angles would blur neighbouring positions
     # Reversing an axis of two halves becomes part of the loop that computes the rest; joining two results would not.
@@ -63,14 +64,18 @@ def _rotate(x, cos, sin):
     return rearrange(rotated, "b h n two half -> b h n (two half)").astype(x.dtype)
 
 
-def _rotate_forward(x, cos, sin):
-    return _rotate(x, cos, sin), (cos, sin)
+@_rotate.defjvp
+def _rotate_jvp(primals, tangents):
+    # The angles are positions, which nothing learns.
+    x, cos, sin = primals
+    return _rotate(x, cos, sin), linear_call(_turn, _turn_back, (cos, sin), tangents[0])
 
 
-def _rotate_backward(angles, gradient):
-    # The transpose of a rotation turns back. The angles are positions, which nothing learns.
+def _turn(angles, x):
+    return _rotate(x, *angles)
+
+
+def _turn_back(angles, gradient):
+    # The transpose of a rotation turns back.
     cos, sin = angles
-    return _rotate(gradient, cos, -sin), jnp.zeros_like(cos), jnp.zeros_like(sin)
-
-
-_rotate.defvjp(_rotate_forward, _rotate_backward)
+    return _rotate(gradient, cos, -sin)
