@@ -135,7 +135,7 @@ def define_sampling() -> tuple[tuple[str, ...], Callable[[], dict]]:
     given = (
         flags.DEFINE_enum("solver", None, SOLVERS, "Default: student with a --checkpoint, else unipc."),
         define_which(),
-        flags.DEFINE_integer("steps", None, "Steps of unipc. Default: 50."),
+        flags.DEFINE_integer("steps", None, "Steps of unipc. Default: 50. Or fewer of a student that serves them."),
         flags.DEFINE_float("shift", None, "Timestep shift of unipc. Default: 5."),
         flags.DEFINE_float("guidance_scale", None, "Guidance of unipc, Wan's convention. Default: 5."),
         flags.DEFINE_string("negative_prompt", None, "What unipc's guidance avoids. Default: Wan's."),

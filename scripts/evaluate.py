@@ -5,10 +5,9 @@
   python scripts/evaluate.py --weights weights/tiny --steps 50 --guidance_scale 3 --shift 3 --out runs/teacher
 
 The first measures any videos; captions are those of scripts/generate.py's JSON files, or of a captions.jsonl with one
-{"file": "a.mp4", "caption": "..."} a line. The others let a student (4 steps) or a teacher (UniPC) make videos for
-captions of the built-in world that no training has seen, and set them beside the real ones; the student also with its
-first steps at half the frame rate, if there is a frame interpolator. Metrics that know the scene are for that world
-only. An interrupted command resumes with the videos that are missing.
+{"file": "a.mp4", "caption": "..."} a line. The others let a student or a teacher (UniPC) make videos for captions of
+the built-in world that no training has seen, beside the real ones; the student also with its first steps at half the
+frame rate, if there is an interpolator. Metrics that know the scene are for that world only. The command resumes.
 """
 
 import math
@@ -23,7 +22,7 @@ from avd_jax.convert.layouts import student_settings
 from avd_jax.data.world_clips import WORLD_SIZE
 from avd_jax.errors import UserError
 from avd_jax.experiments.comparison import REAL, compare
-from avd_jax.experiments.held_out import drawn_videos, make_videos, with_and_without_half_rate
+from avd_jax.experiments.held_out import drawn_videos, make_videos, ways_of_a_student
 from avd_jax.experiments.videos import videos_in
 from avd_jax.generation.settings import Options, resolve
 
@@ -35,6 +34,7 @@ WHICH = command_line.define_which()
 BESIDE_TEACHER = flags.DEFINE_bool("beside_teacher", False, "Also the teacher: with --steps, and with the student's.")
 STEPS = flags.DEFINE_integer("steps", 50, "UniPC steps of the teacher.", lower_bound=1)
 GUIDANCE_SCALE = flags.DEFINE_float("guidance_scale", None, "The teacher's. Default: the student's training's, else 5.")
+STUDENT_STEPS = flags.DEFINE_multi_integer("student_steps", None, "Steps of a student that serves fewer; repeatable.")
 SHIFT = flags.DEFINE_float("shift", None, "The teacher's timestep shift. Default: the student's training's, else 5.")
 COUNT = flags.DEFINE_integer("count", 100, "Held-out captions.", lower_bound=1)
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 10, "Videos to sample together.", lower_bound=1)
@@ -64,9 +64,9 @@ def settings_of_sets() -> dict[str, Options]:
     if not CHECKPOINT.value:
         return {f"teacher, {STEPS.value}x2 steps": Options(**teacher, which=WHICH.value, steps=STEPS.value)}
     options = Options(**shared, checkpoint=CHECKPOINT.value, which=WHICH.value, solver="student")
-    sets = with_and_without_half_rate(options, settings := resolve(options, note=print))
+    sets = ways_of_a_student(options, STUDENT_STEPS.value or [None])
     if BESIDE_TEACHER.value:
-        made = dict.fromkeys((STEPS.value, settings.steps))
+        made = dict.fromkeys([STEPS.value, *(resolve(one, note=str).steps for one in sets.values())])
         return {f"teacher, {n}x2 steps": Options(**teacher, steps=n) for n in made} | sets
     return sets
 
@@ -84,7 +84,7 @@ def main() -> None:
             with tqdm(total=COUNT.value, desc=name, unit="video", delay=1) as bar:  # not before an error
                 make = partial(make_videos, batch_size=BATCH_SIZE.value, on_progress=bar.update)
                 sets[name] = make(options, COUNT.value, out / "videos").videos
-        size = {name: getattr(next(iter(asked.values())), name) for name in WORLD_SIZE}
+        size = {name: getattr(options, name) for name in WORLD_SIZE}
         sets = {REAL: drawn_videos(COUNT.value, out / "videos" / REAL, **size)} | sets
         about = "For captions that no training has seen; each model's video starts from the same noise."
     run = Path(CHECKPOINT.value) if CHECKPOINT.value and (Path(CHECKPOINT.value) / "metrics.jsonl").is_file() else None

@@ -94,6 +94,26 @@ def test_a_student_has_no_solver_options(student, plain, name):
         resolve(Options(weights=plain, checkpoint=student, **{name: 1}))
 
 
+def test_a_student_that_serves_fewer_steps_makes_the_first_ones(student, plain):
+    settings = Path(student) / "avd_student.json"
+    settings.write_text(json.dumps(STUDENT | {"fewer_steps": True}))
+
+    def made(**options):
+        return resolve(Options(weights=plain, checkpoint=student, **options))
+
+    assert made().timesteps == (1000.0, 750.0, 400.0)
+    assert made(steps=2).timesteps == (1000.0, 750.0)
+    assert (made(steps=1).timesteps, made(steps=1).steps) == ((1000.0,), 1)
+    for steps in (0, 4):
+        with pytest.raises(UserError, match=f"--steps {steps}: this student makes 1 to 3"):
+            made(steps=steps)
+    with pytest.raises(UserError, match="--shift: a student's steps are fixed"):
+        made(shift=3.0)
+    settings.write_text(json.dumps(STUDENT | {"fewer_steps": "yes"}))
+    with pytest.raises(UserError, match="fewer_steps='yes'"):
+        made()
+
+
 def test_jobs(tmp_path):
     (tmp_path / "prompts.txt").write_text("b/c\n\n a \nb/c\n")
     jobs = make_jobs(prompt=None, prompts=str(tmp_path / "prompts.txt"), seeds=["7", "8"], samples=2)

@@ -25,7 +25,7 @@ from training_cases import (
 )
 
 from avd_jax.capacity.flops import count_flops
-from avd_jax.methods.avd.programs import unit
+from avd_jax.methods.programs import unit
 from avd_jax.models.functional import make_denoiser
 from avd_jax.training.assembly import Assembly
 from avd_jax.training.cost import CycleCost, cycle_cost, seconds_at_peak

@@ -87,7 +87,7 @@ def test_one_update_by_hand(parts):
         (size, weight),
         watch=(Value("seen", ("size",), lambda size: {"half": size / 2}),),
         reports=("weight",),
-        draws=(Draw("number", lambda key: jax.random.randint(key, (), 0, 9)),),
+        draws=(Draw("number", lambda key, extras: jax.random.randint(key, (), 0, 9)),),
         metrics=lambda made, extras: made.values["seen"] | {"weight": made.values["weight"]} | made.draws,
     )
     method = method_of(update, accumulation_steps=parts)

@@ -23,8 +23,8 @@ from avd_jax.losses.adaptive_regression import LossHistory
 from avd_jax.methods import transformers
 from avd_jax.methods.avd import RECIPE, method
 from avd_jax.methods.avd.config import default_config
-from avd_jax.methods.avd.objectives import Student
 from avd_jax.methods.avd.terms import fake_score_update, generator_update
+from avd_jax.methods.students import Student
 from avd_jax.models.wan_dit import WanDiTConfig
 from avd_jax.parallel.mesh import make_mesh, replicated
 from avd_jax.training import trainer

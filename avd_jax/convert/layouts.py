@@ -121,6 +121,8 @@ def find_tokenizer(path: Path) -> Path:
 def student_settings(path: str | Path) -> dict | None:
     """Return how a student was trained to be sampled: timesteps, shift, guidance_scale, num_steps.
 
+    With `fewer_steps` the first few of the timesteps serve too.
+
     Args:
       path: a training run or checkpoint, an exported student, or converted weights that keep its settings.
 

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from avd_jax.data.video import write_video
 from avd_jax.data.world_clips import FIRST_HELD_OUT_CLIP
 from avd_jax.experiments.videos import CaptionedVideo
 from avd_jax.generation.run import generate, make_plan
-from avd_jax.generation.settings import Job, Options, Settings, resolve
+from avd_jax.generation.settings import Job, Options, resolve
 from avd_jax.parallel.mesh import make_mesh
 
 
@@ -46,16 +46,20 @@ def drawn_videos(
     return videos
 
 
-def with_and_without_half_rate(options: Options, settings: Settings) -> dict[str, Options]:
+def ways_of_a_student(options: Options, steps: Sequence[int | None]) -> dict[str, Options]:
     """Return how a student makes videos, by name: at the full rate and, if it has half-rate steps, with them.
 
     Args:
       options: of the student.
-      settings: what they resolve to.
+      steps: how many it is to make, each in turn; None: as many as it was trained for.
     """
-    sets = {f"student, {settings.steps} steps": replace(options, half_rate_steps=0)}
-    if half := settings.half_rate_steps:
-        sets[f"student, {settings.steps} steps, {half} of them at half the frame rate"] = options
+    sets = {}
+    for number in steps:
+        one = replace(options, steps=number)
+        settings = resolve(one)
+        sets[f"student, {settings.steps} steps"] = replace(one, half_rate_steps=0)
+        if half := settings.half_rate_steps:
+            sets[f"student, {settings.steps} steps, {half} of them at half the frame rate"] = one
     return sets
 
 

@@ -48,7 +48,8 @@ class Options:
       checkpoint: a student transformer: training run, export, or AVD's model.pt.
       which: network of a training run or of a file that holds several, as `key` of `convert.load_dit`.
       solver: one of SOLVERS.
-      steps, shift, guidance_scale, negative_prompt: of the unipc solver only.
+      steps: of the unipc solver, or how many of its first steps a student is to make that serves fewer (rCM).
+      shift, guidance_scale, negative_prompt: of the unipc solver only.
       half_rate_steps: first steps of a student at half the frame rate; by default those that its training made so,
         else the first half of them, if there is an interpolator.
       half_rate_positions: of the frames in the rotary embedding at these steps, a key of HALF_RATE_POSITIONS.
@@ -173,13 +174,17 @@ def resolve(options: Options, *, note: Callable[[str], object] = print) -> Setti
         **size,
     }
     if solver == "student":
-        for name in ("steps", "shift", "guidance_scale", "negative_prompt"):
+        fewer = bool(student and student.get("fewer_steps"))
+        for name in ("shift", "guidance_scale", "negative_prompt", *([] if fewer else ["steps"])):
             if getattr(options, name) is not None:
                 raise UserError(
                     f"--{name}: a student's steps are fixed by the schedule it was trained for, and it has no "
                     f"guidance; leave --{name} out, or use --solver unipc"
                 )
         timesteps = _student_timesteps(source, student, named=bool(options.checkpoint), note=note)
+        steps = _first(options.steps, len(timesteps))
+        _check("steps", steps, 1 <= steps <= len(timesteps), f"this student makes 1 to {len(timesteps)}")
+        timesteps = timesteps[:steps]
         none = {"shift": None, "guidance_scale": None, "negative_prompt": None}
         half_rate = _half_rate(options, student or {}, len(timesteps), size["frames"], note)
         return Settings(**shared, **none, **half_rate, steps=len(timesteps), timesteps=timesteps)
@@ -268,7 +273,9 @@ def from_record_file(path: str, *, weights: str | None, checkpoint: str | None) 
 def _check_student(source: str, student: Mapping) -> None:
     hints = typing.get_type_hints(Settings)
     optional = (*WAN_SIZE, "half_rate_steps", "half_rate_positions")
-    expected = {name: hints[name] for name in optional if name in student} | {"timesteps": list[Number]}
+    hints["fewer_steps"] = bool
+    expected = {name: hints[name] for name in (*optional, "fewer_steps") if name in student}
+    expected["timesteps"] = list[Number]
     for name, hint in expected.items():
         if not is_bearable(student.get(name), hint):
             raise UserError(

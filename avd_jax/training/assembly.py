@@ -40,7 +40,7 @@ class Assembly:
     Attributes:
       method: as given.
       abstract: the state's shapes, dtypes and shardings.
-      calls: the updates of a cycle that have something to train, in order.
+      calls: the updates of a cycle that have something to train, in order; those of a warm-up among them.
       sizes: name -> the fields of a batch of that size; one entry at least.
     """
 
@@ -86,19 +86,34 @@ class Assembly:
     def _batch_size(self) -> int:
         return jax.tree.leaves(_abstract(self.method.fields))[0].shape[0]
 
+    @property
+    def lasting(self) -> tuple[Call, ...]:
+        """The updates of a cycle once no warm-up is left."""
+        return tuple(call for call in self.calls if call.update.ends is None)
+
+    def complete(self, cycle: int) -> bool:
+        """Return whether a cycle, counted from 0, makes the lasting updates and no others."""
+        return all(call.update.made_in(cycle) == (call.update.ends is None) for call in self.calls)
+
     def fresh(self) -> dict[str, int]:
-        """Return how many batches a cycle takes of each field that is fresh for every update, 0 if nothing reads it."""
-        return {
-            name: sum(call.update.times for call in self.calls if name in call.fields)
-            for name, field in self.method.fields.items()
-            if field.fresh
-        }
+        """Return how many batches a cycle takes of each field that is fresh for every update, 0 if nothing reads it.
+
+        Every cycle is given as many, the most that one takes.
+        """
+        updates = [call.update for call in self.calls]
+        starts = {0, *(u.begins for u in updates), *(u.ends for u in updates if u.ends is not None)}
+
+        def taken(name: str, cycle: int) -> int:
+            return sum(call.update.times for call in self.calls if name in call.fields and call.update.made_in(cycle))
+
+        fresh = [name for name, field in self.method.fields.items() if field.fresh]
+        return {name: max(taken(name, cycle) for cycle in starts) for name in fresh}
 
     def cycle(self) -> dict:
         """Return what a run may not change when it resumes: its networks, its updates, and the batches of a cycle."""
         return {
             "networks": sorted(self.method.networks),
-            "updates": {call.update.network: call.update.times for call in self.calls},
+            "updates": {call.update.network: call.update.times for call in self.lasting},
             "batches": self.fresh(),
         }
 
@@ -116,7 +131,7 @@ class Assembly:
         """Make the arrays that no update changes, by name."""
         return {name: part.load() for name, part in self.method.frozen.items()}
 
-    def dispatch(self, state: TrainState, frozen: Mapping, batch: Mapping, key: jax.Array):
+    def dispatch(self, state: TrainState, frozen: Mapping, batch: Mapping, key: jax.Array, cycle: int):
         """Dispatch one cycle of updates.
 
         Args:
@@ -124,14 +139,16 @@ class Assembly:
           frozen: from `load_frozen`.
           batch: one cycle's, from `Method.batches`.
           key: the cycle's.
+          cycle: its number, from 0 on.
 
         Returns:
           The state, and the metrics of each call, by the update's name.
         """
-        metrics: dict[str, list] = {call.update.name: [] for call in self.calls}
+        calls = [call for call in self.calls if call.update.made_in(cycle)]
+        metrics: dict[str, list] = {call.update.name: [] for call in calls}
         taken = dict.fromkeys(self.fresh(), 0)
         number = 0
-        for call in self.calls:
+        for call in calls:
             for _ in range(call.update.times):
                 inputs = {name: self._put(batch[name], taken.get(name)) for name in call.fields}
                 taken |= {name: count + 1 for name, count in taken.items() if name in call.fields}
@@ -169,7 +186,7 @@ class Assembly:
           UserError: there is none of that name; says which is closest.
         """
         for call in self.calls:
-            if name == f"{call.update.network}_step":
+            if name == call.update.program:
                 return self._step_program(name, call, size or self.largest)
         if name not in self.method.programs:
             names = self.program_names()
@@ -183,7 +200,7 @@ class Assembly:
         return [*self._step_names(), *self.method.programs]
 
     def _step_names(self) -> tuple[str, ...]:
-        return tuple(f"{call.update.network}_step" for call in reversed(self.calls))
+        return tuple(call.update.program for call in reversed(self.calls))
 
     def stages(self) -> tuple[Stage, ...]:
         """Return what runs in turn: the updates, and what the method says of its other programs."""
@@ -204,7 +221,7 @@ class Assembly:
         found += [part_of(name, part.abstract) for name, part in self.method.frozen.items()]
         # Those of the cycle that runs and of the next one, which the host has dispatched.
         batches = [
-            self._abstract_batch(call, self.largest) for call in self.calls for _ in range(2 * call.update.times)
+            self._abstract_batch(call, self.largest) for call in self.lasting for _ in range(2 * call.update.times)
         ]
         found.append(part_of("batches", batches))
         # Orbax copies the state to the host, and writes it from there while the run goes on.

@@ -48,16 +48,14 @@ class CycleCost:
 
 
 def cycle_cost(assembly: Assembly, size: str | None = None) -> CycleCost:
-    """Count one cycle of a run; each program is traced, which its first call need not do again.
+    """Count one cycle of a run, after its warm-up; each program is traced, which its first call need not do again.
 
     Args:
       assembly: of the run.
       size: of the batch, where there are several; None: the largest.
     """
-    calls, method, size = assembly.calls, assembly.method, size or assembly.largest
-    updates = {
-        call.update.network: expected_flops(assembly.program(f"{call.update.network}_step", size)) for call in calls
-    }
+    calls, method, size = assembly.lasting, assembly.method, size or assembly.largest
+    updates = {call.update.network: expected_flops(assembly.program(call.update.program, size)) for call in calls}
     times = {call.update.network: call.update.times for call in calls}
     unit, unit_flops = None, 1.0
     if method.unit is not None:

@@ -113,16 +113,17 @@ def active(terms: Sequence[Term]) -> tuple[Term, ...]:
 
 @dataclass(frozen=True)
 class Draw:
-    """A random number that all examples of an update share.
+    """A number that all examples of an update share: random, or one that follows from the state.
 
     Attributes:
       name: under which functions ask for it.
-      function: the update's key -> the number. Stream 1 of the key is the examples'; a draw folds in another number.
+      function: (the update's key, the state's extras) -> the number. Stream 1 of the key is the examples'; a draw folds
+        in another number.
       outcomes: its equally likely values, if it decides how much there is to compute: the cost is their mean.
     """
 
     name: str
-    function: Callable[[jax.Array], jax.Array]
+    function: Callable[[jax.Array, Mapping[str, Tree]], jax.Array]
     outcomes: tuple[int, ...] = ()
 
 
@@ -148,13 +149,15 @@ class Update:
 
     Attributes:
       name: of its metrics, `loss/<name>` and `grad_norm/<name>`.
-      network: whose parameters it changes; its program is `<network>_step`.
+      network: whose parameters it changes.
       terms: of the loss, those of weight 0 included, since their metrics are logged as 0.
       values: what the terms are made of.
       watch: values that are only looked at, if what they are made of is computed for a term; no gradient flows.
       reports: names of values that `metrics` and `extras` take.
       draws: what the whole batch shares.
       times: how often it is made in a cycle.
+      begins, ends: the cycles that make it: from `begins` on, and before `ends` if that is a number. One that ends is
+        of a warm-up, after which another update may train the same network.
       metrics: (what was made, the extras after the update) -> further numbers to log, on the devices.
       extras: (extras, what was made) -> the extras after the update.
     """
@@ -167,8 +170,19 @@ class Update:
     reports: tuple[str, ...] = ()
     draws: tuple[Draw, ...] = ()
     times: int = 1
+    begins: int = 0
+    ends: int | None = None
     metrics: Callable[[Made, Mapping[str, Tree]], dict[str, jax.Array]] = lambda made, extras: {}
     extras: Callable[[Mapping[str, Tree], Made], Mapping[str, Tree]] = lambda extras, made: extras
+
+    @property
+    def program(self) -> str:
+        """Its program's name."""
+        return f"{self.network}_{'step' if self.ends is None else 'warmup_step'}"
+
+    def made_in(self, cycle: int) -> bool:
+        """Return whether a cycle, counted from 0, makes it."""
+        return self.begins <= cycle and (self.ends is None or cycle < self.ends)
 
 
 @dataclass(frozen=True)
@@ -227,7 +241,7 @@ class Method:
       main: the network that the run is for.
       mesh: where it runs.
       networks: those that are trained, by name.
-      updates: of a cycle, in order; the last one completes a step.
+      updates: of a cycle, in order; that of the last one's network completes a step.
       fields: parts of the batch, by name.
       sizes: if batches come in several sizes, each in one of them: name -> `fields` with the shapes of that size. The
         updates are compiled for each; what they read, and what is fresh, is that of `fields`.

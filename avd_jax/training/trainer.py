@@ -109,14 +109,14 @@ def train(recipe: Recipe, config, workdir: Path, *, profile: bool = False) -> Ou
                 with ledger.spending("sample"):
                     observer.sample(0, state)
 
-            size = next(iter(assembly.sizes))
+            size, complete = next(iter(assembly.sizes)), True
 
             def dispatch(state: TrainState, step: int):
-                nonlocal size
+                nonlocal size, complete
                 with ledger.spending("data"):
                     batch = next(batches)
-                size = assembly.size_of(batch)
-                return assembly.dispatch(state, frozen, batch, jax.random.fold_in(key, step))
+                size, complete = assembly.size_of(batch), assembly.complete(step)
+                return assembly.dispatch(state, frozen, batch, jax.random.fold_in(key, step), step)
 
             def record() -> dict:
                 return {
@@ -134,7 +134,7 @@ def train(recipe: Recipe, config, workdir: Path, *, profile: bool = False) -> Ou
                 ratings=lambda: observer.ratings,
                 sample=observer.sample,
                 sample_every=observer.sample_every,
-                seconds_at_peak=lambda: at_peak[size],
+                seconds_at_peak=lambda: at_peak[size] if complete else None,
                 ledger=ledger,
                 profile=workdir / "profile" if profile else None,
             )

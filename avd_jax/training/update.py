@@ -38,11 +38,13 @@ def make_step(method: Method, update: Update) -> Step:
     such as the temporal one, is that of one part at a time; everything else is as for the whole batch.
     """
     trained, passes = method.networks[update.network], passes_of(update)
-    completes_the_step = update is method.updates[-1]
+    completes_the_step = update.network == method.updates[-1].network
 
     def step(state: TrainState, frozen: Mapping, batch: Mapping, key: jax.Array) -> tuple[TrainState, dict]:
         # The name tells the count of FLOPs what the number is.
-        draws = {draw.name: checkpoint_name(draw.function(key), f"draw/{draw.name}") for draw in update.draws}
+        draws = {
+            draw.name: checkpoint_name(draw.function(key, state.extras), f"draw/{draw.name}") for draw in update.draws
+        }
         network = state.networks[update.network]
         constants = _parameters(method, state, frozen) | frozen | state.extras | draws
 

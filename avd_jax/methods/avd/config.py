@@ -11,60 +11,25 @@ from avd_jax.errors import UserError
 from avd_jax.fields import (
     Field,
     Fields,
-    all_local,
-    at_least,
-    band,
     below_one,
     check_values,
     config_from,
-    finite,
     not_nan,
     not_negative,
     one_of,
-    positive,
     require,
     weights,
     with_defaults,
 )
+from avd_jax.methods import distillation
 from avd_jax.methods.avd import terms
-from avd_jax.methods.transformers import ATTENTION_FIELDS, DTYPES, REMAT, WHICH_FIELDS, sets
-from avd_jax.models.vae_tiles import MEMORY_GIB
-from avd_jax.models.wan_dit import REMAT_POLICIES, WAN_MODELS
-from avd_jax.parallel.memory import MEMORIES
-from avd_jax.training.config import ACCUMULATION_FIELDS, MESH_FIELDS, RUN_FIELDS
+from avd_jax.methods.distillation_fields import DISTILLATION_FIELDS
+from avd_jax.training.config import RUN_FIELDS
 from avd_jax.training.method import active
 
 FIELDS: Fields = {
     **with_defaults(RUN_FIELDS, method="avd"),
-    "num_steps": Field(1000, "generator updates in the run", at_least(1), changeable=True),
-    **ACCUMULATION_FIELDS,
-    "init_from": Field(
-        "",
-        "weights of the teacher, which all networks start from, in any layout; sets the sizes",
-        weights,
-        changeable=True,
-    ),
-    **WHICH_FIELDS,
-    "model": Field("", f"what aot_compile.py compiles if init_from is empty: {', '.join(WAN_MODELS)}"),
-    "data.latents": Field(
-        "",
-        "folder of encoded videos (scripts/encode.py --videos), for the regression loss; or several, as in a:3,b:1",
-        sets,
-        changeable=True,
-    ),
-    "data.prompts": Field(
-        "",
-        "folder of encoded prompts (scripts/encode.py --prompts), or several; empty: the captions of data.latents",
-        sets,
-        changeable=True,
-    ),
-    "data.held_out": Field(
-        "",
-        "lists of prompts that the student will be judged by, separated by commas: a run begins with a line for each "
-        "of them that training texts are like; with captions for prompts it reads all of data.latents for that",
-        all_local,
-        changeable=True,
-    ),
+    **DISTILLATION_FIELDS,
     "student.timesteps": Field((1000.0, 900.0, 757.0, 522.0), "timesteps (1000 sigma) of the student's steps"),
     "half_rate.steps": Field(0, "first steps of the student that see every second frame, in training too; 0: none"),
     "half_rate.positions": Field(
@@ -78,14 +43,8 @@ FIELDS: Fields = {
         weights,
         changeable=True,
     ),
-    "score.shift": Field(
-        5.0, "timestep shift of the random timesteps at which teacher and fake_score are compared", positive
-    ),
     "score.min_timestep": Field(20.0, "lower bound of these timesteps, of 1000"),
     "score.max_timestep": Field(980.0, "upper bound of these timesteps, of 1000"),
-    "guidance_scale": Field(
-        5.0, "guidance of the teacher, in Wan's convention uncond + scale * (cond - uncond)", finite
-    ),
     "fake_score_updates": Field(5, "updates of fake_score before each update of the generator", not_negative),
     "loss.distribution_matching": Field(
         1.0, "weight of L_KL, Eq. 4; 0 switches the term off", not_negative, recorded=True
@@ -121,68 +80,6 @@ FIELDS: Fields = {
         10.0, "gradients are scaled down to this global norm", not_negative, recorded=True
     ),
     "ema_decay": Field(0.0, "decay of the running mean of the generator's weights; 0 keeps none", below_one),
-    "compute_dtype": Field("bfloat16", "dtype of matrix products; masters and moments are float32", DTYPES),
-    "teacher_dtype": Field("bfloat16", "dtype in which the frozen teacher is stored and run", DTYPES),
-    "teacher_memory": Field(
-        "device",
-        "where the teacher's layers wait: 'device', or 'host', which sends one at a time",
-        one_of(MEMORIES),
-        changeable=True,
-    ),
-    "optimizer.memory": Field(
-        "device",
-        "where AdamW's moments wait between two updates: 'device', or 'host', which sends them for the update",
-        one_of(MEMORIES),
-        changeable=True,
-    ),
-    "remat": Field(
-        "block", "what the backward pass keeps of a block: " + ", ".join(REMAT_POLICIES), REMAT, changeable=True
-    ),
-    **MESH_FIELDS,
-    **ATTENTION_FIELDS,
-    "meters.temporal_variance": Field(
-        (0.5, 2.0), "band of the student's variance along frames, as a share of real videos'", band, changeable=True
-    ),
-    "meters.saturation": Field(
-        (0.7, 1.4),
-        "band of its mean HSV saturation; a meter that leaves its band is a warning line",
-        band,
-        changeable=True,
-    ),
-    "meters.colourfulness": Field(
-        (0.7, 1.4), "band of its colourfulness (Hasler and Suesstrunk)", band, changeable=True
-    ),
-    "meters.latent_temporal_variance": Field(
-        (0.4, 2.0), "band of the variance of its latents along frames", band, changeable=True
-    ),
-    "meters.latent_spread": Field(
-        (0.7, 1.4), "band of the deviation of its latents over height and width", band, changeable=True
-    ),
-    "sample_every": Field(
-        100,
-        "generator updates between two sets of sample videos, the last update has one too; 0: never",
-        not_negative,
-        changeable=True,
-    ),
-    "sample.prompts": Field(
-        4,
-        "prompts to sample: the first ones of data.prompts",
-        at_least(1, "; sample_every=0 samples nothing"),
-        changeable=True,
-    ),
-    "sample.vae": Field(
-        "", "weights of the VAE that decodes the samples; empty: those beside init_from", weights, changeable=True
-    ),
-    "sample.vae_gib": Field(
-        MEMORY_GIB,
-        "GiB of a device that decoding one may take, in as many tiles as that needs",
-        positive,
-        changeable=True,
-    ),
-    "sample.teacher_steps": Field(
-        50, "UniPC steps of the teacher's videos that stand beside them; 0: no teacher", not_negative, changeable=True
-    ),
-    "sample.teacher_shift": Field(5.0, "timestep shift of the teacher's solver", positive, changeable=True),
 }
 
 
@@ -198,9 +95,7 @@ def validate(config) -> None:
       UserError: naming the field and what it may be.
     """
     validate_values(config)
-    require("init_from", config.init_from, None if config.init_from else "must name the teacher's weights")
-    if not config.data.latents:
-        raise UserError("config.data.latents is empty: give the folder that scripts/encode.py --videos wrote")
+    distillation.check_named(config)
     if config.half_rate.steps and not config.half_rate.interpolator:
         raise UserError("config.half_rate.interpolator is empty: give weights, see scripts/train_interpolator.py")
 
@@ -215,8 +110,7 @@ def validate_values(config) -> None:
     low, high = flat["score.min_timestep"], flat["score.max_timestep"]
     wrong = None if 0 < low <= high <= 1000 else f"and score.max_timestep={high} must rise in 0..1000"
     require("score.min_timestep", low, wrong)
-    parts, batch = flat["accumulation_steps"], flat["batch_size"]
-    require("accumulation_steps", parts, f"must divide batch_size={batch}" if batch % parts else None)
+    distillation.check_accumulation(flat)
     if not active(terms.generator_terms(config.loss)):
         raise UserError("config.loss: every term has weight 0, nothing would be trained; set one of them")
     num_steps = len(StudentSchedule(tuple(config.student.timesteps)).timesteps)

@@ -9,24 +9,18 @@ from flax import nnx
 from avd_jax import convert
 from avd_jax.convert.architectures import INTERPOLATOR
 from avd_jax.convert.fingerprint import fingerprint
-from avd_jax.convert.networks import DEFAULT
 from avd_jax.convert.weights import open_weights
-from avd_jax.data.latents import LatentsInfo
-from avd_jax.data.leakage import read_texts
-from avd_jax.data.mixture import named_sets, open_sets
 from avd_jax.diffusion.student import StudentSchedule, check_half_rate
 from avd_jax.errors import UserError
-from avd_jax.fields import listed
 from avd_jax.losses.adaptive_regression import LossHistory
-from avd_jax.methods import transformers
-from avd_jax.methods.avd.objectives import Student
+from avd_jax.methods import distillation, transformers
 from avd_jax.methods.avd.observer import AVDObserver
-from avd_jax.methods.avd.programs import Sizes, programs, stages, unit
 from avd_jax.methods.avd.terms import asks_for_fake_score, fake_score_update, generator_update
+from avd_jax.methods.programs import Sizes, programs, stages, unit
+from avd_jax.methods.students import Student
 from avd_jax.models.attention import check_heads
-from avd_jax.models.functional import Denoiser, Functional, functional, make_denoiser, unallocated
+from avd_jax.models.functional import Functional, functional, make_denoiser, unallocated
 from avd_jax.models.interpolator import Interpolator, InterpolatorConfig
-from avd_jax.models.wan_dit import WAN_MODELS, WanDiTConfig
 from avd_jax.parallel.mesh import make_mesh, placed, replicated
 from avd_jax.training.method import Frozen, Method, Trained
 from avd_jax.training.optimizers import constant
@@ -46,10 +40,7 @@ def build(config, *, devices=None, video: Mapping[str, int] | None = None) -> Me
     mesh = make_mesh(**config.mesh, batch_size=config.batch_size // config.accumulation_steps, devices=devices)
     sizes = _sizes(config, video)
     check_heads(sizes.model.num_heads, mesh.shape["seq"])
-    if config.data.prompts:
-        open_sets(config.data.prompts, "prompts")  # a wrong folder is to be named before the weights are read
-    for path in listed(config.data.held_out):
-        read_texts(path)  # so is a wrong list
+    distillation.check_texts(config)
     make = partial(make_denoiser, sizes.model, placement=transformers.make_placement(config.attention, mesh))
     network = make(dtype=config.compute_dtype, param_dtype="float32", remat=config.remat)
     teacher = make(dtype=config.teacher_dtype, param_dtype=config.teacher_dtype, remat="none")
@@ -62,7 +53,7 @@ def build(config, *, devices=None, video: Mapping[str, int] | None = None) -> Me
         half_rate_positions=config.half_rate.positions,
         interpolator=interpolator,
     )
-    start = partial(_start, config, mesh)
+    start = partial(distillation.start, config, mesh)
     settings = config.optimizer
     networks = {
         "generator": Trained(
@@ -74,7 +65,7 @@ def build(config, *, devices=None, video: Mapping[str, int] | None = None) -> Me
         )
     }
     updates, frozen = (generator_update(config, student, teacher),), {}
-    teacher_parts = _teacher(config, sizes.model, teacher, mesh)
+    teacher_parts = distillation.teacher_parts(config, sizes.model, teacher, mesh)
     if asks_for_fake_score(config.loss):
         rate = constant(settings, settings.fake_score_learning_rate)
         networks["fake_score"] = Trained(network.abstract_params(), start, rate, optimizer_memory=settings.memory)
@@ -93,7 +84,14 @@ def build(config, *, devices=None, video: Mapping[str, int] | None = None) -> Me
         batches=transformers.encoded_batches(config, mesh, text_len=sizes.model.text_len, prompts=config.data.prompts),
         extras={"history": partial(LossHistory.init, len(config.student.timesteps))},
         accumulation_steps=config.accumulation_steps,
-        record=partial(_record, config, sizes.model, info),
+        record=partial(
+            distillation.record,
+            config,
+            sizes.model,
+            info,
+            half_rate_steps=config.half_rate.steps,
+            half_rate_positions=config.half_rate.positions,
+        ),
         inputs=partial(_inputs, config),
         observer=partial(AVDObserver, config, student, teacher, teacher_parts, sizes.model, info, mesh),
         unit=partial(unit, network, sizes.model),
@@ -103,15 +101,7 @@ def build(config, *, devices=None, video: Mapping[str, int] | None = None) -> Me
 
 
 def _sizes(config, video: Mapping[str, int] | None) -> Sizes:
-    if config.init_from:
-        model = convert.dit_config(config.init_from, config.which or DEFAULT)
-    elif config.model in WAN_MODELS:
-        model = WAN_MODELS[config.model]
-    else:
-        raise UserError(f"config.model={config.model!r}: set it to one of {', '.join(WAN_MODELS)}, or set init_from")
-    shapes = transformers.clip_shapes(config.data.latents, video, model)
-    if config.data.latents:
-        _check_sets(config.data.latents, model, config.init_from)
+    model, shapes = distillation.model_and_clips(config, video)
     named, interpolator = config.half_rate.interpolator, None
     if named:
         interpolator = open_weights(named, INTERPOLATOR).config
@@ -127,38 +117,6 @@ def _sizes(config, video: Mapping[str, int] | None) -> Sizes:
     return Sizes(model, shapes, interpolator)
 
 
-def _check_sets(named: str, model: WanDiTConfig, weights: str) -> None:
-    for (folder, _), info in zip(named_sets(named), transformers.latents_infos(named), strict=True):
-        *sizes, channels = info.latents_shape
-        if channels != model.in_dim or info.text_dim != model.text_dim:
-            raise UserError(
-                f"config.data.latents={folder}: has {channels} channels and text_dim {info.text_dim}, the model of "
-                f"init_from={weights} takes {model.in_dim} and {model.text_dim}; encode the videos with its weights"
-            )
-        if any(size % patch for size, patch in zip(sizes, model.patch_size, strict=True)):
-            raise UserError(
-                f"config.data.latents={folder}: the model's patch {model.patch_size} does not divide latents of "
-                f"{tuple(sizes)}; encode with a height and width that are multiples of 16"
-            )
-
-
-def _start(config, mesh, shardings) -> dict:
-    """Return the teacher's weights in float32, which generator and fake_score start from."""
-    return transformers.load_params(config.init_from, "float32", mesh, which=config.which)
-
-
-def _teacher(config, model: WanDiTConfig, teacher: Denoiser, mesh) -> dict[str, Frozen]:
-    """Return the teacher's parameters and the conditions that its guidance subtracts."""
-    memory = config.teacher_memory
-    return {
-        "teacher": Frozen(
-            transformers.shaped_params(teacher.abstract_params(), mesh, memory),
-            lambda: transformers.load_params(config.init_from, config.teacher_dtype, mesh, memory, which=config.which),
-        ),
-        "negative": transformers.negative_conditions(config.data.prompts or config.data.latents, model, mesh),
-    }
-
-
 def _interpolator(sizes: InterpolatorConfig) -> Functional:
     return unallocated(lambda: Interpolator(sizes, nnx.Rngs(0)))
 
@@ -170,29 +128,8 @@ def _interpolator_part(config, interpolator: Functional, mesh) -> Frozen:
     return Frozen(placed(interpolator.abstract_params(), replicated(mesh)), load)
 
 
-def _record(config, model: WanDiTConfig, info: LatentsInfo | None) -> dict:
-    """Return what the checkpoints say of the networks and, if the set is there, about how to sample the student."""
-    record = {"architecture": transformers.architecture(model)}
-    if info is None:
-        return record
-    student = {
-        "timesteps": [float(t) for t in config.student.timesteps],
-        "num_steps": len(config.student.timesteps),
-        "shift": float(config.score.shift),
-        "guidance_scale": float(config.guidance_scale),
-        "frames": info.frames,
-        "height": info.height,
-        "width": info.width,
-        "fps": float(info.fps),
-        "half_rate_steps": config.half_rate.steps,
-        "half_rate_positions": config.half_rate.positions,
-    }
-    return record | {"student": student}
-
-
 def _inputs(config) -> dict[str, str]:
-    found = {"init_from": transformers.transformer_fingerprint(config.init_from, config.which)}
-    found |= transformers.set_fingerprints(config.data.latents, config.data.prompts)
+    found = distillation.inputs(config)
     if config.half_rate.interpolator:
         found["half_rate.interpolator"] = fingerprint(open_weights(config.half_rate.interpolator, INTERPOLATOR))
     return found

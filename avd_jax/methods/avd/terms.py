@@ -10,12 +10,12 @@ from functools import partial
 
 import jax.numpy as jnp
 
-from avd_jax.losses.adaptive_regression import update_history
+from avd_jax.losses.adaptive_regression import LossHistory, update_history, weights_and_update
 from avd_jax.losses.distribution_matching import distribution_matching_loss
 from avd_jax.losses.temporal import temporal_loss
-from avd_jax.methods.avd import objectives
-from avd_jax.methods.avd.meters import LATENT, latent_meters
-from avd_jax.methods.avd.objectives import ScoreTimesteps, Student
+from avd_jax.methods import students
+from avd_jax.methods.meters import latent_metrics, latent_shares
+from avd_jax.methods.students import ScoreTimesteps, Student
 from avd_jax.training.method import Draw, Made, Term, Update, Value, active
 
 
@@ -61,11 +61,7 @@ def generator_update(config, student: Student, teacher: Callable) -> Update:
         terms=generator_terms(config.loss),
         values=(
             _samples(student),
-            Value(
-                "scores",
-                ("x0", "fake_score", "teacher", "negative", "prompts", "keys"),
-                _scores(config, student, teacher),
-            ),
+            students.scores_value(student.network, teacher, score_timesteps(config), config.guidance_scale),
             Value(
                 "regression_losses",
                 ("generator", "latents", "captions", "keys", "stop"),
@@ -75,7 +71,7 @@ def generator_update(config, student: Student, teacher: Callable) -> Update:
             ),
             Value("regression_weight", ("regression_losses", "history"), _regression_weight(config.loss)),
         ),
-        watch=(Value("latent_meters", ("x0", "latents"), _latent_meters),),
+        watch=(latent_shares(),),
         reports=("regression_losses", "regression_weight"),
         draws=(_stop(student),),
         metrics=_generator_metrics,
@@ -88,7 +84,7 @@ def fake_score_update(config, student: Student) -> Update:
     timesteps = score_timesteps(config)
 
     def loss(fake_score, x0, prompts, keys):
-        return objectives.fake_score_loss(
+        return students.fake_score_loss(
             student.network, timesteps, params=fake_score, x0=x0, conditions=prompts, keys=keys
         )
 
@@ -108,7 +104,7 @@ def score_timesteps(config) -> ScoreTimesteps:
 
 
 def _stop(student: Student) -> Draw:
-    return Draw("stop", student.stop_step, outcomes=tuple(range(len(student.timesteps))))
+    return Draw("stop", lambda key, extras: student.stop_step(key), outcomes=tuple(range(len(student.timesteps))))
 
 
 def _samples(student: Student) -> Value:
@@ -120,38 +116,21 @@ def _samples(student: Student) -> Value:
     return Value("x0", ("generator", "prompts", "canvas", "keys", "stop", *interpolator), x0)
 
 
-def _scores(config, student: Student, teacher: Callable) -> Callable:
-    compare = partial(objectives.scores, student.network, teacher, score_timesteps(config), config.guidance_scale)
-
-    def scores(x0, fake_score, teacher, negative, prompts, keys):
-        return compare(
-            x0=x0,
-            fake_score=fake_score,
-            teacher_params=teacher,
-            conditions=prompts,
-            negative_conditions=negative,
-            keys=keys,
-        )
-
-    return scores
-
-
 def _regression_weight(loss) -> Callable:
     settings = {"alpha": loss.adaptive_alpha, "k": loss.adaptive_k, "uses": loss.adaptive_uses}
 
     def weight(regression_losses, history):
         found = regression_losses
-        return objectives.regression_weight(
-            loss.regression_weighting, found["loss"], found["index"], history, **settings
-        )
+        return regression_weight(loss.regression_weighting, found["loss"], found["index"], history, **settings)
 
     return weight
 
 
-def _latent_meters(x0, latents) -> dict:
-    """Return what the latent meters compare, of samples and real latents: `made/<meter>` and `real/<meter>`, [B]."""
-    meters = {"made": latent_meters(x0), "real": latent_meters(latents)}
-    return {f"{whose}/{name}": value for whose, found in meters.items() for name, value in found.items()}
+def regression_weight(weighting: str, loss, index, history: LossHistory, *, alpha: float, k: float, uses: str):
+    """Return the weight of each example's L_reg, [B] (Eqs. 6 and 7); 1 if `weighting` is 'fixed'."""
+    if weighting == "fixed":
+        return jnp.ones_like(loss)
+    return weights_and_update(history, loss, index, alpha=alpha, k=k, weight_uses=uses)[0]
 
 
 def _history_after(extras: Mapping, made: Made, *, alpha: float) -> Mapping:
@@ -171,11 +150,6 @@ def _generator_metrics(made: Made, extras: Mapping) -> dict:
         "regression/weight": jnp.mean(weight),
         "regression_weight": weight,
         "timestep_index": losses["index"],
-        "rollout_stop": made.draws["stop"],
     }
     metrics |= {f"regression/ema_{i}": mean for i, mean in enumerate(extras["history"].mean)}
-    found = made.values.get("latent_meters")
-    for name in LATENT:
-        share = jnp.nan if found is None else jnp.mean(found[f"made/{name}"]) / jnp.mean(found[f"real/{name}"])
-        metrics[f"meter/{name}"] = jnp.asarray(share, jnp.float32)
-    return metrics
+    return metrics | latent_metrics(made)

@@ -185,7 +185,7 @@ def _update(config, network: Functional) -> Update:
         ),
         values=(Value("reconstruction", ("vae", "video", "noise_key"), reconstruction),),
         reports=("reconstruction",),
-        draws=(Draw("noise_key", lambda key: key),),
+        draws=(Draw("noise_key", lambda key, extras: key),),
         metrics=lambda made, extras: {"psnr": made.values["reconstruction"]["psnr"]},
     )
 

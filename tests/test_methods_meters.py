@@ -7,7 +7,7 @@ import pytest
 
 from avd_jax.data import shapes_world
 from avd_jax.evaluation.suite import measure
-from avd_jax.methods.avd.meters import BINS, JUDGED_EXAMPLES, WEIGHTS_A_HISTOGRAM, Meters, latent_meters
+from avd_jax.methods.meters import BINS, JUDGED_EXAMPLES, WEIGHTS_A_HISTOGRAM, Meters, latent_meters
 
 TIMESTEPS = (1000.0, 900.0)
 

@@ -1,6 +1,6 @@
-"""What AVD's losses are made of: the student's sample, the two scores of it, and the regression's prediction.
+"""What the losses of a distillation are made of: the student's sample, two scores of it, the regression's prediction.
 
-docs/method.md, Algorithm 1 and Eqs. 4 to 7. Pure functions of arrays; networks come in as callables
+docs/method.md, Algorithm 1 and Eqs. 4 to 7; docs/rcm.md. Pure functions of arrays; networks come in as callables
 `network(params, xt, timesteps, conditions)`.
 
 With half-rate steps the student sees every second frame at its first steps, as it will when it generates. If a rollout
@@ -23,13 +23,15 @@ from avd_jax.diffusion.student import (
     backward_simulation,
     half_rate_simulation,
     initial_noise,
+    random_times,
 )
-from avd_jax.losses.adaptive_regression import LossHistory, regression_loss, weights_and_update
+from avd_jax.losses.adaptive_regression import regression_loss
 from avd_jax.losses.distribution_matching import flow_matching_loss
+from avd_jax.training.method import Value
 
 # Streams of an update's key (1 is the examples', see `training.update`), and of an example's.
 STOP = 0
-ROLLOUT, SCORE, REGRESSION = range(3)
+ROLLOUT, SCORE, REGRESSION, TIMES, CONSISTENCY = range(5)
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,8 @@ class Student:
       half_rate_steps: first steps at half rate.
       half_rate_positions: of their frames, a key of HALF_RATE_POSITIONS.
       interpolator: `(params, latents) -> latents`, makes the missing frames; None without half-rate steps.
+      random_shift: timestep shift of the random times of rollouts in training (`random_times`), without half-rate
+        steps; None: `timesteps`.
     """
 
     network: Callable
@@ -51,6 +55,7 @@ class Student:
     half_rate_steps: int = 0
     half_rate_positions: str = ""
     interpolator: Callable | None = None
+    random_shift: float | None = None
 
     @property
     def at_half_rate(self) -> Callable:
@@ -61,6 +66,12 @@ class Student:
     def stop_step(self, key):
         """Draw the step (0-based) at which a rollout stops, one for the batch, from an update's key."""
         return jax.random.randint(jax.random.fold_in(key, STOP), (), 0, len(self.timesteps))
+
+    def rollout_times(self, keys):
+        """Return the timesteps of a rollout in training, [steps] or, if each example has its own, [steps B]."""
+        if self.random_shift is None:
+            return self.timesteps
+        return random_times(stream(keys, TIMES), len(self.timesteps), shift=self.random_shift)
 
     def x0(self, params, conditions, keys, stop, interpolator=None, *, shape=None):
         """Return the x0 at step `stop` of a rollout, [B F H W C]; only that step carries gradient (Algorithm 1).
@@ -73,11 +84,11 @@ class Student:
           interpolator: its parameters.
           shape: (F, H, W, C) of the samples, if it is not that of `shape`.
         """
-        keys, half_steps = _stream(keys, ROLLOUT), self.half_rate_steps
+        keys, half_steps = stream(keys, ROLLOUT), self.half_rate_steps
         noise = initial_noise(keys, shape or self.shape)
         # Constants from the start: else the rollout's loop would be differentiated only to be thrown away.
         constants = jax.lax.stop_gradient(params)
-        simulation = {"timesteps": self.timesteps, "stop_step": stop}
+        simulation = {"timesteps": self.rollout_times(keys), "stop_step": stop}
         if half_steps:
             half_velocity = partial(_velocity, self.at_half_rate, constants, conditions)
             interpolate = partial(self.interpolator, interpolator)
@@ -107,7 +118,7 @@ class Student:
           latents: real ones, [B F H W C].
         """
         timesteps, half_steps = jnp.asarray(self.timesteps, jnp.float32), self.half_rate_steps
-        keys = _stream(keys, REGRESSION)
+        keys = stream(keys, REGRESSION)
         at_half_rate = stop < half_steps
         first, last = 0, len(self.timesteps)
         if half_steps:
@@ -137,7 +148,7 @@ class ScoreTimesteps:
 
     def noised(self, x0, keys):
         """Return x0 noised to such timesteps: (xt, noise, timesteps)."""
-        keys = _stream(keys, SCORE)
+        keys = stream(keys, SCORE)
         draw = partial(sample_timesteps, shift=self.shift, minimum=self.minimum, maximum=self.maximum)
         timesteps = jax.vmap(lambda key: draw(jax.random.fold_in(key, 1), 1)[0])(keys)
         noise = initial_noise(keys, x0.shape[1:])
@@ -183,24 +194,41 @@ def scores(
     return jax.lax.stop_gradient({"fake_x0": fake_x0, "real_x0": real_x0})
 
 
-def fake_score_loss(network: Callable, timesteps: ScoreTimesteps, *, params, x0, conditions, keys):
-    """Return fake_score's flow-matching loss on the student's samples x0 [B F H W C], [B]."""
+def scores_value(student: Callable, teacher: Callable, timesteps: ScoreTimesteps, guidance_scale: float) -> Value:
+    """Return `scores` as a value of an update, made of `x0` and the `prompts` that it was made for."""
+    compare = partial(scores, student, teacher, timesteps, guidance_scale)
+
+    def found(x0, fake_score, teacher, negative, prompts, keys):
+        return compare(
+            x0=x0,
+            fake_score=fake_score,
+            teacher_params=teacher,
+            conditions=prompts,
+            negative_conditions=negative,
+            keys=keys,
+        )
+
+    return Value("scores", ("x0", "fake_score", "teacher", "negative", "prompts", "keys"), found)
+
+
+def fake_score_loss(
+    network: Callable, timesteps: ScoreTimesteps, *, params, x0, conditions, keys, weight: Callable = jnp.ones_like
+):
+    """Return fake_score's flow-matching loss on the student's samples x0 [B F H W C], [B].
+
+    `weight` maps noise levels [B] to factors [B].
+    """
     x0 = jax.lax.stop_gradient(x0)
     xt, noise, times = timesteps.noised(x0, keys)
     velocity = network(params, xt, times, conditions)
-    return flow_matching_loss(velocity=velocity, x0=x0, noise=noise)
-
-
-def regression_weight(weighting: str, loss, index, history: LossHistory, *, alpha: float, k: float, uses: str):
-    """Return the weight of each example's L_reg, [B] (Eqs. 6 and 7); 1 if `weighting` is 'fixed'."""
-    if weighting == "fixed":
-        return jnp.ones_like(loss)
-    return weights_and_update(history, loss, index, alpha=alpha, k=k, weight_uses=uses)[0]
+    loss = flow_matching_loss(velocity=velocity, x0=x0, noise=noise)
+    return weight(sigma_of_timestep(times)) * loss
 
 
 def _velocity(network, params, conditions, latents, timesteps):
     return network(params, latents, timesteps, conditions)
 
 
-def _stream(keys, number):
+def stream(keys, number: int):
+    """Return the keys [B] of a stream of each example's."""
     return jax.vmap(lambda key: jax.random.fold_in(key, number))(keys)

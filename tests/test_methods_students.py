@@ -19,7 +19,7 @@ from training_cases import (
 )
 
 from avd_jax.losses.adaptive_regression import LossHistory
-from avd_jax.methods.avd import objectives
+from avd_jax.methods import students
 from avd_jax.methods.avd.terms import fake_score_update
 from avd_jax.training.update import example_keys, passes_of
 
@@ -309,7 +309,7 @@ def test_random_choices_cover_what_they_may_be_and_are_independent():
     assert np.bincount(stops).min() > 60
     # The stop of a batch is no function of what any of its examples draws from.
     examples = jax.vmap(lambda key: example_keys(key, jnp.arange(8)))(many[:20])
-    parents = jax.vmap(lambda key: jax.random.fold_in(key, objectives.STOP))(many[:20])
+    parents = jax.vmap(lambda key: jax.random.fold_in(key, students.STOP))(many[:20])
     taken = {tuple(row) for row in np.asarray(jax.random.key_data(examples)).reshape(-1, 2).tolist()}
     assert not taken & {tuple(row) for row in np.asarray(jax.random.key_data(parents)).tolist()}
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from avd_jax.evaluation.suite import RELATIVE, summarise
 from avd_jax.losses.temporal import temporal_variance
+from avd_jax.training.method import Made, Value
 
 LATENT = ("latent_temporal_variance", "latent_spread")
 ADVICE = {
@@ -42,6 +43,30 @@ def latent_meters(latents: jax.Array) -> dict[str, jax.Array]:
         "latent_temporal_variance": temporal_variance(latents),
         "latent_spread": jnp.mean(jnp.std(latents, axis=(2, 3)), axis=(1, 2)),
     }
+
+
+def latent_shares() -> Value:
+    """Return the value of an update by which `latent_metrics` compares its samples `x0` with real `latents`."""
+
+    def compared(x0, latents) -> dict:
+        meters = {"made": latent_meters(x0), "real": latent_meters(latents)}
+        return {f"{whose}/{name}": value for whose, found in meters.items() for name, value in found.items()}
+
+    return Value("latent_meters", ("x0", "latents"), compared)
+
+
+def latent_metrics(made: Made) -> dict[str, jax.Array]:
+    """Return the metrics that `Meters.after_update` takes: where the rollout stopped, and the latent meters.
+
+    nan stands for samples that were not made; an update that draws no stop makes none and has no such metrics.
+    """
+    if "stop" not in made.draws:
+        return {}
+    metrics, found = {"rollout_stop": made.draws["stop"]}, made.values.get("latent_meters")
+    for name in LATENT:
+        share = jnp.nan if found is None else jnp.mean(found[f"made/{name}"]) / jnp.mean(found[f"real/{name}"])
+        metrics[f"meter/{name}"] = jnp.asarray(share, jnp.float32)
+    return metrics
 
 
 class Meters:
@@ -71,6 +96,8 @@ class Meters:
           Histograms of the regression weight by name, one for each timestep that has any, once enough weights have come
           together; the counts are of ten bins over 0..1.
         """
+        if "rollout_stop" not in metrics:  # an update without the student's samples
+            return {}
         latent = {name: float(metrics.pop(f"meter/{name}")) for name in LATENT}
         if int(metrics.pop("rollout_stop")) == len(self._timesteps) - 1 and np.isfinite(list(latent.values())).all():
             metrics |= self._keep(latent)
@@ -78,7 +105,8 @@ class Meters:
                 recent.append(latent[name])
                 if len(recent) == recent.maxlen:
                     self._judge(step, name, {"the real data's": float(np.mean(recent))})
-        for index, weight in zip(metrics.pop("timestep_index"), metrics.pop("regression_weight"), strict=True):
+        regression = (metrics.pop(name, ()) for name in ("timestep_index", "regression_weight"))
+        for index, weight in zip(*regression, strict=True):
             if weight > 0:  # a stand-in is 0 if there is no regression, and a skipped update's may not be finite
                 self._weights[int(index)].append(float(weight))
         if sum(map(len, self._weights)) < WEIGHTS_A_HISTOGRAM:

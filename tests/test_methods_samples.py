@@ -10,7 +10,7 @@ from generation_cases import VAE, write_weights
 from ml_collections import config_dict
 
 from avd_jax.convert.architectures import WAN_VAE
-from avd_jax.methods.avd import samples
+from avd_jax.methods import samples
 from avd_jax.parallel.mesh import make_mesh
 
 

@@ -4,7 +4,7 @@ import pytest
 from training_cases import make_config, write_sets
 
 from avd_jax.errors import UserError
-from avd_jax.methods.avd import observer
+from avd_jax.methods import observer
 from avd_jax.methods.avd.config import FIELDS
 
 

@@ -15,8 +15,8 @@ from avd_jax.capacity.program import Program
 from avd_jax.data.encoding import decoder_program, decoding_dtype, encoder_program
 from avd_jax.data.tokenizer import TEXT_LENGTH
 from avd_jax.generation.pipeline import HalfRateSampling, LatentsShape, StudentSampler, make_teacher_sampler
-from avd_jax.methods.avd.objectives import Student
-from avd_jax.methods.avd.samples import own_device
+from avd_jax.methods.samples import own_device
+from avd_jax.methods.students import Student
 from avd_jax.methods.transformers import abstract_conditions, make_placement, shaped_params
 from avd_jax.models.functional import Denoiser, make_denoiser
 from avd_jax.models.interpolator import Interpolator, InterpolatorConfig

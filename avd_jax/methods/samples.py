@@ -22,8 +22,8 @@ from avd_jax.data.video import contact_sheet, write_video
 from avd_jax.errors import UserError
 from avd_jax.evaluation.suite import measure
 from avd_jax.generation.pipeline import HalfRateSampling, StudentSampler, make_teacher_sampler, sample_keys
-from avd_jax.methods.avd.meters import Meters
-from avd_jax.methods.avd.objectives import Student
+from avd_jax.methods.meters import Meters
+from avd_jax.methods.students import Student
 from avd_jax.methods.transformers import as_conditions
 from avd_jax.models.functional import Denoiser, Params
 from avd_jax.models.wan_dit import WanDiTConfig
