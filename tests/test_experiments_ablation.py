@@ -95,6 +95,29 @@ def test_a_cell_differs_from_the_full_method_in_what_it_is_about(weights, tmp_pa
     assert cells["tr_ada_seed0"].sampling["half_rate_steps"] == 0
 
 
+def test_rcm_shares_what_the_others_have_and_serves_every_number_of_steps(weights, tmp_path):
+    config = make_config(weights)
+    config.rcm.num_steps, config.rcm.optimizer.learning_rate, config.train.guidance_scale = 79, 3e-5, 3.0
+    validate(config)
+    cells = {cell.name: cell for cell in plan(config, tmp_path, interpolator=True)}
+    assert [name for name in cells if name.startswith("rcm") and name.endswith("1")] == [
+        *("rcm_seed1", "rcm_2_seed1", "rcm_1_seed1")
+    ]
+    train = cells["rcm_seed1"].train
+    assert (train.method, train.seed, train.num_steps, train.guidance_scale) == ("rcm", 1, 79, 3.0)
+    assert (train.optimizer.learning_rate, train.batch_size) == (3e-5, config.train.batch_size)
+    assert train.data.latents == cells["dmd_seed1"].train.data.latents
+    assert "loss.regression" not in flatten(train)
+    few = cells["rcm_2_seed1"]
+    assert (few.train, few.student, few.sampling["steps"]) == (None, "rcm_seed1", 2)
+    decided = {name: ablation._settings(cell, config, {}) for name, cell in cells.items()}
+    assert decided["rcm_seed0"]["train"]["consistency.warmup"] == 1000
+    assert "consistency.warmup" not in decided["dmd_seed0"]["train"]
+    config.rcm.consistency.deviation = 0.0
+    with pytest.raises(UserError, match=r"^config\.rcm\.consistency\.deviation=0\.0 must be positive"):
+        validate(config)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

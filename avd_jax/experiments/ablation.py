@@ -17,7 +17,7 @@ from pathlib import Path
 
 import jax
 
-from avd_jax import convert
+from avd_jax import convert, methods
 from avd_jax.convert.layouts import read_json
 from avd_jax.convert.loading import open_interpolator_of
 from avd_jax.data.atomic import write_text
@@ -33,14 +33,10 @@ from avd_jax.experiments.videos import CaptionedVideo, measure_videos
 from avd_jax.fields import flatten
 from avd_jax.generation.settings import Options, resolve
 from avd_jax.generation.weights import open_parts
-from avd_jax.methods.avd import RECIPE
 from avd_jax.training.trainer import train
 from avd_jax.training.workdir import jsonable
 
 RESULT = "result.json"
-# Settings of a training that decide its numbers: those that a run may not change, and how long it is; no paths.
-_DECISIVE = {name for name, field in RECIPE.fields.items() if not field.changeable} - {"half_rate.interpolator"}
-_DECISIVE |= {"num_steps"}
 
 
 @dataclass(frozen=True)
@@ -124,7 +120,7 @@ def _run_cell(cell: Cell, config, workdir: Path, settings: dict) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     if cell.train is not None:
         with (folder / "log.txt").open("a") as log, contextlib.redirect_stdout(log):
-            status = train(RECIPE, cell.train, folder).status
+            status = train(methods.get(cell.train.method), cell.train, folder).status
         if status:
             return status
     count, world = config.evaluation.captions, config.world
@@ -161,7 +157,10 @@ def _settings(cell: Cell, config, fingerprints: dict[str, str]) -> dict:
         settings["collapse.prompts"] = config.collapse.prompts
     if cell.train is not None:
         flat = flatten(cell.train).items()
-        settings["train"] = {name: value for name, value in flat if name in _DECISIVE}
+        # What decides its numbers: settings that a run may not change, and how long it is; no paths.
+        fields = methods.get(cell.train.method).fields
+        decisive = {name for name, field in fields.items() if not field.changeable} - {"half_rate.interpolator"}
+        settings["train"] = {name: value for name, value in flat if name in decisive | {"num_steps"}}
     return jsonable(settings)
 
 

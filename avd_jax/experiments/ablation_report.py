@@ -19,6 +19,8 @@ from avd_jax.experiments.cells import (
     ADAPTIVE,
     COLLAPSES,
     DMD,
+    RCM,
+    RCM_STEPS,
     REAL,
     REAL_OUTLINE,
     STUDENTS,
@@ -43,7 +45,7 @@ PAPER = {  # Table 2: steps, seconds, instance preservation, dynamic degree (VBe
     ADAPTIVE: ("4", "10.8", "92.39", "99.72"),
     VIF: ("4", "7.8", "91.81", "97.77"),
 }
-TABLE = (REAL, TEACHER, TEACHER_FEW, *STUDENTS, VIF, VIF_LATER)
+TABLE = (REAL, TEACHER, TEACHER_FEW, *STUDENTS, VIF, VIF_LATER, *RCM_STEPS)
 HEADER = (
     *("method", "seeds", "steps", "s a video", "paper"),
     *("instance preservation", "paper", "dynamic degree", "paper"),
@@ -68,7 +70,8 @@ def write_report(config, workdir: Path, results: Sequence[Result]) -> None:
         f"than Wan2.1 1.3B: {train.num_steps} updates of the generator in every cell at a learning rate of "
         f"{train.optimizer.learning_rate:g}, before each of them {train.fake_score_updates} of the fake score at "
         f"{train.optimizer.fake_score_learning_rate:g}, batches of {train.batch_size}, guidance "
-        f"{train.guidance_scale:g}. All rows are measured on the "
+        f"{train.guidance_scale:g}. rCM has {config.rcm.num_steps} updates, those of its warm-up cheaper, and its own "
+        "rates. All rows are measured on the "
         f"same {config.evaluation.captions} captions that no training has seen, from the same noise. The paper's "
         "figures are VBench's of Wan2.1 and stand here for their order, not their size."
     )
@@ -88,7 +91,7 @@ def write_report(config, workdir: Path, results: Sequence[Result]) -> None:
     shown = [method for method in TABLE if method in by_method]
     if shown:
         pieces += [heading("Videos of the first seed"), _videos(by_method, shown, page, SHOWN)]
-    trained = {method: by_method[method] for method in (*STUDENTS, VIF) if method in by_method}
+    trained = {method: by_method[method] for method in (*STUDENTS, VIF, RCM) if method in by_method}
     if trained:
         pieces += [heading("Over training, mean of the seeds"), _curves(trained, workdir)]
     pieces += _sweeps(config, workdir, by_method, numbers, page)
@@ -123,6 +126,7 @@ def _numbers(by_method: Mapping[str, Sequence[Result]]) -> dict[str, list[dict[s
 def _table_2(config, by_method: Mapping[str, Sequence[Result]], numbers: Results) -> list[list[str]]:
     few = len(config.train.student.timesteps)
     steps = {REAL: "", TEACHER: f"{config.evaluation.teacher_steps}x2", TEACHER_FEW: f"{few}x2"}
+    steps |= {method: str(number) for method, number in RCM_STEPS.items()}
     rows = []
     for method in TABLE:
         if method not in by_method:

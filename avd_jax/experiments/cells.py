@@ -2,7 +2,8 @@
 
 The methods are those of the paper's Table 2, each with the losses of the ones before and one more; the clip thresholds
 (Fig. 12), k (Fig. 13) and the style transfer (Fig. 6) change one thing of the full method. What might make plain DMD
-collapse (a longer training, a higher guidance, fewer prompts) is tried with plain DMD and with the full method.
+collapse (a longer training, a higher guidance, fewer prompts) is tried with plain DMD and with the full method. rCM
+stands beside them, with the settings of the others where both have them; one student of it serves 4, 2 and 1 steps.
 """
 
 import math
@@ -15,8 +16,11 @@ import ml_collections
 from avd_jax.data.inputs import check_clip_size
 from avd_jax.data.world_clips import WORLD_SIZE
 from avd_jax.errors import UserError
-from avd_jax.fields import Field, Fields, at_least, check_values, config_from, positive
+from avd_jax.fields import Field, Fields, at_least, check_values, config_from, flatten, positive
 from avd_jax.methods.avd import config as avd
+from avd_jax.methods.distillation_fields import DISTILLATION_FIELDS
+from avd_jax.methods.rcm import config as rcm
+from avd_jax.training.config import RUN_FIELDS
 
 
 def _seeds(value) -> str | None:
@@ -49,17 +53,21 @@ FIELDS: Fields = {
         50, "UniPC steps of the teacher; a second row has as many as the student", at_least(1)
     ),
     **{f"train.{name}": entry for name, entry in avd.FIELDS.items()},
+    "rcm.num_steps": Field(0, "generator updates of rCM, whose warm-up is cheap; 0: no such cells", at_least(0)),
+    **{f"rcm.{name}": entry for name, entry in rcm.FIELDS.items() if name not in (RUN_FIELDS | DISTILLATION_FIELDS)},
 }
 
 TEACHER, TEACHER_FEW, REAL, REAL_OUTLINE, STYLE = "teacher", "teacher_few", "real", "real_outline", "style"
 DMD, TR, FIXED, ADAPTIVE = "dmd", "tr", "tr_reg", "tr_ada"
 VIF, VIF_LATER = "full_vif", "vif_later"
+RCM = "rcm"
 STUDENTS = {  # method -> title, and what it changes in the config of the full method
     DMD: ("DMD", {"loss.regression": 0.0, "loss.temporal": 0.0}),
     TR: ("+TR", {"loss.regression": 0.0}),
     FIXED: ("+TR+RegLoss", {"loss.regression_weighting": "fixed"}),
     ADAPTIVE: ("+TR+AdaLoss", {}),
 }
+RCM_STEPS = {RCM: 4, "rcm_2": 2, "rcm_1": 1}  # method -> steps of the one student
 LONG, GUIDED, FEW = "long", "guided", "few"
 COLLAPSES = {LONG: "longer", GUIDED: "more guidance", FEW: "few prompts"}  # what may make DMD collapse, for people
 
@@ -110,6 +118,11 @@ def validate(config) -> None:
         avd.validate(_with(config.train, painted_sets(Path("data"))))
     except UserError as error:
         raise UserError(str(error).replace("config.", "config.train.", 1)) from None
+    if config.rcm.num_steps:
+        try:
+            rcm.validate(_rcm_config(config, Path("data"), 0))
+        except UserError as error:
+            raise UserError(str(error).replace("config.", "config.rcm.", 1)) from None
 
 
 def plan(config, data: Path, *, interpolator: bool) -> list[Cell]:
@@ -136,6 +149,8 @@ def plan(config, data: Path, *, interpolator: bool) -> list[Cell]:
             later = {"solver": "student", "half_rate_steps": few // 2}
             student = f"{ADAPTIVE}_seed{seed}"
             cells.append(Cell(VIF_LATER, "+TR+AdaLoss, VIF only when sampling", seed, student=student, sampling=later))
+        if config.rcm.num_steps:
+            cells += _rcm_cells(config, data, seed)
     for seed in config.sweep_seeds:
         sweep = {clip_method(clip): (f"clip {_clip(clip)}", {"loss.temporal_clip": clip}) for clip in _clips(config)}
         sweep |= {k_method(k): (f"k = {k:g}", {"loss.adaptive_k": k}) for k in _ks(config)}
@@ -205,6 +220,24 @@ def _student(config, data: Path, method: str, title: str, seed: int, changes: Ma
     train = _with(config.train, {"seed": seed, **painted_sets(data), **changes})
     half_rate = {"half_rate_steps": train.half_rate.steps}  # an interpolator beside the weights changes nothing
     return Cell(method, title, seed, train, f"{method}_seed{seed}", {"solver": "student", **half_rate})
+
+
+def _rcm_cells(config, data: Path, seed: int) -> list[Cell]:
+    """Return the training of rCM with its videos of most steps, then those of fewer."""
+    train, student, cells = _rcm_config(config, data, seed), f"{RCM}_seed{seed}", []
+    for method, steps in RCM_STEPS.items():
+        sampling = {"solver": "student", "half_rate_steps": 0, "steps": steps}
+        own = train if method == RCM else None
+        cells.append(Cell(method, f"rCM, {steps} step{'s' * (steps > 1)}", seed, own, student, sampling))
+    return cells
+
+
+def _rcm_config(config, data: Path, seed: int) -> ml_collections.ConfigDict:
+    """Return the config of a training by rCM: what is its own, and for the rest the other trainings'."""
+    shared = {name: value for name, value in flatten(config.train).items() if name in RUN_FIELDS | DISTILLATION_FIELDS}
+    return _with(
+        rcm.default_config(), shared | {"method": "rcm", "seed": seed} | painted_sets(data) | flatten(config.rcm)
+    )
 
 
 def _with(config, changes: Mapping[str, object]) -> ml_collections.ConfigDict:
