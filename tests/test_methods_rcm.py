@@ -84,7 +84,7 @@ def run_cycles(config, cycles):
     assembly = Assembly(make_method(config))
     batch = make_batch()
     fresh = assembly.fresh()["prompts"]
-    cycle = {name: jax.tree.map(np.asarray, batch[name]) for name in ("latents", "captions")}
+    cycle = {name: jax.tree.map(np.asarray, batch[name]) for name in ("latents", "captions", "canvas")}
     cycle["prompts"] = jax.tree.map(lambda x: np.stack([np.asarray(x)] * max(fresh, 1), axis=1), batch["prompts"])
     state, states = start_state(assembly.method, linear_params(1)), []
     for number in range(cycles):

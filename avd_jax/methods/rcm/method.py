@@ -69,8 +69,6 @@ def build(config, *, devices=None, video: Mapping[str, int] | None = None) -> Me
         inputs=partial(distillation.inputs, config),
         observer=partial(DistillationObserver, config, student, teacher, teacher_parts, model, info, mesh),
         unit=partial(unit, network, model),
-        programs=programs(
-            config, student, teacher, teacher_parts, set(teacher_parts), Sizes(model, shapes, None), mesh
-        ),
+        programs=programs(config, student, teacher, teacher_parts, set(teacher_parts), sizes, mesh),
         stages=stages(config),
     )
