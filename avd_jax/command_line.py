@@ -16,16 +16,16 @@ from avd_jax.generation.settings import DTYPES, SOLVERS
 from avd_jax.models.vae_tiles import MEMORY_GIB
 from avd_jax.parallel.compiler import keep_programs
 from avd_jax.parallel.hosts import connect, leaving_at_once
-from avd_jax.paths import local_path, weights_path
+from avd_jax.paths import any_path, local_path, weights_path
 from avd_jax.training.method import Recipe
 
 flags.disclaim_key_flags()  # a flag that a script defines through this module is the script's, so --help shows it
 
 
 class _PathParser(flags.ArgumentParser):
-    """Reads a path of a flag as a local one."""
+    """Reads a path of a flag, which may be in a bucket if `meant` is `any_path`."""
 
-    syntactic_help = "a local path"
+    syntactic_help = "a path"
 
     def __init__(self, name: str, resolve: Callable[[str], str | Path]):
         self._name, self._resolve = name, resolve
@@ -41,7 +41,12 @@ class _PathParser(flags.ArgumentParser):
 
 
 def path_flag(name: str, default: str | None, help: str) -> flags.FlagHolder[str]:
-    """Define a flag for a file or folder; its value is the path as a text, with `~` expanded (see `local_path`)."""
+    """Define a flag for a file or folder; its value is the path as a text, with `~` expanded (see `any_path`)."""
+    return flags.DEFINE(_PathParser(name, any_path), name, default, help)
+
+
+def disk_flag(name: str, default: str | None, help: str) -> flags.FlagHolder[str]:
+    """Define a flag for a path that cannot be in a bucket (see `local_path`)."""
     return flags.DEFINE(_PathParser(name, local_path), name, default, help)
 
 
@@ -122,7 +127,7 @@ def run_command(commands: Mapping[str, Command], arguments: Sequence[str]) -> in
     holders = [flags.FLAGS[flag] for flag in command.required]
     if not command.more:
         return checked(command.main, holders)(["", *rest])
-    return checked(lambda: command.main([str(local_path(path)) for path in rest]), holders)([""])
+    return checked(lambda: command.main([str(any_path(path)) for path in rest]), holders)([""])
 
 
 def define_sampling() -> tuple[tuple[str, ...], Callable[[], dict]]:
@@ -253,8 +258,9 @@ def run_configured(
             return 0
         check_given((workdir, *required))
         connect_hosts()
-        keep_programs(Path(workdir.value) / "compiled")
-        return work(config, Path(workdir.value))
+        folder = any_path(workdir.value)
+        keep_programs(folder / "compiled")
+        return work(config, folder)
 
     run(leaving_at_once(work_or_explain), parse_flags=flags_parser(fields_of_file))
 

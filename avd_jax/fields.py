@@ -10,7 +10,7 @@ import ml_collections
 from absl import app
 
 from avd_jax.errors import UserError, closest
-from avd_jax.paths import local_path, weights_path
+from avd_jax.paths import any_path, local_path, weights_path
 
 Check = Callable[[object], str | None]
 
@@ -163,6 +163,15 @@ def require(name: str, value: object, wrong: str | None) -> None:
 
 def local(value: str) -> str | None:
     """Check a path, which may be empty; those that read it expand `~`."""
+    try:
+        any_path(value)
+    except UserError as error:
+        return f"cannot be used: {str(error).removeprefix(f'{value}: ')}"
+    return None
+
+
+def on_disk(value: str) -> str | None:
+    """Check a path, which may be empty, that cannot be in a bucket."""
     try:
         local_path(value)
     except UserError as error:

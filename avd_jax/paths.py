@@ -1,9 +1,18 @@
-"""Paths as a user writes them, in flags, config fields and lists of files: the one place that says what they may be."""
+"""Paths as a user writes them, in flags, config fields and lists of files: the one place that says what they may be.
 
+A local path is a `pathlib.Path`. One in a bucket is a `buckets.BucketPath`, which has the same methods, so that most
+code need not know which it was given. What differs is here: a file that others need as a file on a disk, and writing.
+"""
+
+import contextlib
 import os
 import re
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import unquote
+
+import numpy as np
 
 from avd_jax.errors import UserError
 
@@ -12,6 +21,22 @@ _HUB = re.compile(r"hf:/{1,2}([^/@\s]+/[^/@\s]+)(?:@(\S+))?/?$")
 
 # Two letters at least: `C:/` is no scheme. One slash is enough, since `Path` makes `gs:/bucket` of `gs://bucket`.
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
+
+# Orbax, TFDS and grain open buckets through epath, which would take TensorFlow for it where that is installed.
+os.environ.setdefault("EPATH_USE_TF", "false")
+
+
+def any_path(path: str | os.PathLike) -> Path:
+    """Return the path that is meant, local as by `local_path`, or in a bucket (`gs://`).
+
+    Args:
+      path: as it was written; also one that has been through here, or through `Path`.
+
+    Raises:
+      UserError: as `local_path`; or what buckets need is not installed.
+    """
+    text = os.fspath(path)
+    return _in_bucket(text) if _scheme(text) == "gs" else local_path(path)
 
 
 def local_path(path: str | os.PathLike) -> Path:
@@ -24,10 +49,15 @@ def local_path(path: str | os.PathLike) -> Path:
       UserError: another scheme, such as `gs://`, a `file://` of another machine, or the home of an unknown user.
     """
     text = os.fspath(path)
-    scheme = _SCHEME.match(text)
-    if scheme and scheme[1].lower() != "file":
+    scheme = _scheme(text)
+    if scheme == "gs":
         raise UserError(
-            f"{text}: {scheme[1]}:// is not supported, only local paths are; copy it to a local disk, or mount it there"
+            f"{text}: gs:// is not supported here, only local paths are; copy it to a local disk (gcloud storage cp -r)"
+        )
+    if scheme not in ("", "file"):
+        raise UserError(
+            f"{text}: {scheme}:// is not supported, only local paths and gs:// are; copy it to a local disk, or mount "
+            "it there"
         )
     if scheme:
         text = text[len("file:") :]
@@ -64,5 +94,56 @@ def hub_name(path: str | os.PathLike) -> tuple[str, str | None] | None:
 
 
 def weights_path(path: str | os.PathLike) -> str:
-    """Return a path of weights as a text: a local one by `local_path`, one on the Hub as it is."""
-    return str(local_path(path)) if hub_name(path) is None else os.fspath(path)
+    """Return a path of weights as a text: by `any_path`, one on the Hub as it is."""
+    return str(any_path(path)) if hub_name(path) is None else os.fspath(path)
+
+
+def is_bucket(path: str | os.PathLike) -> bool:
+    """Whether a path is in a bucket."""
+    return _scheme(os.fspath(path)) == "gs"
+
+
+@contextlib.contextmanager
+def on_disk(path: Path) -> Iterator[Path]:
+    """Yield a file as one on a local disk: itself, or a copy that is removed at the end.
+
+    For what seeks, maps or is read by a library that knows local files only.
+    """
+    if not is_bucket(path):
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / path.name
+        path.download(copy)
+        yield copy
+
+
+def read_values(path: Path, dtype: np.dtype, count: int, offset: int = 0) -> np.ndarray:
+    """Return `count` values of a file from byte `offset` on, fewer if it ends before."""
+    if not is_bucket(path):
+        return np.fromfile(path, dtype, count, offset=offset)
+    return np.frombuffer(path.read_range(offset, offset + count * np.dtype(dtype).itemsize), dtype)
+
+
+def state_of(path: Path) -> tuple:
+    """Return what is another for other contents of a file, as far as its file system tells."""
+    about = path.stat()
+    return about.st_size, about.generation if is_bucket(path) else about.st_mtime_ns
+
+
+def _scheme(text: str) -> str:
+    found = _SCHEME.match(text)
+    return found[1].lower() if found else ""
+
+
+def _in_bucket(text: str) -> Path:
+    try:
+        import gcsfs  # noqa: F401
+    except ImportError:
+        raise UserError(f'{text}: buckets need more packages; pip install -e ".[gcs]"') from None
+    from avd_jax.buckets import BucketPath  # imports what is an extra
+
+    inside = text.partition(":")[2].strip("/")
+    if not inside:
+        raise UserError(f"{text}: names no bucket; write gs://BUCKET/FOLDER")
+    return BucketPath(f"gs://{inside}")

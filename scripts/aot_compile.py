@@ -39,7 +39,7 @@ PLAN = flags.DEFINE_bool("plan", False, "try meshes and batch sizes with the mai
 JSON = flags.DEFINE_bool(
     "json", False, "print one JSON object a program and one of the verdict, a line each, and nothing else"
 )
-DUMP_HLO = command_line.path_flag("dump_hlo", "", "folder for the compiled HLO text, <program>.hlo")
+DUMP_HLO = command_line.disk_flag("dump_hlo", "", "folder for the compiled HLO text, <program>.hlo")
 
 
 def main() -> int:

@@ -6,8 +6,6 @@
 text_encoder/ (each an Orbax checkpoint with its config.json) and tokenizer/, for whatever --src holds.
 """
 
-from pathlib import Path
-
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
@@ -15,6 +13,7 @@ from absl import flags
 from avd_jax import command_line, convert
 from avd_jax.convert.networks import DEFAULT
 from avd_jax.convert.video_size import video_size, write_video_size
+from avd_jax.paths import any_path
 
 SRC = command_line.weights_flag("src", "Weights to convert, in any known layout.")
 DST = command_line.path_flag("dst", None, "Folder for the converted weights.")
@@ -28,10 +27,10 @@ def main() -> None:
     """Find and check all components first, then write them one by one."""
     found, missing = convert.find_components(SRC.value, COMPONENTS.value, WHICH.value or DEFAULT)
     for component in found:
-        convert.check_writable(Path(DST.value) / component, overwrite=OVERWRITE.value)
+        convert.check_writable(any_path(DST.value) / component, overwrite=OVERWRITE.value)
     dtype = None if DTYPE.value == "keep" else jnp.dtype(DTYPE.value)
     for component, source in found.items():
-        folder = Path(DST.value) / component
+        folder = any_path(DST.value) / component
         if component == "tokenizer":
             convert.save_tokenizer(source, folder, overwrite=OVERWRITE.value)
             print(f"{component}: {source.vocab_size:,} tokens -> {folder}", flush=True)

@@ -11,7 +11,6 @@ analyses only new videos if there are more, and applies other thresholds at once
 
 import os
 import sys
-from pathlib import Path
 
 from absl import flags
 
@@ -20,9 +19,10 @@ from avd_jax.curation import pipeline, settings, sources
 from avd_jax.curation.selection import STAGES
 from avd_jax.data.atomic import only_writer
 from avd_jax.errors import UserError, closest
+from avd_jax.paths import any_path
 
-VIDEOS = command_line.path_flag("videos", None, "Folder of videos, or a list of them: jsonl, json, csv or tsv.")
-OUT = command_line.path_flag("out", None, "Folder of the four files, and of what was measured.")
+VIDEOS = command_line.disk_flag("videos", None, "Folder of videos, or a list of them: jsonl, json, csv or tsv.")
+OUT = command_line.disk_flag("out", None, "Folder of the four files, and of what was measured.")
 ONLY = flags.DEFINE_list("stages", ",".join(STAGES), "Those that may reject clips; the others are skipped.")
 RUNNER = flags.DEFINE_enum("runner", "pool", ("pool", "beam"), "What analyses the videos: processes here, or Beam.")
 BEAM_ARGS = flags.DEFINE_string("beam_args", "", "Flags of Apache Beam, in one text. Default: processes here.")
@@ -51,7 +51,7 @@ def curate(config) -> None:
     """Curate as the flags say, and tell what came out."""
     check_flags()
     settings.validate(config)
-    out, workers = Path(OUT.value), WORKERS.value or len(os.sched_getaffinity(0))
+    out, workers = any_path(OUT.value), WORKERS.value or len(os.sched_getaffinity(0))
     run, videos = runner(config, workers), sources.find(VIDEOS.value)
     with only_writer(out):
         curation = pipeline.Curation(config, videos, out, stages=ONLY.value, workers=workers)

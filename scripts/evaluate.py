@@ -12,7 +12,6 @@ frame rate, if there is an interpolator. Metrics that know the scene are for tha
 
 import math
 from functools import partial
-from pathlib import Path
 
 from absl import flags
 from tqdm import tqdm
@@ -25,6 +24,7 @@ from avd_jax.experiments.comparison import REAL, compare
 from avd_jax.experiments.held_out import drawn_videos, make_videos, ways_of_a_student
 from avd_jax.experiments.videos import videos_in
 from avd_jax.generation.settings import Options, resolve
+from avd_jax.paths import any_path
 
 VIDEOS = command_line.path_flag("videos", None, "Folder of videos to measure, instead of weights.")
 CAPTIONS = command_line.path_flag("captions", None, "Their captions. Default: captions.jsonl, or the JSON beside each.")
@@ -74,9 +74,9 @@ def settings_of_sets() -> dict[str, Options]:
 def main() -> None:
     """Make the videos that are asked for, measure, and say where the page is."""
     check_flags()
-    out = Path(OUT.value)
+    out = any_path(OUT.value)
     if VIDEOS.value:
-        sets = {"videos": videos_in(Path(VIDEOS.value), Path(CAPTIONS.value) if CAPTIONS.value else None)}
+        sets = {"videos": videos_in(any_path(VIDEOS.value), any_path(CAPTIONS.value) if CAPTIONS.value else None)}
         about = f"Videos of {VIDEOS.value}."
     else:
         asked, sets = settings_of_sets(), {}
@@ -87,7 +87,7 @@ def main() -> None:
         size = {name: getattr(options, name) for name in WORLD_SIZE}
         sets = {REAL: drawn_videos(COUNT.value, out / "videos" / REAL, **size)} | sets
         about = "For captions that no training has seen; each model's video starts from the same noise."
-    run = Path(CHECKPOINT.value) if CHECKPOINT.value and (Path(CHECKPOINT.value) / "metrics.jsonl").is_file() else None
+    run = any_path(CHECKPOINT.value) if CHECKPOINT.value else None
     with tqdm(total=sum(map(len, sets.values())), desc="metrics", unit="video") as bar:
         means = compare(sets, out, title="Evaluation", about=about, run=run, on_progress=bar.update)
     for name, values in means.items():

@@ -6,8 +6,6 @@
 Beside the weights lie config.json, a model card, and avd_student.json with the timesteps that a student needs.
 """
 
-from pathlib import Path
-
 import jax.numpy as jnp
 from absl import flags
 
@@ -15,7 +13,7 @@ from avd_jax import command_line, convert
 from avd_jax.convert.hub import push
 from avd_jax.convert.networks import DEFAULT
 from avd_jax.errors import UserError
-from avd_jax.paths import hub_name
+from avd_jax.paths import any_path, hub_name
 
 CHECKPOINT = command_line.weights_flag("checkpoint", "Training run or checkpoint, or weights in any known layout.")
 LAYOUT = flags.DEFINE_enum("layout", None, convert.LAYOUTS, "Wan's own layout, or diffusers'.")
@@ -37,7 +35,7 @@ def main() -> None:
         raise UserError(f"--push={PUSH.value}: write hf://ORG/NAME or hf://ORG/NAME@BRANCH")
     student = convert.export_dit(
         CHECKPOINT.value,
-        Path(DST.value),
+        any_path(DST.value),
         layout=LAYOUT.value,
         dtype=None if DTYPE.value == "keep" else jnp.dtype(DTYPE.value),
         key=WHICH.value or DEFAULT,

@@ -17,7 +17,6 @@ second latent frame, which costs a third; --half_rate_steps 0 does without.
 
 import shlex
 import sys
-from pathlib import Path
 
 from absl import flags
 from tqdm import tqdm
@@ -29,6 +28,7 @@ from avd_jax.generation.run import generate, make_plan, steps
 from avd_jax.generation.sampling import generation_mesh
 from avd_jax.generation.settings import Options, from_record_file, make_jobs, resolve
 from avd_jax.parallel.hosts import is_first, leaving_at_once
+from avd_jax.paths import any_path
 
 WEIGHTS = command_line.weights_flag("weights", "VAE, text encoder, tokenizer (and transformer), in any layout.")
 CHECKPOINT = command_line.weights_flag("checkpoint", "Student: a training run or checkpoint, an export, a model.pt.")
@@ -41,7 +41,7 @@ SAMPLES = flags.DEFINE_integer("samples", 1, "Videos for each seed s: the seeds 
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 1, "Videos to sample together, at least one on every device.")
 FSDP = flags.DEFINE_integer("fsdp", 1, "Devices that share one copy of the transformer.")
 SEQ = flags.DEFINE_integer("seq", None, "Devices that share a video. Default: 1, more if there are fewer videos.")
-PROMPT_CACHE = command_line.path_flag("prompt_cache", str(default_folder()), "Keeps prompts' embeddings; empty: none.")
+PROMPT_CACHE = command_line.disk_flag("prompt_cache", str(default_folder()), "Keeps prompts' embeddings; empty: none.")
 VAE_GIB = command_line.define_vae_gib()
 connect_hosts = command_line.define_hosts()
 DECISIVE, given_decisive = command_line.define_sampling()  # these decide the video
@@ -65,7 +65,7 @@ def main() -> None:
         asked = {"prompt": PROMPT.value, "prompts": PROMPTS.value, "seeds": SEED.value, "samples": SAMPLES.value}
         jobs, fingerprints = make_jobs(**asked), None
         settings = resolve(Options(weights=WEIGHTS.value, checkpoint=CHECKPOINT.value, **given), note=notes.append)
-    plan = make_plan(settings, jobs, Path(OUT.value), fingerprints=fingerprints)
+    plan = make_plan(settings, jobs, any_path(OUT.value), fingerprints=fingerprints)
     mesh = generation_mesh(len(plan.todo), plan.parts.transformer.config.num_heads, fsdp=FSDP.value, seq=SEQ.value)
     batches = {"mesh": mesh, "batch_size": BATCH_SIZE.value}
     for note in [*notes, *plan.notes] if is_first() else ():

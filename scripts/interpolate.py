@@ -6,16 +6,15 @@
 they show. A video loses its last frames to become 4n+1 long, and its edges to have sides that are multiples of 8.
 """
 
-from pathlib import Path
-
 from absl import flags
 from tqdm import tqdm
 
 from avd_jax import command_line
 from avd_jax.errors import UserError
 from avd_jax.generation.smoothing import Smoother, sources
+from avd_jax.paths import any_path
 
-SRC = command_line.path_flag("src", None, "Video, folder of videos, or .npy of latents.")
+SRC = command_line.disk_flag("src", None, "Video, folder of videos, or .npy of latents.")
 WEIGHTS = command_line.weights_flag("weights", "VAE, and the interpolator if no --checkpoint has one.")
 CHECKPOINT = command_line.weights_flag("checkpoint", "Student with its interpolator, or an interpolator.")
 WHICH = command_line.define_which()
@@ -28,11 +27,11 @@ def main() -> None:
     """Open the networks, then double one video after another."""
     if FPS.value is not None and FPS.value <= 0:
         raise UserError(f"--fps {FPS.value}: give a number above 0")
-    found = sources(Path(SRC.value), fps=FPS.value)
+    found = sources(any_path(SRC.value), fps=FPS.value)
     networks = {"weights": WEIGHTS.value, "checkpoint": CHECKPOINT.value, "which": WHICH.value}
     smoother = Smoother(**networks, vae_gib=VAE_GIB.value)
     for source in tqdm(found, unit="video"):
-        smoother.double(source, Path(OUT.value) / f"{source.path.stem}.mp4")
+        smoother.double(source, any_path(OUT.value) / f"{source.path.stem}.mp4")
     print(f"{OUT.value}: {len(found)} made, at twice the frame rate")
 
 

@@ -21,11 +21,11 @@ from avd_jax.methods.text_encoder import RECIPE
 from avd_jax.methods.text_encoder.method import accuracy, trained_encoder
 from avd_jax.training.trainer import train
 
-OUT = command_line.path_flag("out", None, "folder that gets tokenizer/ and text_encoder/")
+OUT = command_line.disk_flag("out", None, "folder that gets tokenizer/ and text_encoder/")
 CAPTIONS = flags.DEFINE_integer("captions", 4000, "captions that the tokenizer is trained on", lower_bound=1)
 NUM_STEPS = flags.DEFINE_integer("num_steps", 2000, "updates of the encoder", lower_bound=1)
 SEED = flags.DEFINE_integer("seed", 0, "of the encoder's weights")
-WORKDIR = command_line.path_flag("workdir", "runs/tiny_text_encoder", "folder of the encoder's training, which resumes")
+WORKDIR = command_line.disk_flag("workdir", "runs/tiny_text_encoder", "folder of its training, which resumes")
 
 SPECIAL_TOKENS = ("<pad>", "</s>", "<unk>")  # their ids are T5's
 LETTERS = [*"abcdefghijklmnopqrstuvwxyz0123456789.,;:!?'-"]
@@ -49,7 +49,7 @@ def make_tokenizer(captions: list[str]) -> tokenizers.Tokenizer:
 
 def main() -> int:
     """Write both."""
-    out = pathlib.Path(OUT.value)
+    out = pathlib.any_path(OUT.value)
     serialized = make_tokenizer([shapes_world.caption(i) for i in range(CAPTIONS.value)]).to_str(pretty=True)
     tokenizer = Tokenizer(serialized.encode())
     tokenizer.save(out / "tokenizer")

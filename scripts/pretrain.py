@@ -15,6 +15,7 @@ from avd_jax.convert.shipping import write_dit
 from avd_jax.convert.video_size import write_video_size
 from avd_jax.methods.flow_matching.method import trained_dit
 from avd_jax.methods.transformers import latents_infos
+from avd_jax.paths import any_path
 from avd_jax.training.trainer import train
 
 OUT = command_line.path_flag("out", None, "folder that gets transformer/, the mean weights, once the run is complete")
@@ -24,7 +25,7 @@ def pretrain(recipe, config, workdir: Path) -> int:
     """Train and write the result."""
     run = train(recipe, config, workdir)
     if run.status == 0 and OUT.value:
-        write_dit(trained_dit(run.method, run.state.networks["generator"].latest), Path(OUT.value))
+        write_dit(trained_dit(run.method, run.state.networks["generator"].latest), any_path(OUT.value))
         write_video_size(OUT.value, vars(latents_infos(config.data.latents)[0]))
         print(f"wrote {OUT.value}/transformer")
     return run.status

@@ -23,6 +23,7 @@ from avd_jax.errors import UserError
 from avd_jax.generation.prompt_cache import default_folder
 from avd_jax.generation.settings import Options
 from avd_jax.generation.warm import WarmModels
+from avd_jax.paths import any_path
 from avd_jax.serving.server import App, Server
 from avd_jax.serving.studio import Studio, models_of
 from avd_jax.serving.study import BlindStudy, named_folders
@@ -34,12 +35,12 @@ CHECKPOINT = command_line.weights_flag("checkpoint", "Student: a training run or
 WHICH = command_line.define_which()
 GUIDANCE_SCALE = flags.DEFINE_float("guidance_scale", None, "The teacher's. Default: the student's training's, else 5.")
 SHIFT = flags.DEFINE_float("shift", None, "The teacher's timestep shift. Default: the student's training's, else 5.")
-OUT = command_line.path_flag("out", "served", "Folder for the videos that are made.")
-PROMPT_CACHE = command_line.path_flag("prompt_cache", str(default_folder()), "Keeps prompts' embeddings; empty: none.")
+OUT = command_line.disk_flag("out", "served", "Folder for the videos that are made.")
+PROMPT_CACHE = command_line.disk_flag("prompt_cache", str(default_folder()), "Keeps prompts' embeddings; empty: none.")
 VAE_GIB = command_line.define_vae_gib()
 COMPARE = flags.DEFINE_string("compare", None, "NAME=FOLDER of a method's videos; further ones may follow it.")
-VOTES = command_line.path_flag("votes", None, "File of the votes; one that is there is continued.")
-REPORT = command_line.path_flag("report", None, "Write the results of --votes to this page, print them, and stop.")
+VOTES = command_line.disk_flag("votes", None, "File of the votes; one that is there is continued.")
+REPORT = command_line.disk_flag("report", None, "Write the results of --votes to this page, print them, and stop.")
 SEED = flags.DEFINE_integer("seed", 0, "Of the vote: decides the order and the sides of the pairs.")
 PER_PAIR = flags.DEFINE_integer("per_pair", 3, "People who should vote on each pair.", lower_bound=1)
 HOST = flags.DEFINE_string("host", "127.0.0.1", "Name or address to listen on; 0.0.0.0 is reached from everywhere.")
@@ -64,7 +65,7 @@ def serve_studio() -> None:
     given = {"which": WHICH.value, "guidance_scale": GUIDANCE_SCALE.value, "shift": SHIFT.value}
     student, teacher = models_of(Options(weights=WEIGHTS.value, checkpoint=CHECKPOINT.value, **given))
     models = WarmModels(prompt_cache=Path(PROMPT_CACHE.value) if PROMPT_CACHE.value else None, vae_gib=VAE_GIB.value)
-    studio = Studio(student, teacher, out=Path(OUT.value), models=models, command=shlex.join(sys.argv))
+    studio = Studio(student, teacher, out=any_path(OUT.value), models=models, command=shlex.join(sys.argv))
     server = listen(studio.app())
     print(f"videos from prompts: {server.url}", flush=True)
     server.serve()

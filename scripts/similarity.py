@@ -10,7 +10,6 @@ sampled with seed i, by every model.
 """
 
 from dataclasses import replace
-from pathlib import Path
 
 from absl import flags
 
@@ -23,6 +22,7 @@ from avd_jax.experiments.held_out import captions
 from avd_jax.generation.predictions import steps_of
 from avd_jax.generation.run import open_for
 from avd_jax.generation.settings import Job, Options, make_jobs, resolve
+from avd_jax.paths import any_path
 
 WEIGHTS = command_line.weights_flag("weights", "VAE, text encoder, tokenizer (and transformer), in any layout.")
 CHECKPOINT = command_line.weights_flag("checkpoint", "Student: a training run or checkpoint, an export, a model.pt.")
@@ -81,7 +81,7 @@ def main() -> None:
         first, last = (steps.similarities.mean() for steps in (found[title][0], found[title][-1]))
         print(f"{title}: mean similarity {first:.3f} at the first step, {last:.3f} at the last")
     about = f"{len(jobs)} videos of {settings.frames} frames of {settings.height}x{settings.width} by each model."
-    print(similarity.write(found, Path(OUT.value), about=about))
+    print(similarity.write(found, any_path(OUT.value), about=about))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from pathlib import Path
 from avd_jax import command_line
 from avd_jax.convert.shipping import write_interpolator
 from avd_jax.methods.interpolator.method import trained_interpolator
+from avd_jax.paths import any_path
 from avd_jax.training.trainer import train
 
 OUT = command_line.path_flag(
@@ -23,7 +24,7 @@ def train_interpolator(recipe, config, workdir: Path) -> int:
     run = train(recipe, config, workdir)
     if run.status == 0 and OUT.value:
         params = run.state.networks["interpolator"].latest
-        write_interpolator(trained_interpolator(run.method, params), Path(OUT.value))
+        write_interpolator(trained_interpolator(run.method, params), any_path(OUT.value))
         print(f"wrote {OUT.value}/interpolator")
     return run.status
 

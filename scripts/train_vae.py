@@ -10,6 +10,7 @@ from pathlib import Path
 from avd_jax import command_line
 from avd_jax.convert.shipping import write_vae
 from avd_jax.methods.vae.method import trained_vae
+from avd_jax.paths import any_path
 from avd_jax.training.trainer import train
 
 OUT = command_line.path_flag("out", None, "the folder that gets vae/, once the run is complete")
@@ -19,7 +20,7 @@ def train_vae(recipe, config, workdir: Path) -> int:
     """Train and write the result."""
     run = train(recipe, config, workdir)
     if run.status == 0:
-        write_vae(trained_vae(config, run.state.networks["vae"].latest), Path(OUT.value))
+        write_vae(trained_vae(config, run.state.networks["vae"].latest), any_path(OUT.value))
         print(f"wrote {OUT.value}/vae")
     return run.status
 

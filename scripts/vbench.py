@@ -18,17 +18,17 @@ from functools import partial
 from absl import flags
 
 from avd_jax import command_line
-from avd_jax.command_line import Command, path_flag, weights_flag
+from avd_jax.command_line import Command, disk_flag, path_flag, weights_flag
 from avd_jax.evaluation.vbench.suites import SUITES
 from avd_jax.experiments import vbench_commands
 from avd_jax.generation.prompt_cache import default_folder
 from avd_jax.parallel.hosts import leaving_at_once
 
 SUITE = flags.DEFINE_enum("suite", None, tuple(SUITES), "Which of the two.")
-INFO = path_flag("info", None, "The suite's list of prompts, VBench_full_info.json or VBench2_full_info.json.")
+INFO = disk_flag("info", None, "The suite's list of prompts, VBench_full_info.json or VBench2_full_info.json.")
 DIMENSIONS = flags.DEFINE_list("dimensions", None, "Some of the suite's dimensions, by commas. Default: all.")
 LIMIT = flags.DEFINE_integer("limit", None, "The first so many prompts of each folder. Default: all.", lower_bound=1)
-OUT = path_flag(
+OUT = disk_flag(
     "out", None, "Folder of the export, or of measured results; of leakage a file for the texts that are not alike."
 )
 WEIGHTS = weights_flag("weights", "VAE, text encoder, tokenizer (and transformer), in any layout.")
@@ -42,15 +42,15 @@ SECONDS = flags.DEFINE_float("seconds_a_video", None, "That a host takes, for --
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 1, "Videos that a host samples together.", lower_bound=1)
 FSDP = flags.DEFINE_integer("fsdp", 1, "Devices of a host that share one copy of the transformer.")
 SEQ = flags.DEFINE_integer("seq", None, "Devices of a host that share a video. Default: 1, or more for few videos.")
-PROMPT_CACHE = path_flag("prompt_cache", str(default_folder()), "Keeps prompts' embeddings; empty: none.")
+PROMPT_CACHE = disk_flag("prompt_cache", str(default_folder()), "Keeps prompts' embeddings; empty: none.")
 VAE_GIB = command_line.define_vae_gib()
-VIDEOS = path_flag("videos", None, "An export, or another folder with the suite's folders or with all videos.")
-MODELS = path_flag("models", None, "Folder with DINO, CLIP, RAFT and the aesthetic head, as ~/.cache/vbench has them.")
-RESULTS = path_flag("results", None, "Folder of the official tool's result files.")
-BESIDE = path_flag("beside", None, "Results of other videos, to compare with.")
+VIDEOS = disk_flag("videos", None, "An export, or another folder with the suite's folders or with all videos.")
+MODELS = disk_flag("models", None, "Folder with DINO, CLIP, RAFT and the aesthetic head, as ~/.cache/vbench has them.")
+RESULTS = disk_flag("results", None, "Folder of the official tool's result files.")
+BESIDE = disk_flag("beside", None, "Results of other videos, to compare with.")
 PROMPTS = path_flag("prompts", None, "Texts of a training: a list of prompts or captions, or an encoded set.")
 AGAINST = path_flag("against", None, "Lists that a model will be judged by; further ones may follow.")
-JSON = path_flag("json", None, "A file for all of it.")
+JSON = disk_flag("json", None, "A file for all of it.")
 connect_hosts = command_line.define_hosts()
 SAMPLING, given_sampling = command_line.define_sampling()
 

@@ -34,3 +34,25 @@ def cudnn(monkeypatch):
     monkeypatch.setattr(fused, "check_cudnn_version", lambda: 92_000)
     monkeypatch.setattr(fused, "check_compute_capability", lambda _: True)
     monkeypatch.setattr(fused, "is_cuda_compute_capability_equal", lambda _: False)
+
+
+@pytest.fixture(scope="session")
+def bucket_server():
+    """A bucket `gs://bucket` on this machine, started with the first test that wants one."""
+    for module in ("gcsfs", "gcp_storage_emulator"):
+        pytest.importorskip(module, reason='tests of buckets need the extra: pip install -e ".[dev]"')
+    from bucket_cases import started
+
+    server = started()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def bucket(bucket_server, request):
+    """A folder of its own in that bucket; faults end with the test."""
+    from avd_jax.paths import any_path
+
+    bucket_server.requests()
+    yield any_path(f"gs://bucket/{request.node.name}")
+    bucket_server.faults()

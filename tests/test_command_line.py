@@ -37,8 +37,8 @@ def test_a_flag_for_a_path(flag, tmp_path, monkeypatch):
     assert parse("~/x") == f"{tmp_path}/x"
     assert parse("file:///data/x") == "/data/x"
     assert parse("") == ""
-    with pytest.raises(UserError, match="--a_path_of_a_test gs://bucket/x: gs:// is not supported, only local"):
-        parse("gs://bucket/x")
+    with pytest.raises(UserError, match="--a_path_of_a_test s3://bucket/x: s3:// is not supported, only local"):
+        parse("s3://bucket/x")
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
@@ -53,7 +53,7 @@ def test_every_text_field_of_a_config_is_a_path_or_known_to_be_none(name):
     field, short = FIELDS[name], name.partition(".")[2].removeprefix("train.")
     if field.default or short in TEXT_FIELDS:
         return
-    assert "gs:// is not supported" in field.check("gs://bucket/x")
+    assert "s3:// is not supported" in field.check("s3://bucket/x")
     assert field.check("") is field.check("~/x") is field.check("/data/x") is None
 
 
@@ -118,7 +118,7 @@ def test_a_script_of_several_commands(monkeypatch):
             (("make",), "--command_a is missing: what command_a is"),
             (("make", "--command_a=1", "--command_c=1"), "--command_c: does not go with make; leave it out"),
             (("make", "x", "--command_a=1"), "'x' is not a flag"),
-            (("read", "--command_c=1", "gs://x"), "gs://x: gs:// is not supported"),
+            (("read", "--command_c=1", "s3://x"), "s3://x: s3:// is not supported"),
         ):
             with pytest.raises(UserError, match=message):
                 run(*arguments)

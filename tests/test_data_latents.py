@@ -304,8 +304,8 @@ def test_other_errors_of_the_writer_are_not_taken_for_a_full_disk(tmp_path, monk
 
 def test_a_set_on_another_machine_is_refused_by_its_scheme(tmp_path, monkeypatch):
     for call in (sets.read_metadata, sets.set_fingerprint, lambda path: sets.EncodedSet(path, "latents")):
-        with pytest.raises(UserError, match="gs:// is not supported"):
-            call("gs://bucket/set")
+        with pytest.raises(UserError, match="s3:// is not supported"):
+            call("s3://bucket/set")
     monkeypatch.setenv("HOME", str(tmp_path))
     write("~/set").finish("ugly", NEGATIVE)
     assert sets.read_metadata("~/set") == sets.read_metadata(tmp_path / "set")

@@ -106,5 +106,5 @@ def test_missing_file_and_folder(tmp_path):
         read_text(tmp_path / "none.txt")
     with pytest.raises(UserError, match="is a folder; name a text file"):
         read_text(tmp_path)
-    with pytest.raises(UserError, match="gs:// is not supported"):
-        read_text("gs://bucket/a.txt")
+    with pytest.raises(UserError, match="s3:// is not supported"):
+        read_text("s3://bucket/a.txt")

@@ -35,4 +35,4 @@ def test_a_run_tells_of_prompts_that_it_will_be_judged_by(tmp_path):
 
 def test_lists_are_paths():
     assert FIELDS["data.held_out"].check("~/a.json, /b.json") is None
-    assert "gs:// is not supported" in FIELDS["data.held_out"].check("/a.json,gs://bucket/b")
+    assert "s3:// is not supported" in FIELDS["data.held_out"].check("/a.json,s3://bucket/b")

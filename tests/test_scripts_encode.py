@@ -310,7 +310,11 @@ def test_messages(folder):
         (weights, out): "give either --prompts, or --videos or --captions or both.",
         (prompts, videos, captions, weights, out): "give either --prompts, or --videos or --captions or both.",
         (videos, weights, out): f"{folder}/videos: no video has a caption; give --captions",
-        (prompts, weights, "--out=gs://bucket/x"): "--out gs://bucket/x: gs:// is not supported, only local paths are;",
+        (
+            prompts,
+            weights,
+            "--out=s3://bucket/x",
+        ): "--out s3://bucket/x: s3:// is not supported, only local paths and",
         ("--prompts=s3://bucket/x", weights, out): "--prompts s3://bucket/x: s3:// is not supported",
         (prompts, "--weights=hf://a/b", out): "--weights hf://a/b: hf:// is not supported",
         (f"--prompts={folder}/half.json", weights, out): f"{folder}/half.json:2: the prompt is no UTF-8",

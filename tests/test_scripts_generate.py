@@ -142,7 +142,11 @@ def test_messages(folder, tmp_path):
         (weights, out, prompt, "--which=ema"): f"{folder}/wan: holds no 'ema'",
         (weights, f"--prompts={tmp_path}/half.json", out): f"{tmp_path}/half.json:1: the prompt is no UTF-8",
         (weights, f"--prompts={tmp_path}/torn.json", out): f"{tmp_path}/torn.json:1: is not JSON",
-        (weights, prompt, "--out=gs://bucket/x"): "--out gs://bucket/x: gs:// is not supported, only local paths are;",
+        (
+            weights,
+            prompt,
+            "--out=s3://bucket/x",
+        ): "--out s3://bucket/x: s3:// is not supported, only local paths and",
         (weights, "--prompts=s3://bucket/x", out): "--prompts s3://bucket/x: s3:// is not supported",
         (weights, f"--out={tmp_path}/file/out", prompt, student): f"{tmp_path}/file/out: cannot be written",
         (out, f"--from_json={folder}/wan/vae/config.json"): f"{folder}/wan/vae/config.json: has no 'prompt'",

@@ -49,15 +49,18 @@ def here(settings, workdir, devices, **fields):
         return train(make_config(**settings | fields), workdir)
 
 
-def start(settings, workdir, processes=2, apart=False, **fields):
-    """Start a run of so many processes that share eight devices; each has a workdir of its own if they are `apart`."""
+def start(settings, workdir, processes=2, apart=False, at=None, **fields):
+    """Start a run of so many processes that share eight devices; each has a workdir of its own if they are `apart`.
+
+    `at` is another workdir, in a bucket.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         coordinator = f"127.0.0.1:{free.getsockname()[1]}"
     paths = []
     for i in range(processes):
         paths.append(workdir.with_name(f"{workdir.name}_{i}.json"))
-        folder = workdir / str(i) if apart else workdir
+        folder = at or (workdir / str(i) if apart else workdir)
         paths[-1].write_text(json.dumps({"config": settings | fields, "workdir": str(folder)}))
     count = f"--xla_force_host_platform_device_count={8 // processes}"
     environment = os.environ | {

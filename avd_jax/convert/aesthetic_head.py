@@ -14,7 +14,7 @@ import numpy as np
 from avd_jax.convert.files import NotHereError, open_files, tensors_of
 from avd_jax.convert.folders import snapshot_of, weight_files
 from avd_jax.errors import UserError
-from avd_jax.paths import local_path
+from avd_jax.paths import any_path
 
 LINEAR, MLP = "LAION's linear aesthetic head", "LAION's aesthetic MLP without activations"
 # The numbers of its layers, between which there is dropout. With activations they would be 0, 3, 6, 9 and 11.
@@ -46,7 +46,7 @@ def load_aesthetic_head(path: str | Path) -> AestheticHead:
       NotHereError: the file holds something else.
       UserError: it is damaged, has activations, or its layers do not fit together.
     """
-    path = snapshot_of(local_path(path))
+    path = snapshot_of(any_path(path))
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
     files = (path,) if path.is_file() else weight_files(path)

@@ -13,6 +13,7 @@ import numpy as np
 from avd_jax.convert.pth import PthFile, StateDict
 from avd_jax.convert.safetensors_io import SafetensorsFile, open_shards
 from avd_jax.errors import UserError
+from avd_jax.paths import is_bucket
 
 SAFETENSORS = (".safetensors", ".sft")
 PICKLED = (".pth", ".pt", ".bin", ".ckpt")
@@ -122,6 +123,8 @@ def check_complete(path: Path) -> None:
     """Raise a UserError if a file, or what a downloader keeps beside it, says that it is not all there."""
     if path.suffix in UNFINISHED:
         raise UserError(f"{path}: is a download that has not finished; complete it, and name the file itself")
+    if is_bucket(path):
+        return  # what is there is whole
     if path.is_symlink() and not path.exists():
         raise UserError(f"{path}: the download is incomplete: it links to a file that is not there; download it again")
     for mark in UNFINISHED:

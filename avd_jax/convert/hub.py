@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from avd_jax.errors import UserError
-from avd_jax.paths import hub_name, local_path
+from avd_jax.paths import any_path, hub_name, local_path
 
 # Sizes, indices and settings; small, and what says which layout it is.
 _ALWAYS = ("*.json",)
@@ -32,10 +32,10 @@ def fetched(path: str | os.PathLike, component: str | None = None) -> Path:
       component: whose files are wanted, such as "vae"; None: only the settings.
 
     Raises:
-      UserError: as `local_path`, or the Hub does not give the files: says why and what to do.
+      UserError: as `any_path`, or the Hub does not give the files: says why and what to do.
     """
     named = hub_name(path)
-    return local_path(path) if named is None else _snapshot(*named, component)
+    return any_path(path) if named is None else _snapshot(*named, component)
 
 
 _commits: dict[str, str] = {}  # repository -> the commit that this process took first, if none was named

@@ -36,7 +36,7 @@ from avd_jax.models.umt5 import UMT5Encoder
 from avd_jax.models.vit import VisionTransformer
 from avd_jax.models.wan_dit import WanDiT, WanDiTConfig
 from avd_jax.models.wan_vae import WanVAE
-from avd_jax.paths import local_path
+from avd_jax.paths import any_path
 
 
 def load_dit(
@@ -155,7 +155,7 @@ def load_vit(path: str | Path, dtype=jnp.float32) -> VisionTransformer:
 
 def open_vit(path: str | Path) -> Weights:
     """Open a vision transformer, reading no array; arguments and errors as in `load_vit`."""
-    path = snapshot_of(local_path(path))
+    path = snapshot_of(any_path(path))
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
     files, single = ((path,), True) if path.is_file() else (weight_files(path), False)
@@ -189,7 +189,7 @@ def load_raft(path: str | Path) -> RAFTModule:
 
 def open_raft(path: str | Path) -> Weights:
     """Open RAFT, reading no array; arguments and errors as in `load_raft`."""
-    path = local_path(path)
+    path = any_path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file; give raft-things.pth itself")
     return TorchWeights(TorchFiles((path,), None, True), RAFT, "", asked=str(path), strict=False)

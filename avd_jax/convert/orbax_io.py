@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -93,7 +94,7 @@ def write_leaves(folder: Path, leaves: Mapping[str, jax.ShapeDtypeStruct], load:
     # Trained weights compress by a few percent only.
     handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_compression=False)
     with ocp.Checkpointer(handler) as checkpointer:
-        checkpointer.save(folder.absolute(), args=ocp.args.PyTreeSave(tree, save_args=save_args))
+        checkpointer.save(_as_epath(folder), args=ocp.args.PyTreeSave(tree, save_args=save_args))
 
 
 def read_structure(folder: Path) -> dict[str, jax.ShapeDtypeStruct]:
@@ -105,7 +106,7 @@ def read_structure(folder: Path) -> dict[str, jax.ShapeDtypeStruct]:
     if not (folder / "_METADATA").is_file():
         raise UserError(f"{folder}: not a complete Orbax checkpoint (no _METADATA); write it again")
     try:
-        tree = _reader().metadata(epath.Path(folder.absolute())).tree
+        tree = _reader().metadata(_as_epath(folder)).tree
         return {path: jax.ShapeDtypeStruct(leaf.shape, np.dtype(leaf.dtype)) for path, leaf in flat_state(tree).items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder}: the Orbax checkpoint is damaged ({_line(error)}); write it again") from None
@@ -143,14 +144,9 @@ def read_sharded(
 
 def _restore(folder: Path, leaves: Mapping[str, jax.ShapeDtypeStruct], restore_args: Mapping) -> dict:
     try:
-        with ocp.Checkpointer(_reader()) as checkpointer:
-            tree = checkpointer.restore(
-                folder.absolute(),
-                args=ocp.args.PyTreeRestore(
-                    item=nested(leaves), restore_args=nested(restore_args), partial_restore=True
-                ),
-            )
-        return flat_state(tree)
+        # Not a Checkpointer, which in a bucket wants a mark that a folder copied there from a disk does not have.
+        args = ocp.args.PyTreeRestore(item=nested(leaves), restore_args=nested(restore_args), partial_restore=True)
+        return flat_state(_reader().restore(_as_epath(folder), args=args))
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{folder}: cannot read the Orbax checkpoint ({_line(error)}); write it again") from None
 
@@ -174,6 +170,10 @@ def _groups(leaves: Sequence) -> Iterator[list[int]]:
         used += size
     if group:
         yield group
+
+
+def _as_epath(folder: Path) -> epath.Path:
+    return epath.Path(os.fspath(folder.absolute()))
 
 
 def _line(error: Exception) -> str:

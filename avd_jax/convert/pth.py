@@ -25,6 +25,7 @@ import ml_dtypes
 import numpy as np
 
 from avd_jax.errors import UserError
+from avd_jax.paths import read_values
 
 _DTYPES = {
     "DoubleStorage": np.float64,
@@ -131,9 +132,7 @@ class StateDict:
 
     def _bytes(self, position: int, count: int) -> np.ndarray:
         try:
-            with self.path.open("rb") as file:
-                file.seek(position)
-                values = np.fromfile(file, np.uint8, count)
+            values = read_values(self.path, np.dtype(np.uint8), count, position)
         except OSError as error:
             raise UserError(f"{self.path}: cannot be read ({error.strerror})") from error
         if len(values) < count:

@@ -17,6 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from avd_jax.errors import UserError, closest
+from avd_jax.paths import read_values
 
 _DTYPES = {
     "F64": np.dtype(np.float64),
@@ -50,12 +51,12 @@ class SafetensorsFile:
     def __init__(self, path: Path):
         self.path = path
         try:
-            with open(path, "rb") as file:
+            with path.open("rb") as file:
                 header_bytes = int.from_bytes(file.read(8), "little")
                 if not 2 <= header_bytes <= _MAX_HEADER_BYTES:
                     raise ValueError("its header length is not plausible")
                 header = json.loads(file.read(header_bytes))
-                size = os.fstat(file.fileno()).st_size
+                size = file.seek(0, os.SEEK_END)
             self.metadata = header.pop("__metadata__", None) or {}
             entries = {
                 key: (entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"]) for key, entry in header.items()
@@ -84,8 +85,7 @@ class SafetensorsFile:
         """Return one tensor, in its own dtype."""
         leaf = self.leaves[key]
         try:
-            with open(self.path, "rb") as file:
-                flat = np.fromfile(file, leaf.dtype, math.prod(leaf.shape), offset=self._offsets[key])
+            flat = read_values(self.path, leaf.dtype, math.prod(leaf.shape), self._offsets[key])
             return flat.reshape(leaf.shape)
         except (OSError, ValueError) as error:
             raise UserError(f"{self.path}: cannot read {key}: {error}") from None
@@ -99,8 +99,7 @@ class SafetensorsFile:
         """Return the last bytes of a tensor, `most` at most."""
         size = _nbytes(self.leaves[key])
         try:
-            with open(self.path, "rb") as file:
-                return np.fromfile(file, np.uint8, min(size, most), offset=self._offsets[key] + max(0, size - most))
+            return read_values(self.path, np.dtype(np.uint8), min(size, most), self._offsets[key] + max(0, size - most))
         except OSError as error:
             raise UserError(f"{self.path}: cannot read {key}: {error}") from None
 

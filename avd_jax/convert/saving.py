@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from avd_jax.convert.model_card import model_card, scheduler_config
 from avd_jax.convert.safetensors_io import write_safetensors
 from avd_jax.convert.weights import Weights, open_weights
 from avd_jax.errors import UserError
-from avd_jax.paths import local_path
+from avd_jax.paths import any_path, is_bucket
 
 LAYOUTS = ("native", "diffusers")
 # diffusers' own limit, so that a 1.3B model is one file and a 14B model a few.
@@ -146,7 +147,7 @@ def _as_torch(weights: Weights, rules: Sequence[Rule], dtype) -> tuple[dict[str,
 
 def check_writable(folder: Path, *, overwrite: bool, ours: Callable[[Path], bool] | None = None) -> None:
     """Raise a UserError if `_complete_folder` would refuse `folder`, before any work is done."""
-    folder = local_path(folder)
+    folder = any_path(folder)
     if not folder.exists():
         return
     if not overwrite:
@@ -158,8 +159,13 @@ def check_writable(folder: Path, *, overwrite: bool, ours: Callable[[Path], bool
 @contextlib.contextmanager
 def _complete_folder(folder: Path, *, overwrite: bool, ours: Callable[[Path], bool]) -> Iterator[Path]:
     """Yield the path of a new folder that becomes `folder` on success and is removed on failure."""
-    folder = local_path(folder)
+    folder = any_path(folder)
     check_writable(folder, overwrite=overwrite, ours=ours)
+    if is_bucket(folder):
+        with tempfile.TemporaryDirectory() as staging:
+            yield Path(staging) / folder.name
+            _upload(Path(staging) / folder.name, folder)
+        return
     temporary, replaced = (folder.with_name(f".{folder.name}.{part}") for part in ("partial", "replaced"))
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -178,6 +184,20 @@ def _complete_folder(folder: Path, *, overwrite: bool, ours: Callable[[Path], bo
         raise UserError(f"{folder}: cannot be written: {error.strerror or error}; choose another folder") from None
     finally:
         _remove(temporary)
+
+
+def _upload(source: Path, folder: Path) -> None:
+    """Copy a folder into a bucket; what says what the folder is comes last, and goes first if it is replaced."""
+    files = sorted(
+        (path.relative_to(source) for path in source.rglob("*") if path.is_file()),
+        key=lambda file: (file.name == "config.json", -len(file.parts), file),
+    )
+    for file in reversed(files):
+        if file.name == "config.json":
+            (folder / file).unlink(missing_ok=True)
+    folder.rmtree(missing_ok=True)
+    for file in files:
+        (folder / file).upload(source / file)
 
 
 def _remove(temporary: Path) -> None:

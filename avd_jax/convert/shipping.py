@@ -18,7 +18,7 @@ from avd_jax.models.interpolator import Interpolator
 from avd_jax.models.umt5 import UMT5Encoder
 from avd_jax.models.wan_dit import WanDiT
 from avd_jax.models.wan_vae import WanVAE
-from avd_jax.paths import local_path
+from avd_jax.paths import any_path
 
 
 def write_vae(vae: WanVAE, folder: Path, dtype=jnp.float32) -> None:
@@ -50,7 +50,7 @@ def _write(architecture: Architecture, module: nnx.Module, config: dict, folder:
         leaf = jax.ShapeDtypeStruct(array.shape, array.dtype)
         for name, shape in source_shapes(rules, {path: leaf}):
             tensors[name] = jax.ShapeDtypeStruct(shape, array.dtype)
-    component = local_path(folder) / architecture.component
+    component = any_path(folder) / architecture.component
     component.mkdir(parents=True, exist_ok=True)
     stream = tensors_to_torch(rules, iter(arrays.items()))
     write_safetensors(component, tensors, stream, stem=stem, max_shard_bytes=MAX_SHARD_BYTES)

@@ -7,7 +7,7 @@ from avd_jax.convert.architectures import WAN_DIT
 from avd_jax.convert.layouts import read_json
 from avd_jax.convert.shipping import write_json
 from avd_jax.errors import UserError
-from avd_jax.paths import local_path
+from avd_jax.paths import any_path
 
 VIDEO_FILE = "avd_video.json"
 _FIELDS = ("frames", "height", "width", "fps")
@@ -15,7 +15,7 @@ _FIELDS = ("frames", "height", "width", "fps")
 
 def write_video_size(folder: str | Path, size: Mapping[str, float]) -> None:
     """Write `frames`, `height`, `width` and `fps` to `folder`, which holds the weights."""
-    write_json(local_path(folder) / VIDEO_FILE, {name: size[name] for name in _FIELDS})
+    write_json(any_path(folder) / VIDEO_FILE, {name: size[name] for name in _FIELDS})
 
 
 def video_size(path: str | Path | None) -> dict[str, float]:
@@ -32,7 +32,7 @@ def video_size(path: str | Path | None) -> dict[str, float]:
     """
     if path is None:
         return {}
-    path = local_path(path)
+    path = any_path(path)
     folder = path.parent if path.is_file() else path
     for place in (folder, *([folder.parent] if folder.name == WAN_DIT.component else [])):
         file = place / VIDEO_FILE

@@ -15,7 +15,7 @@ from avd_jax.convert.loading import open_raft, open_vit
 from avd_jax.convert.weights import Weights
 from avd_jax.errors import UserError
 from avd_jax.models.vit import VIT_MODELS, ViTConfig
-from avd_jax.paths import local_path
+from avd_jax.paths import any_path
 
 DEPTH = 2  # of the folders that are looked into, as VBench's ~/.cache/vbench has them
 # What the files of these models are called, and those of VBench's other models are not.
@@ -81,7 +81,7 @@ def find_raft(folder: Path) -> Weights | None:
 
 def checked_folder(folder: str | Path) -> Path:
     """Return the path of a folder of models (UserError if there is none)."""
-    folder = local_path(folder)
+    folder = any_path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; it is where the weights of CLIP, DINO and the aesthetic head lie")
     return folder

@@ -19,6 +19,7 @@ from avd_jax.convert.layouts import OrbaxTree, TorchFiles, find_weights, read_js
 from avd_jax.convert.networks import DEFAULT, is_causal, network_in, note_causal
 from avd_jax.convert.state import flat_state, from_flat
 from avd_jax.errors import UserError, closest
+from avd_jax.paths import is_bucket
 
 Sharding = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 
@@ -108,7 +109,7 @@ class OrbaxWeights:
         self.architecture = architecture
         self.config = architecture.config_from_record(tree.record, name=str(tree.source))
         self._folder = tree.folder
-        self.files = tuple(sorted(path for path in Path(tree.folder).rglob("*") if path.is_file()))
+        self.files = tuple(sorted(path for path in tree.folder.rglob("*") if is_bucket(path) or path.is_file()))
         self.leaves = orbax_io.read_structure(tree.folder)
         expected = architecture.leaves(self.config)
         for path in expected:

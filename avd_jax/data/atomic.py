@@ -1,16 +1,20 @@
 """Files that are either whole or absent: written beside their final name and renamed once complete.
 
-And folders that one process writes at a time.
+In a bucket, where an upload appears whole, they are written on the local disk and uploaded. And folders that one
+process writes at a time.
 """
 
 import contextlib
 import errno
 import fcntl
 import os
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from avd_jax.data import bucket_lock
 from avd_jax.errors import UserError
+from avd_jax.paths import any_path, is_bucket
 
 _LOCK = ".lock"
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # of file systems that know none, such as some clusters'
@@ -18,7 +22,7 @@ _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # of file systems th
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike, *, owner: str = "") -> Iterator[Path]:
-    """Yield a temporary path beside `path`; a clean exit renames it to `path`, an exception removes it.
+    """Yield a temporary local path; a clean exit makes it `path`, by a rename or an upload, an exception removes it.
 
     Missing parent folders are made. The temporary name is fixed, so that what a killed process left behind is
     overwritten by the next attempt and does not pile up.
@@ -27,7 +31,12 @@ def replacing(path: str | os.PathLike, *, owner: str = "") -> Iterator[Path]:
       path: the file.
       owner: part of the temporary name, where several processes may write the same file at once.
     """
-    path = Path(path)
+    path = any_path(path)
+    if is_bucket(path):
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder) / path.name
+            path.upload(Path(folder) / path.name)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{owner}tmp")
     try:
@@ -43,15 +52,22 @@ def replacing(path: str | os.PathLike, *, owner: str = "") -> Iterator[Path]:
 
 def write_text(path: str | os.PathLike, text: str, *, owner: str = "") -> None:
     """Write a UTF-8 text file through `replacing`."""
+    if is_bucket(path):
+        any_path(path).write_text(text)
+        return
     with replacing(path, owner=owner) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 @contextlib.contextmanager
-def only_writer(folder: Path, part: str = "") -> Iterator[None]:
+def only_writer(folder: Path, part: str = "") -> Iterator[Callable[[], None]]:
     """Keep other processes from writing to a folder; it is made if missing, and removed again if it stays empty.
 
-    The lock is the kernel's, on a file in the folder, so a process that is killed takes it along.
+    The lock is the kernel's, on a file in the folder, so a process that is killed takes it along. In a bucket it is an
+    object, see `bucket_lock.py`; other parts are not looked at there.
+
+    Yields:
+      A function that raises a UserError once another process has taken the folder over, which only a bucket lets it.
 
     Args:
       folder: what is written to.
@@ -60,7 +76,12 @@ def only_writer(folder: Path, part: str = "") -> Iterator[None]:
     Raises:
       UserError: another process writes to the folder, or it cannot be written.
     """
-    made, name = not folder.exists(), f"{_LOCK}-{part}" if part else _LOCK
+    name = f"{_LOCK}-{part}" if part else _LOCK
+    if is_bucket(folder):
+        with _only_writer_in_bucket(folder, name) as check:
+            yield check
+        return
+    made = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = _locked(folder / name)
@@ -74,12 +95,25 @@ def only_writer(folder: Path, part: str = "") -> Iterator[None]:
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error.strerror}); give another folder") from error
     try:
-        yield
+        yield lambda: None
     finally:
         _release(folder / name, lock)
         if made:
             with contextlib.suppress(OSError):  # it holds something
                 folder.rmdir()
+
+
+@contextlib.contextmanager
+def _only_writer_in_bucket(folder: Path, name: str) -> Iterator[Callable[[], None]]:
+    try:
+        lock = bucket_lock.Lock(folder / name)
+    except BlockingIOError:
+        raise UserError(f"{folder}: another process is writing to it; wait for it, or give another folder") from None
+    try:
+        # Of other parts only whether they are there is known, not whether they are alive; what they write is theirs.
+        yield lock.check
+    finally:
+        lock.release()
 
 
 def _check_no_other_writes(folder: Path, name: str) -> None:

@@ -4,6 +4,7 @@ import functools
 import json
 import math
 import os
+import posixpath
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from avd_jax.data.records import Record, check_text, lower_keys, printable, read_records, read_text
 from avd_jax.errors import UserError, closest
-from avd_jax.paths import local_path
+from avd_jax.paths import any_path, is_bucket, local_path
 
 VIDEO_SUFFIXES = frozenset({".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi"})
 # As the layouts that people bring spell them; the first is ours.
@@ -42,8 +43,8 @@ class Row:
 
 
 def video_folder(path: str | os.PathLike) -> Path:
-    """Return the local path of a folder (UserError if it is none)."""
-    folder = local_path(path)
+    """Return the path of a folder (UserError if it is none)."""
+    folder = any_path(path)
     if not folder.is_dir():
         raise UserError(f"{folder}: is not a folder of videos.")
     return folder
@@ -72,7 +73,7 @@ def read_captions(path: str | os.PathLike | None, folder: str | os.PathLike | No
         raise UserError(f'{path}: is no list of captions; write one {{"file": "a.mp4", "caption": "..."}} a line.')
     rows: list[Row] = []
     lines: dict[tuple[str, str], str] = {}
-    names = _Names(local_path(path).parent if folder is None else folder)
+    names = _Names(any_path(path).parent if folder is None else folder)
     for record in records:
         where = record.where
         if not isinstance(record.value, dict):
@@ -128,7 +129,7 @@ def without_caption(folder: str | os.PathLike, rows: Sequence[Row]) -> list[str]
 
 def files_in(folder: Path) -> list[Path]:
     """Return the files below a folder, relative to it."""
-    return [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
+    return [path.relative_to(folder) for path in folder.rglob("*") if is_bucket(path) or path.is_file()]
 
 
 def is_video(name: Path) -> bool:
@@ -151,6 +152,8 @@ class _Names:
         Raises:
           UserError: a scheme that is not supported.
         """
+        if is_bucket(self._folder):
+            return self._in_bucket(written)
         if os.path.isfile(self._folder / written):
             path = Path(written)
         else:
@@ -161,6 +164,11 @@ class _Names:
         file = self._folder / name
         identity = os.path.join(self._real_folder(file.parent), file.name)
         return name, identity if file.exists() else _composed(identity)
+
+    def _in_bucket(self, written: str) -> tuple[str, str]:
+        file = any_path(written) if is_bucket(written) else self._folder / posixpath.normpath(written)
+        inside = file.is_relative_to(self._folder)
+        return str(file).removeprefix(f"{self._folder}/") if inside else str(file), str(file)
 
     def _relative(self, path: Path) -> str:
         """Return a path relative to the folder if it lies in there, else as it is."""

@@ -12,7 +12,7 @@ from avd_jax.data.inputs import by_size, check_clip_size, clips_of, read_sizes
 from avd_jax.data.prompts import read_prompts
 from avd_jax.data.set_finish import WHOLE, Part, Summary
 from avd_jax.errors import UserError
-from avd_jax.paths import local_path
+from avd_jax.paths import any_path
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def world_job(out: str | os.PathLike, clips: int, prompts: int | None, *, style:
 def prompts_job(path: str | os.PathLike, out: str | os.PathLike) -> Job:
     """Return the job of a file of prompts, each different one once."""
     texts = list(dict.fromkeys(read_prompts(path)))
-    return Job(lambda **how: {local_path(out): encode_prompts(texts, out, **how)}, len(texts), texts)
+    return Job(lambda **how: {any_path(out): encode_prompts(texts, out, **how)}, len(texts), texts)
 
 
 def videos_job(
@@ -77,7 +77,7 @@ def videos_job(
       UserError: names the line of the list that is wrong, or there is nothing to encode.
     """
     check_clip_size(frames=frames, height=height, width=width, prefix="--")
-    folder, out = local_path(captions).parent if videos is None else videos, local_path(out)
+    folder, out = any_path(captions).parent if videos is None else videos, any_path(out)
     rows = read_captions(captions, folder)
     work, left_out = {}, {}
     chosen_for = by_size(rows, folder, read_sizes(sizes, frames=frames)) if sizes else {(height, width): rows}

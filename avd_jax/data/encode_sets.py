@@ -27,7 +27,7 @@ from avd_jax.data.set_finish import WHOLE, Part, Summary
 from avd_jax.data.set_writer import SetWriter, input_of
 from avd_jax.errors import UserError
 from avd_jax.parallel.memory import fitting
-from avd_jax.paths import local_path
+from avd_jax.paths import any_path
 
 
 def encode_videos(
@@ -91,7 +91,7 @@ def encode_videos(
     inputs = [input_of({"clip_id": clip.clip_id, "caption": clip.caption}) for clip in clips]
     hint = "give smaller --frames, --height, --width or --batch_size"
     at_once = fitting(f"clips of {frames}x{height}x{width}, {batch_size} at once", hint)
-    with only_writer(local_path(out), _part_name(part)), at_once:
+    with only_writer(any_path(out), _part_name(part)), at_once:
         writer = SetWriter(out, info, inputs, inputs_per_shard=shard_size, part=part)
         pending, todo = _begin(writer, [clip.caption for clip in clips], info, on_progress, say)
         estimate = Estimate(len(todo), lambda text: say(f"{out}: {text}"))
@@ -137,7 +137,7 @@ def encode_prompts(
     prompts = list(dict.fromkeys(prompts))
     negative = _negative_prompt(text, text_batch_size)
     info = PromptsInfo(text_len=text.text_len, text_dim=negative.shape[1], text_encoder=text.fingerprint)
-    with only_writer(local_path(out), _part_name(part)):
+    with only_writer(any_path(out), _part_name(part)):
         writer = SetWriter(out, info, prompts, inputs_per_shard=shard_size, part=part)
         pending, _ = _begin(writer, prompts, info, on_progress, say)
         for shard in pending:
@@ -194,7 +194,7 @@ def encode_shapes_world(
     shared |= {"on_progress": on_progress, "say": say}
     captions = world_clips.training_prompts(prompts, clips=clips)
     chosen = world_clips.training_clips(clips, **size, style=style)
-    latents_dir, prompts_dir = local_path(out) / "latents", local_path(out) / "prompts"
+    latents_dir, prompts_dir = any_path(out) / "latents", any_path(out) / "prompts"
     summaries = {
         latents_dir: encode_videos(chosen, latents_dir, vae=vae, fps=fps, batch_size=batch_size, **size, **shared)
     }

@@ -46,7 +46,7 @@ import tensorflow_datasets as tfds
 from safetensors import SafetensorError, safe_open
 
 from avd_jax.errors import UserError
-from avd_jax.paths import local_path
+from avd_jax.paths import any_path, on_disk
 
 SCHEMA_VERSION = "1.0.0"
 NEGATIVE_PROMPT_FILE = "negative_prompt_embeds.safetensors"
@@ -119,11 +119,11 @@ class EncodedSet:
 
     def __init__(self, folder: str | os.PathLike, kind: str):
         """Open a set of the given kind, "latents" or "prompts" (UserError if it is not one, whole and finished)."""
-        self.folder, self.info = local_path(folder), read_metadata(folder)
+        self.folder, self.info = any_path(folder), read_metadata(folder)
         if self.info.kind != kind:
             raise UserError(f"{folder}: is a set of {self.info.kind}, not of {kind}.")
         try:
-            self._source = tfds.builder_from_directory(self.folder).as_data_source("train")
+            self._source = tfds.builder_from_directory(os.fspath(self.folder)).as_data_source("train")
         except Exception as error:  # TFDS and ArrayRecord raise whatever their parsers do
             raise UserError(f"{folder}: cannot be opened ({_one_line(error)}); encode the set again.") from error
 
@@ -193,7 +193,7 @@ def read_metadata(folder: str | os.PathLike) -> LatentsInfo | PromptsInfo:
     Raises:
       UserError: the folder holds no set, or an unfinished or damaged one.
     """
-    folder = local_path(folder)
+    folder = any_path(folder)
     path = folder / "metadata.json"
     if not path.exists():
         raise UserError(f"{folder}: holds no encoded set (no metadata.json); make one with scripts/encode.py.")
@@ -227,7 +227,7 @@ def set_fingerprint(folder: str | os.PathLike) -> str:
 
     A set that was added to is another one, and so is one from which something was taken away.
     """
-    folder = local_path(folder)
+    folder = any_path(folder)
     said = [read_json(folder / "metadata.json")]
     for shard, records in enumerate(published_lengths(folder)):
         path = manifest_path(folder, shard)
@@ -252,9 +252,9 @@ def published_lengths(folder: Path) -> list[int]:
 
 def read_negative_prompt_embeds(folder: str | os.PathLike, text_len: int) -> np.ndarray:
     """Return the embeddings of the negative prompt, bfloat16 [text_len text_dim], zeros after the last token."""
-    path = local_path(folder) / NEGATIVE_PROMPT_FILE
+    path = any_path(folder) / NEGATIVE_PROMPT_FILE
     try:
-        with safe_open(path, "numpy") as tensors:
+        with on_disk(path) as local, safe_open(local, "numpy") as tensors:
             return pad_prompt_embeds(tensors.get_tensor("prompt_embeds"), text_len)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be read ({_one_line(error)}); encode the set again.") from error

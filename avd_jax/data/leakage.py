@@ -9,7 +9,7 @@ from avd_jax.data.latents import EncodedSet, manifest_path, published_lengths, r
 from avd_jax.data.overlap import KINDS, Overlap, overlaps
 from avd_jax.data.prompts import read_prompt_records
 from avd_jax.data.records import Record, printable
-from avd_jax.paths import local_path
+from avd_jax.paths import any_path
 
 EXAMPLES = 3
 _SHOWN = 100  # characters
@@ -73,7 +73,7 @@ class Leakage:
 
 def leakage(texts: Sequence[Record], benchmark: str | Path) -> Leakage:
     """Compare texts of a training with a benchmark's list of prompts (UserError if it cannot be read)."""
-    benchmark = local_path(benchmark)
+    benchmark = any_path(benchmark)
     others: dict[str, Record] = {}
     for record in read_texts(benchmark):
         others.setdefault(record.value, record)
@@ -89,7 +89,7 @@ def read_texts(path: str | Path) -> list[Record]:
     Raises:
       UserError: neither, or one that cannot be read.
     """
-    path = local_path(path)
+    path = any_path(path)
     if not path.is_dir():
         return read_prompt_records(path)
     if read_metadata(path).kind == "latents":

@@ -24,7 +24,7 @@ from avd_jax.data.latents import (
     set_fingerprint,
 )
 from avd_jax.errors import UserError
-from avd_jax.paths import local_path
+from avd_jax.paths import any_path
 
 WINDOW = 10_000  # positions in which each set has exactly its share
 _LATENTS_AGREE = ("text_dim", "text_encoder", "vae", "fps")
@@ -57,10 +57,10 @@ def named_sets(text: str | os.PathLike) -> list[NamedSet]:
 def _named(entry: str) -> NamedSet:
     path, colon, weight = entry.rpartition(":")
     is_path = not colon or not path or not weight or "/" in weight or "\\" in weight
-    if is_path or local_path(entry).exists():
-        local_path(entry)
+    if is_path or any_path(entry).exists():
+        any_path(entry)
         return NamedSet(entry, None)
-    local_path(path)
+    any_path(path)
     try:
         value = float(weight)
     except ValueError:
@@ -108,7 +108,7 @@ def open_sets(text: str | os.PathLike, kind: str) -> list[EncodedSet]:
 def shares(text: str | os.PathLike) -> list[float]:
     """Return the expected share of each named set in all examples: that of its weight, or else of its records."""
     sets = named_sets(text)
-    weights = [sum(published_lengths(local_path(one.path))) if one.weight is None else one.weight for one in sets]
+    weights = [sum(published_lengths(any_path(one.path))) if one.weight is None else one.weight for one in sets]
     return [weight / sum(weights) for weight in weights]
 
 

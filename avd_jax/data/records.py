@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from avd_jax.errors import UserError
-from avd_jax.paths import local_path
+from avd_jax.paths import any_path
 
 _JSON_SUFFIXES = frozenset({".json", ".jsonl", ".ndjson"})
 _TABLE_SUFFIXES = frozenset({".csv", ".tsv"})
@@ -39,7 +39,7 @@ def read_text(path: str | os.PathLike) -> str:
     Raises:
       UserError: it cannot be read, is binary, or is not UTF-8.
     """
-    path = local_path(path)
+    path = any_path(path)
     if path.is_dir():
         raise UserError(f"{path}: is a folder; name a text file")
     try:
@@ -68,7 +68,7 @@ def read_records(path: str | os.PathLike, columns: Sequence[str]) -> list[Record
     Raises:
       UserError: it cannot be read, or is of none of these kinds and not clearly plain text; names the line.
     """
-    text, suffix = read_text(path), local_path(path).suffix.lower()
+    text, suffix = read_text(path), any_path(path).suffix.lower()
     delimiter = _delimiter(text, columns, least=1 if suffix in _TABLE_SUFFIXES else 2)
     if delimiter and suffix not in _JSON_SUFFIXES:
         return list(_rows(path, text, delimiter))

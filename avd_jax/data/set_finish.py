@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,7 +34,7 @@ from avd_jax.data.latents import (
 from avd_jax.data.set_plan import Plan, stored_plan
 from avd_jax.errors import UserError
 from avd_jax.parallel.hosts import barrier, from_first, is_first
-from avd_jax.paths import local_path
+from avd_jax.paths import any_path
 
 _MODULE = "avd_jax.data.set_writer"  # as TFDS records it; the same in every set, wherever this code lies
 _PART_FILE = re.compile(r"shard-(\d+)-of-(\d+)\.json")
@@ -117,7 +118,7 @@ def merge(folder: str | os.PathLike) -> Summary:
     Raises:
       UserError: there are no parts, one of them was encoded with something else, or a shard is missing.
     """
-    folder = local_path(folder)
+    folder = any_path(folder)
     path = folder / "metadata.json"
     parts = _part_files(folder)
     if not path.exists() or not (parts or (folder / "dataset_info.json").exists()):
@@ -154,7 +155,7 @@ def _part_files(folder: Path) -> list[Path]:
 
 def merge_all(out: str | os.PathLike) -> dict[Path, Summary]:
     """Merge the set in a folder, or all those in its subfolders if it has several; see `merge`."""
-    out = local_path(out)
+    out = any_path(out)
     several = [path.parent for path in sorted(out.glob("*/metadata.json"))]
     return {folder: merge(folder) for folder in ([out] if (out / "metadata.json").exists() else several or [out])}
 
@@ -213,13 +214,11 @@ def _write_dataset_info(folder: Path, metadata: Mapping, lengths: Sequence[int],
         filename_template=shard_template(folder, metadata, len(lengths)),
     )
     dataset_info.set_splits(tfds.core.splits.SplitDict([split]))
-    staging = folder / ".staging"
-    staging.mkdir(exist_ok=True)
-    dataset_info.write_to_directory(staging)
-    # The last of the files, since its presence is what says that the set is complete.
-    for name in ("features.json", "dataset_info.json"):
-        os.replace(staging / name, folder / name)
-    staging.rmdir()
+    with tempfile.TemporaryDirectory() as staging:
+        dataset_info.write_to_directory(staging)
+        # The last of the files, since its presence is what says that the set is complete.
+        for name in ("features.json", "dataset_info.json"):
+            write_text(folder / name, (Path(staging) / name).read_text(encoding="utf-8"))
 
 
 def difference(before: Mapping, now: Mapping, *, but: Sequence[str]) -> str | None:

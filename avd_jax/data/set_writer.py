@@ -27,7 +27,7 @@ from avd_jax.data.latents import (
 from avd_jax.data.set_finish import WHOLE, Part, Summary, check_parts, difference, plan_sha256, publish, reporting
 from avd_jax.data.set_plan import PLAN_FILE, Plan, changed_plan, save_plan, stored_plan
 from avd_jax.errors import UserError
-from avd_jax.paths import local_path
+from avd_jax.paths import any_path
 
 
 class SetWriter:
@@ -65,7 +65,7 @@ class SetWriter:
             raise UserError(f"{folder}: there is nothing to encode.")
         if len(set(inputs)) < len(inputs):
             raise ValueError("the inputs of a set must differ")
-        self.folder, self.inputs, self.info, self.part = local_path(folder), list(inputs), info, part
+        self.folder, self.inputs, self.info, self.part = any_path(folder), list(inputs), info, part
         self._owner = f"{part}." if part.count > 1 else ""  # machines may write the same small file at once
         settings = {"kind": info.kind, "schema_version": SCHEMA_VERSION, **json.loads(json.dumps(asdict(info)))}
         settings |= {"inputs_per_shard": inputs_per_shard, "inputs": len(inputs)}

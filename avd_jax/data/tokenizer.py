@@ -9,7 +9,7 @@ import numpy as np
 import tokenizers
 
 from avd_jax.errors import UserError
-from avd_jax.paths import local_path
+from avd_jax.paths import any_path
 
 TEXT_LENGTH = 512
 _COUNTED_TOGETHER = 256  # few enough that their encodings fit into memory
@@ -52,7 +52,7 @@ class Tokenizer:
         Raises:
           UserError: when there is none, or it cannot be read as umT5's tokenizer.
         """
-        path = local_path(path)
+        path = any_path(path)
         file = path / TOKENIZER_FILE if path.is_dir() else path
         if not file.is_file():
             hint = ", which cannot be made from spiece.model here" if (path / "spiece.model").is_file() else ""
@@ -112,7 +112,7 @@ class Tokenizer:
 
     def save(self, folder: str | Path) -> None:
         """Write the tokenizer, byte for byte as it was read, to `folder/tokenizer.json`; makes the folder."""
-        folder = local_path(folder)
+        folder = any_path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / TOKENIZER_FILE).write_bytes(self.serialized)
 

@@ -15,6 +15,7 @@ from av.filter import Graph
 from av.stream import Disposition
 
 from avd_jax.errors import UserError
+from avd_jax.paths import any_path, is_bucket
 
 SEEK_MARGIN = 1.0  # seconds; containers seek by decoding time, which runs ahead of the time of display
 REORDERED = 16  # frames; decoders hold back fewer before they show one
@@ -303,7 +304,8 @@ def _stamp(packet: av.Packet) -> int | None:
 def _open(path: str | os.PathLike):
     # Titles are not used, so an encoding that is not UTF-8 stops nothing. FFmpeg would take what stands before a colon
     # in a relative name for a protocol.
-    return av.open(os.path.abspath(path), metadata_errors="replace")
+    source = any_path(path).open("rb") if is_bucket(path) else os.path.abspath(path)
+    return av.open(source, metadata_errors="replace")
 
 
 def _shown_stream(container, path: str | os.PathLike) -> int:

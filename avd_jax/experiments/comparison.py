@@ -48,7 +48,7 @@ def compare(
       out: the folder.
       title: of the page.
       about: a sentence on how the videos came about.
-      run: a training run whose curves the page shows.
+      run: a training run, whose curves the page shows if it has logged any.
       on_progress: called with the number of further videos that are measured.
 
     Returns:
@@ -78,7 +78,7 @@ def compare(
     counts = ", ".join(f"{name} {len(videos)}" for name, videos in sets.items())
     pieces = [paragraph(about), paragraph(f"Videos measured: {counts}.", soft=True)]
     pieces += [heading("Metrics"), means_table(means), heading("Videos"), side_by_side(sets, page)]
-    if run is not None:
+    if run is not None and (run / "metrics.jsonl").is_file():
         pieces += [heading("Training"), training_charts({run.name: [run]})]
     write_page(page, title, pieces)
     return means

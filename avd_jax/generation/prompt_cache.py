@@ -21,6 +21,7 @@ from avd_jax.convert.fingerprint import fingerprint
 from avd_jax.convert.weights import Weights
 from avd_jax.data.atomic import replacing
 from avd_jax.data.latents import BFLOAT16
+from avd_jax.paths import state_of
 
 # A text encoder that was fine-tuned through low-rank factors may differ in its attention only.
 TELLING_LEAF = "blocks.attn.q.kernel"
@@ -35,7 +36,7 @@ def cache_key(text_encoder: Weights, *, tokenizer: str, dtype: str) -> str:
     """Return the name of what makes the same embeddings: weights, fingerprint of a tokenizer, dtype, device, JAX."""
     device = jax.local_devices()[0].device_kind
     # A fingerprint reads some of the values. A file that was written anew, whatever changed in it, is another one.
-    stamps = [(file.stat().st_size, file.stat().st_mtime_ns) for file in text_encoder.files]
+    stamps = [state_of(file) for file in text_encoder.files]
     told = [fingerprint(text_encoder, TELLING_LEAF), stamps, tokenizer, dtype, device, jax.__version__]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
 

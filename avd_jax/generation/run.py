@@ -32,7 +32,7 @@ from avd_jax.models.vae_tiles import MEMORY_GIB
 from avd_jax.parallel.hosts import from_first, is_first
 from avd_jax.parallel.memory import fitting
 from avd_jax.parallel.mesh import filled_up
-from avd_jax.paths import local_path
+from avd_jax.paths import any_path
 
 SHEET_ROWS = 12
 THUMBNAIL_HEIGHT = 160
@@ -111,7 +111,7 @@ def make_plan(
     Raises:
       UserError: weights that are missing or do not fit, or a size that the networks cannot make.
     """
-    out = local_path(out)
+    out = any_path(out)
     opened = open_for(settings, [job.prompt for job in jobs], fingerprints=fingerprints)
     videos = {job: video_file(out, opened, job) for job in jobs}
     missing = [not (video.is_file() and _record_of(video).is_file()) for video in videos.values()]
@@ -193,7 +193,7 @@ def sample(
     settings, cache = opened.settings, None
     if prompt_cache:
         made_by = {"tokenizer": opened.fingerprints["tokenizer"], "dtype": settings.dtype}
-        cache = PromptCache(local_path(prompt_cache), cache_key(opened.parts.text_encoder, **made_by))
+        cache = PromptCache(any_path(prompt_cache), cache_key(opened.parts.text_encoder, **made_by))
     what = f"{settings.frames} frames of {settings.height}x{settings.width}, {size} at once"
     with fitting(what, "give smaller --frames, --height, --width or --batch_size", mesh):
         work = {"mesh": mesh, "size": size, "cache": cache, "on_step": on_step, "vae_gib": vae_gib}

@@ -27,7 +27,7 @@ from avd_jax.diffusion.student import (
 from avd_jax.diffusion.unipc import unipc_schedule
 from avd_jax.errors import UserError, closest
 from avd_jax.generation.pipeline import MAX_SEED
-from avd_jax.paths import local_path, weights_path
+from avd_jax.paths import any_path, weights_path
 
 SOLVERS = ("student", "unipc")
 DTYPES = ("float32", "bfloat16")
@@ -249,7 +249,7 @@ def from_record_file(path: str, *, weights: str | None, checkpoint: str | None) 
     Raises:
       UserError: not such a file, or one of its entries is not what it should be.
     """
-    record = read_json(local_path(path))
+    record = read_json(any_path(path))
     hints = typing.get_type_hints(Settings) | {"timesteps": list[Number]}  # JSON has no tuples
     expected = {"prompt": str, "seed": int, "settings": dict, "fingerprints": dict[str, str]}
     _check_entries(path, record, expected)

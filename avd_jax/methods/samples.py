@@ -30,6 +30,7 @@ from avd_jax.models.wan_dit import WanDiTConfig
 from avd_jax.parallel.hosts import from_first, is_first, to_host
 from avd_jax.parallel.memory import fitting
 from avd_jax.parallel.mesh import filled_up, replicated
+from avd_jax.paths import on_disk
 from avd_jax.training.method import Frozen, Surroundings
 
 
@@ -120,7 +121,8 @@ class SampleWriter:
         path = self._folder / f"teacher_latents_{digest}.npy"  # other settings, other latents
         if from_first(path.exists()):
             try:
-                return np.load(path)
+                with on_disk(path) as local:
+                    return np.load(local)
             except (OSError, ValueError) as error:
                 raise UserError(f"{path}: cannot be read ({error}); remove it, it is made again") from error
         self._writer.message(f"sampling the teacher: {len(self._captions)} videos, {sample.teacher_steps}x2 steps each")

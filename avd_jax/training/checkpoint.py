@@ -9,12 +9,14 @@ random key and the position in the data.
 import errno
 import functools
 import math
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
 import orbax.checkpoint as ocp
+from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from avd_jax.errors import UserError, closest
@@ -64,7 +66,7 @@ class Checkpoints:
         )
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._manager = ocp.CheckpointManager(self.folder, options=options)
+            self._manager = ocp.CheckpointManager(epath.Path(os.fspath(self.folder)), options=options)
         except OSError as error:
             raise UserError(f"{self.folder}: cannot be written ({error.strerror}); choose another --workdir") from error
 

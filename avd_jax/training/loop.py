@@ -154,6 +154,7 @@ class _HostLoop:
             self._write(state)
 
     def _write(self, state) -> None:
+        self.writer.flush()
         meta = self.driven.describe() | {"step": self.step, "settings": jsonable(flatten(self.config))}
         self.checkpoints.save(self.step, state, meta, self.driven.ratings() | self.latest)
 

@@ -22,23 +22,30 @@ from tqdm import tqdm
 from avd_jax.data.atomic import write_text
 from avd_jax.errors import UserError
 from avd_jax.parallel.hosts import is_first
+from avd_jax.paths import is_bucket
 from avd_jax.training.ledger import Ledger, read_lines
+from avd_jax.training.mirror import Mirror
 
 
 class MetricsWriter:
-    """Writes one JSON object a logged step, the same scalars to TensorBoard, and a progress bar or plain lines."""
+    """Writes one JSON object a logged step, the same scalars to TensorBoard, and a progress bar or plain lines.
+
+    For a workdir in a bucket both are written on the local disk and uploaded now and then, see `mirror.py`.
+    """
 
     def __init__(self, workdir: Path, *, first_step: int, num_steps: int, ledger: Ledger | None = None):
         """Continue after `first_step` (0 for a new run), dropping what was logged after it, which the ledger reads."""
         self._path = path = workdir / "metrics.jsonl"
+        self._mirror = Mirror(workdir) if is_bucket(workdir) else None
+        folder = self._mirror.local if self._mirror else workdir
         with self._reporting():
-            if path.exists():
-                lines = read_lines(path)
+            if path.exists() or self._mirror:
+                lines = read_lines(path) if path.exists() else []
                 kept = [line for line in lines if line["step"] <= first_step]
-                lines = ledger.goes_on(lines, first_step) if ledger else kept
-                write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
-            self._file = path.open("a")
-        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1)
+                lines = ledger.goes_on(lines, first_step) if ledger and path.exists() else kept
+                write_text(folder / path.name, "".join(json.dumps(line) + "\n" for line in lines))
+            self._file = (folder / path.name).open("a")
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
         self._num_steps = num_steps
         self._bar = tqdm(
             total=num_steps, initial=first_step, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty()
@@ -61,8 +68,18 @@ class MetricsWriter:
         with self._reporting():
             self._file.write(json.dumps({"step": step, **finite}) + "\n")
             self._file.flush()
+            if self._mirror:
+                self._mirror.now_and_then()
         for name, value in metrics.items():
             self._board.add_scalar(name, value, step)
+
+    def flush(self) -> None:
+        """Bring to the workdir what was logged, before a checkpoint that relies on it."""
+        with self._reporting():
+            self._file.flush()
+            if self._mirror:
+                self._board.flush()
+                self._mirror.upload()
 
     def histogram(self, step: int, name: str, counts: Sequence[int], edges: np.ndarray) -> None:
         """Log how many values fell between neighbouring `edges`."""
@@ -99,6 +116,8 @@ class MetricsWriter:
             self._file.flush()
             os.fsync(self._file.fileno())
             self._board.close()
+            if self._mirror:
+                self._mirror.close()
 
     @contextlib.contextmanager
     def _reporting(self):
@@ -129,6 +148,9 @@ class NoMetrics:
         """Do nothing."""
 
     def message(self, text: str) -> None:
+        """Do nothing."""
+
+    def flush(self) -> None:
         """Do nothing."""
 
     def close(self) -> None:

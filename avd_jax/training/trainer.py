@@ -18,7 +18,7 @@ from avd_jax.errors import UserError
 from avd_jax.fields import describe
 from avd_jax.parallel.hosts import is_first
 from avd_jax.parallel.rules import sharding_table
-from avd_jax.paths import local_path
+from avd_jax.paths import any_path
 from avd_jax.training.assembly import Assembly
 from avd_jax.training.checkpoint import Checkpoints
 from avd_jax.training.cost import cycle_cost, seconds_at_peak
@@ -70,7 +70,7 @@ def train(recipe: Recipe, config, workdir: Path, *, profile: bool = False) -> Ou
     """
     ledger = Ledger()
     recipe.validate(config)
-    workdir = local_path(workdir)
+    workdir = any_path(workdir)
     check_shared(workdir)
     changed = changed_settings(config, workdir, recipe.fields)
     if is_first():
@@ -80,8 +80,9 @@ def train(recipe: Recipe, config, workdir: Path, *, profile: bool = False) -> Ou
         assembly = Assembly(method)
         costs = {size: cycle_cost(assembly, size) for size in assembly.sizes}
         at_peak = {size: seconds_at_peak(assembly, cost) for size, cost in costs.items()}
+        still_ours = lambda: None  # noqa: E731 - of the other hosts
         if is_first():
-            held.enter_context(only_writer(workdir))
+            still_ours = held.enter_context(only_writer(workdir))
             _print_layout(assembly)
             for size, cost in costs.items():
                 print(f"{size}: {cost.as_text()}" if len(costs) > 1 else cost.as_text(), flush=True)
@@ -119,6 +120,7 @@ def train(recipe: Recipe, config, workdir: Path, *, profile: bool = False) -> Ou
                 return assembly.dispatch(state, frozen, batch, jax.random.fold_in(key, step), step)
 
             def record() -> dict:
+                still_ours()
                 return {
                     **{"format": FORMAT, "method": method.name, "main": method.main, "cycle": assembly.cycle()},
                     **{"key": np.asarray(jax.random.key_data(key)).tolist(), "data": batches.get_state()},

@@ -72,8 +72,9 @@ def record_config(config, workdir: Path, *, step: int, changed: Mapping[str, lis
     path = workdir / "config.json"
     with _usable(path):
         if changed:
-            with (workdir / CHANGES).open("a") as file:
-                file.write(json.dumps({"step": step, "changed": changed}) + "\n")
+            path_of_changes = workdir / CHANGES
+            before = path_of_changes.read_text(encoding="utf-8") if path_of_changes.exists() else ""
+            write_text(path_of_changes, before + json.dumps({"step": step, "changed": changed}) + "\n")
         write_text(path, json.dumps(jsonable(flatten(config)), indent=2) + "\n")
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from avd_jax.data.records import check_text
 from avd_jax.errors import UserError, closest
-from avd_jax.paths import local_path
+from avd_jax.paths import any_path
 
 LONGEST_NAME = 255  # bytes, of most file systems
 TEMPORARY = len(".") + len(".tmp")  # what a file's name is longer by while it is written (data/atomic.py)
@@ -236,7 +236,7 @@ def read_info(path: str | Path, suite: Suite) -> Info:
     Raises:
       UserError: it cannot be read, is no such list, or is the other suite's. Another version of the list is none.
     """
-    path = local_path(path)
+    path = any_path(path)
     get = f"get {suite.info} from {suite.title}'s repository"
     try:
         entries = json.loads(path.read_text(encoding="utf-8-sig"))

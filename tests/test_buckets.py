@@ -1,0 +1,135 @@
+"""Paths in a bucket, beside the same on a disk; and what a bucket that fails makes of them."""
+
+import io
+
+import numpy as np
+import pytest
+
+from avd_jax.errors import UserError
+from avd_jax.paths import any_path, on_disk, read_values, state_of
+
+
+@pytest.fixture(params=["disk", "bucket"])
+def folder(request, tmp_path):
+    return tmp_path / "x" if request.param == "disk" else request.getfixturevalue("bucket")
+
+
+def test_the_same_methods(folder):
+    assert (folder.exists(), folder.is_dir(), folder.is_file()) == (False,) * 3
+    (folder / "deep" / "er").mkdir(parents=True)
+    for name in ("a.txt", "b.json", "deep/c.txt", "deep/er/d e#?.txt"):
+        (folder / name).write_text(f"ü {name}", encoding="utf-8")
+    file = folder / "a.txt"
+    assert (folder.exists(), folder.is_dir(), folder.is_file()) == (True, True, False)
+    assert (file.exists(), file.is_dir(), file.is_file(), file.is_symlink()) == (True, False, True, False)
+    assert not (folder / "a").exists()
+    assert not (folder / "dee").is_dir()
+    assert (folder / "deep/er/d e#?.txt").read_text(encoding="utf-8") == "ü deep/er/d e#?.txt"
+    assert sorted(child.name for child in folder.iterdir()) == ["a.txt", "b.json", "deep"]
+
+    def below(pattern):
+        return sorted(str(path.relative_to(folder)) for path in folder.glob(pattern))
+
+    assert below("*.txt") == ["a.txt"]
+    assert below("*/*.txt") == ["deep/c.txt"]
+    assert below("deep/*") == ["deep/c.txt", "deep/er"]
+    assert below("deep/c.txt") == ["deep/c.txt"]
+    assert below("none/*") == []
+    assert sorted(path.name for path in folder.rglob("*.txt")) == ["a.txt", "c.txt", "d e#?.txt"]
+    assert state_of(file)[0] == file.stat().st_size == len("ü a.txt".encode())
+    file.unlink()
+    file.unlink(missing_ok=True)
+    for missing in (file.unlink, file.read_bytes, file.stat, lambda: list(file.iterdir()), lambda: file.open("rb")):
+        with pytest.raises(FileNotFoundError):
+            missing()
+
+
+def test_reading_by_parts(folder, monkeypatch):
+    data = np.random.default_rng(0).integers(0, 256, 3_000_001, np.uint8).tobytes()
+    folder.mkdir()
+    path = folder / "data"
+    path.write_bytes(data)
+    with path.open("rb") as file:
+        assert file.read(8) == data[:8]
+        assert file.seek(-5, io.SEEK_END) == len(data) - 5
+        assert file.read() == data[-5:]
+        file.seek(1_000_000)
+        assert file.read(1_500_000) == data[1_000_000:2_500_000]
+    assert read_values(path, np.dtype("<u2"), 3, offset=4).tobytes() == data[4:10]
+    with on_disk(path) as local:
+        assert local.read_bytes() == data
+    assert local.exists() == (local == path)
+
+
+def test_large_ones_go_in_several_requests(bucket, bucket_server, tmp_path, monkeypatch):
+    monkeypatch.setattr("avd_jax.buckets._RANGE_BYTES", 2**20)
+    data = np.random.default_rng(0).integers(0, 256, 9_000_001, np.uint8).tobytes()
+    (tmp_path / "there").write_bytes(data)
+    (bucket / "x").upload(tmp_path / "there")
+    (bucket / "x").download(tmp_path / "back")
+    assert (tmp_path / "back").read_bytes() == data
+    assert (bucket / "x").read_range(5, 8_000_000) == data[5:8_000_000]
+    bucket.rmtree()
+    assert not bucket.exists()
+    with pytest.raises(io.UnsupportedOperation):
+        (bucket / "x").open("a")
+
+
+def test_a_condition_on_what_is_there(bucket):
+    path = bucket / "x"
+    first = path.write_bytes(b"1", generation="0")
+    assert first == path.stat().generation != ""
+    with pytest.raises(FileExistsError):
+        path.write_bytes(b"2", generation="0")
+    second = path.write_bytes(b"2", generation=first)
+    with pytest.raises(FileExistsError):
+        path.write_bytes(b"3", generation=first)
+    assert (path.read_bytes(), path.stat().generation) == (b"2", second)
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_bad_spell_passes(bucket, bucket_server, status):
+    bucket_server.faults({"match": "/o", "status": status, "times": 2})
+    (bucket / "x").write_text("there")
+    assert (bucket / "x").read_text() == "there"
+
+
+def failing(monkeypatch, bucket_server, patience=1.0, **fault):
+    monkeypatch.setattr("avd_jax.buckets._PATIENCE", patience)
+    monkeypatch.setattr("avd_jax.buckets._PATIENCE_AT_FIRST", patience)
+    bucket_server.faults({"match": "/b/", **fault})
+
+
+def test_one_that_stays_away_is_one_line(bucket, bucket_server, monkeypatch):
+    failing(monkeypatch, bucket_server, status=503, message="backend error")
+    with pytest.raises(UserError, match=rf"{bucket}/x: the bucket does not answer .*; run the same command again"):
+        (bucket / "x").read_text()
+
+
+def test_no_rights(bucket, bucket_server, monkeypatch):
+    failing(monkeypatch, bucket_server, status=403, message="me@x does not have storage.objects.get access")
+    said = rf"{bucket}/x: the account has no right .*storage.objects.get.* roles/storage.objectUser"
+    for call in ((bucket / "x").exists, (bucket / "x").read_bytes, lambda: (bucket / "x").write_text("")):
+        with pytest.raises(UserError, match=said) as error:
+            call()
+        assert "\n" not in str(error.value)
+
+
+def test_no_credentials(bucket, bucket_server, monkeypatch):
+    (bucket / "x").write_text("")
+    failing(monkeypatch, bucket_server, status=401, message="Anonymous caller", patience=0.5)
+    with pytest.raises(UserError, match=rf"{bucket}/x: there are no valid credentials .*gcloud auth"):
+        (bucket / "x").read_text()
+
+
+def test_credentials_that_expire_are_asked_for_again(bucket, bucket_server):
+    (bucket / "x").write_text("there")
+    bucket_server.faults({"match": "/b/", "status": 401, "message": "Invalid Credentials", "times": 2})
+    assert (bucket / "x").read_text() == "there"
+
+
+def test_no_such_bucket(bucket_server):
+    path = any_path("gs://other/x")
+    for call in (path.exists, path.read_bytes, lambda: list(path.iterdir()), lambda: path.write_text("x")):
+        with pytest.raises(UserError, match="gs://other: there is no such bucket; correct the name, or make it"):
+            call()
