@@ -33,6 +33,7 @@ from avd_jax.experiments.videos import CaptionedVideo, measure_videos
 from avd_jax.fields import flatten
 from avd_jax.generation.settings import Options, resolve
 from avd_jax.generation.weights import open_parts
+from avd_jax.paths import local_path
 from avd_jax.training.trainer import train
 from avd_jax.training.workdir import jsonable
 
@@ -83,6 +84,7 @@ def run_ablation(
     """
     validate(config)
     weights = config.train.init_from
+    workdir = local_path(workdir)  # its log grows
     planned = plan(config, workdir / "data", interpolator=open_interpolator_of(weights) is not None)
     chosen = [cell for cell in planned if any(fnmatch.fnmatchcase(cell.name, pattern) for pattern in only)]
     if not chosen:
