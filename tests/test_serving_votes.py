@@ -50,7 +50,7 @@ def test_several_at_once_lose_no_vote(path):
     assert all(json.loads(line) for line in path.read_text().splitlines())
 
 
-@pytest.mark.parametrize("cut", [1, 5, 60])
+@pytest.mark.parametrize("cut", [2, 5, 60])
 def test_a_half_written_last_line_was_never_confirmed(path, cut):
     VoteFile(path).append(VOTE)
     line = json.dumps(asdict(replace(VOTE, annotator="ben"))).encode() + b"\n"
@@ -60,6 +60,30 @@ def test_a_half_written_last_line_was_never_confirmed(path, cut):
     carl = replace(VOTE, annotator="carl")
     assert VoteFile(path).append(carl)
     assert VoteFile(path).votes() == [VOTE, carl]
+
+
+def test_a_last_line_that_only_lacks_its_end_is_a_vote_and_stays(path, monkeypatch):
+    VoteFile(path).append(VOTE)
+    path.write_bytes(path.read_bytes().removesuffix(b"\n"))  # as an editor may leave it
+    before, write, carl = path.read_bytes(), os.write, replace(VOTE, annotator="carl")
+    file = VoteFile(path)
+    assert file.votes() == file.votes() == [VOTE]
+    monkeypatch.setattr(os, "write", lambda to, data: write(to, data[:10]))
+    with pytest.raises(UserError, match="No space left"):
+        file.append(carl)
+    assert path.read_bytes() == before
+    monkeypatch.undo()
+    assert file.append(carl)
+    assert file.votes() == VoteFile(path).votes() == [VOTE, carl]
+
+
+@pytest.mark.parametrize("content", ['{"seed": 3}', "a note", '"text"', "\n"])
+def test_a_file_that_is_not_of_votes_is_left_alone(tmp_path, content):
+    file = tmp_path / "config.json"
+    file.write_text(content)
+    with pytest.raises(UserError, match="1: does not say of which study"):
+        VoteFile(file, STUDY)
+    assert file.read_text() == content
 
 
 def test_a_disk_that_is_full_keeps_nothing_of_a_vote(path, monkeypatch):

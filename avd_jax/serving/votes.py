@@ -2,7 +2,8 @@
 
 Its first line says which study it is of. A vote is written with one call under a lock of the kernel and is on the disk
 before it is confirmed. So a killed server can only leave half a line behind, of a vote that was not confirmed: the next
-one to append cuts it off, and readers pass over it.
+one to append cuts it off, and readers pass over it. A last line that only lacks its end, as some editors leave it, is
+a vote and stays. A file that is not of votes is never changed.
 """
 
 import contextlib
@@ -77,6 +78,7 @@ class VoteFile:
         """
         self.path = path
         self._lock, self._offset, self._lines = threading.Lock(), 0, 0
+        self._rest = b""  # behind the last end of a line
         self._votes: dict[tuple[str, str], VoteLine] = {}
         self.study: Study | None = None
         with self._reporting():
@@ -126,19 +128,23 @@ class VoteFile:
 
     def _append(self, file: int, entry: dict) -> None:
         """Write a line behind the last whole one, or nothing."""
-        line = (json.dumps(entry, ensure_ascii=False) + "\n").encode()
-        os.ftruncate(file, self._offset)  # what a killed server left half-written
+        line, end = (json.dumps(entry, ensure_ascii=False) + "\n").encode(), self._offset
+        if _parsed(self._rest) is not None:
+            line, end = b"\n" + line, end + len(self._rest)
+        elif self._rest and self.study is None:
+            self._take(self._rest, 1)  # refuses it
+        os.ftruncate(file, end)  # what a killed server left half-written
         try:
             written = os.write(file, line)
             if written < len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(file)
         except OSError:
-            os.ftruncate(file, self._offset)
+            os.ftruncate(file, end)
             raise
 
     def _read(self) -> None:
-        """Take note of the whole lines that were added."""
+        """Take note of the lines that were added; a last one that lacks its end is looked at again the next time."""
         if not self.path.is_file():
             if self._offset:
                 raise UserError(f"{self.path}: is gone; restore it, and start the server again")
@@ -151,15 +157,15 @@ class VoteFile:
         whole = added[: added.rfind(b"\n") + 1]
         for line in whole.splitlines():
             self._lines += 1
-            self._take(line)
+            self._take(line, self._lines)
         self._offset += len(whole)
+        self._rest = added[len(whole) :]
+        if _parsed(self._rest) is not None:
+            self._take(self._rest, self._lines + 1)
 
-    def _take(self, line: bytes) -> None:
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            entry = None
-        if self._lines == 1:
+    def _take(self, line: bytes, number: int) -> None:
+        entry = _parsed(line)
+        if number == 1:
             study = entry.get("study") if isinstance(entry, dict) else None
             self.study = _as(Study, study)
             if self.study is None:
@@ -167,9 +173,9 @@ class VoteFile:
             return
         vote = _as(VoteLine, entry)
         if vote is None or not {vote.quality, vote.agreement} <= {*vote.methods, COMPARABLE}:
-            raise UserError(f"{self.path}:{self._lines}: is no vote; restore the line, or remove it")
+            raise UserError(f"{self.path}:{number}: is no vote; restore the line, or remove it")
         if len(vote.methods) != 2 or not set(vote.methods) <= set(self.study.methods):
-            raise UserError(f"{self.path}:{self._lines}: is of methods that the first line does not name; remove it")
+            raise UserError(f"{self.path}:{number}: is of methods that the first line does not name; remove it")
         self._votes.setdefault((vote.annotator, vote.pair), vote)
 
     @contextlib.contextmanager
@@ -186,6 +192,14 @@ def _flock(file: int) -> None:
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
+
+
+def _parsed(line: bytes) -> object:
+    """Return the JSON of a line, or None if it is none: half an object never is."""
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
 
 
 def _as(kind: type, entry: object):
