@@ -9,6 +9,7 @@ import time
 
 import numpy as np
 import pytest
+import test_curation_report
 from generation_cases import STUDENT, write_dit, write_weights
 from test_serving_server import serving
 from test_serving_studio import NASTY, StandIn
@@ -117,3 +118,17 @@ def test_a_prompt_becomes_a_video_that_plays(browser, tmp_path):
         assert "100,000 characters" in page.inner_text("#message")
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
         assert unwanted == []
+
+
+def test_the_funnel_of_a_curation_is_seen_whole_on_a_phone(browser, tmp_path):
+    summary = test_curation_report.summary(aesthetics="config.features.weights is empty")
+    for entry in summary["funnel"]:
+        entry |= {"in": 1_234_567, "out": 1_000_000}
+    test_curation_report.page(tmp_path, test_curation_report.rows(3), summary)
+    page = browser.new_context(viewport={"width": 390, "height": 844}, is_mobile=True).new_page()
+    page.goto((tmp_path / "report.html").as_uri())
+    funnel = page.locator(".scroll")
+    assert funnel.evaluate("box => box.scrollWidth <= box.clientWidth")
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    for text in ("temporal_consistency", "1234567", "skipped: config.features.weights is empty"):
+        assert funnel.get_by_text(text).first.is_visible()

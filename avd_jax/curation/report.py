@@ -16,7 +16,14 @@ _STYLE = (
     "<style>.pictures{display:grid;grid-template-columns:repeat(auto-fill,minmax(9rem,1fr));gap:.6rem;margin:.6rem 0}"
     ".pictures figure{min-width:0;max-width:none} .pictures img,.pictures .none{display:block;width:100%;"
     "aspect-ratio:16/9;object-fit:contain;background:var(--band);border-radius:4px} figcaption{overflow-wrap:anywhere}"
-    "figcaption b{color:var(--ink)} li{overflow-wrap:anywhere}</style>"
+    "figcaption b{color:var(--ink)} li{overflow-wrap:anywhere}"
+    # On a phone a stage takes two lines: its numbers, and below them its threshold; there is no room for the bar.
+    "@media (max-width:44rem){.funnel :is(table,thead,tbody){display:block}"
+    ".funnel tr{display:grid;grid-template-columns:minmax(0,1fr) repeat(3,minmax(4rem,auto));"
+    "border-bottom:1px solid var(--line)} .funnel :is(th,td){min-width:0;padding:.3rem .15rem;border:0;"
+    "overflow-wrap:anywhere} .funnel :is(th,td):nth-child(5),.funnel th:nth-child(6){display:none}"
+    ".funnel th{font-size:.8rem;overflow-wrap:normal}"
+    ".funnel td:nth-child(6){grid-column:1/-1;padding-top:0;color:var(--soft)}}</style>"
 )
 _ABOUT = {
     "length": "Scenes between two cuts that have no room for a clip.",
@@ -104,7 +111,7 @@ def _funnel(funnel: Sequence[Mapping]) -> Html:
         note = Html(f'<div style="white-space:normal;text-align:left;min-width:12rem">{escaped(note)}</div>')
         lines.append((entry["stage"], entry["in"], gone, entry["out"], Html(bar), note))
     head = Html('<div style="text-align:left">threshold</div>')
-    return table(("stage", "in", "rejected", "out", "", head), lines)
+    return Html(f'<div class="funnel">{table(("stage", "in", "rejected", "out", "", head), lines)}</div>')
 
 
 def _threshold(entry: Mapping) -> str:
