@@ -13,6 +13,7 @@ from avd_jax.errors import UserError, closest
 from avd_jax.paths import any_path, local_path, weights_path
 
 Check = Callable[[object], str | None]
+WIDEST = 64  # characters in front of the help of a field, where --explain aligns it
 
 
 def anything(value: object) -> None:
@@ -125,9 +126,9 @@ def flatten(config) -> dict[str, object]:
 
 
 def describe(config, fields: Fields) -> str:
-    """Return one line a field: name, value, help."""
+    """Return one line a field: name, value, help. A long value moves the help of its own line only."""
     flat = flatten(config)
-    width = max(len(f"{name} = {value}") for name, value in flat.items())
+    width = max((length for name, value in flat.items() if (length := len(f"{name} = {value}")) <= WIDEST), default=0)
     return "\n".join(f"{f'{name} = {value}':<{width}}  {fields[name].help}" for name, value in flat.items())
 
 

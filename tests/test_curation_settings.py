@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from avd_jax.curation.analysis import DEFAULTS
-from avd_jax.curation.settings import FIELDS, default_config, validate
+from avd_jax.curation.settings import ANALYSIS_HELP, FIELDS, default_config, validate
 from avd_jax.errors import UserError
+from avd_jax.fields import WIDEST, describe, flatten
 
 CONFIG = Path(__file__).parents[1] / "configs" / "curation.py"
 
@@ -21,6 +22,20 @@ def test_the_config_file_holds_the_papers_settings_which_are_the_defaults():
     assert (select.temporal_consistency, select.aesthetics) == (0.5, 0.5)
     validate(config)
     assert all(field.help for field in FIELDS.values())
+
+
+def test_every_field_of_the_analysis_is_explained():
+    assert list(flatten(DEFAULTS)) == list(ANALYSIS_HELP), "one help a field, and none of a field that is gone"
+    assert len(set(ANALYSIS_HELP.values())) == len(ANALYSIS_HELP)
+
+
+def test_a_long_value_does_not_push_the_help_of_the_others_away():
+    lines = {line.split(" = ")[0]: line for line in describe(default_config(), FIELDS).splitlines()}
+    assert lines["caption.prompt"].endswith(f"or emotions.  {FIELDS['caption.prompt'].help}")
+    del lines["caption.prompt"]
+    starts = {line.rindex(FIELDS[name].help) for name, line in lines.items()}
+    assert len(starts) == 1
+    assert starts.pop() <= WIDEST + 2
 
 
 @pytest.mark.parametrize(

@@ -19,64 +19,44 @@ from avd_jax.errors import UserError
 
 CUT_OFF = 0.5  # seconds that a video may be shorter than its file says, or a fiftieth of it
 
+# What each means is in settings.ANALYSIS_HELP, which --explain prints.
 DEFAULTS = {
-    "frames": 81,  # of a clip, as the model takes them
-    "fps": 16.0,  # frames per second of a clip; videos are resampled as when they are encoded
-    "clips_per_scene": 0,  # most clips of one scene, evenly spread; 0: as many as fit back to back
+    "frames": 81,
+    "fps": 16.0,
+    "clips_per_scene": 0,
     "cuts": {
-        "short_side": 36,  # pixels of the pictures that are compared
-        "adaptive_threshold": 3.0,  # a cut changes so many times as much as the frames around it; PySceneDetect's
-        "min_content_val": 4.0,  # and at least so much, of 255; PySceneDetect's 15 misses half of the cuts in the dark
-        "window_width": 2,  # frames on either side; PySceneDetect's
-        "min_scene_frames": 1,  # PySceneDetect's 15 hides a second cut close behind the first
-        "quiet_chroma": 4,  # levels of chroma below which a pixel counts as grey, whose hue is noise
-        "trim_seconds": 0.0,  # left out on both sides of a cut
+        "short_side": 36,
+        "adaptive_threshold": 3.0,
+        "min_content_val": 4.0,
+        "window_width": 2,
+        "min_scene_frames": 1,
+        "quiet_chroma": 4,
+        "trim_seconds": 0.0,
         "gradual": {
-            "short_spans": (4, 6, 9, 13, 18),  # pictures from one side of a short transition to the other
-            "step": 0.1,  # seconds between the pictures that are compared for a long one
-            "long_spans": (4, 6, 9, 13, 19, 28, 42),  # such steps
-            "moving_spans": (
-                4,
-                6,
-                10,
-                16,
-                24,
-            ),  # likewise, where the scenes may move
-            "residual": 0.17,  # most that is no mixture, as a share of the difference between both sides
-            "sum": 1.05,  # most that the two shares of a mixture are together
-            "resemblance": 0.55,  # most correlation between both sides
-            "around": 0.7,  # most that either side changes in itself, as a share of their difference
-            "moving_residual": 0.35,  # the same two for spans in which the scenes move
+            "short_spans": (4, 6, 9, 13, 18),
+            "step": 0.1,
+            "long_spans": (4, 6, 9, 13, 19, 28, 42),
+            "moving_spans": (4, 6, 10, 16, 24),
+            "residual": 0.17,
+            "sum": 1.05,
+            "resemblance": 0.55,
+            "around": 0.7,
+            "moving_residual": 0.35,
             "moving_around": 1.0,
-            "uneven": 0.25,  # of a fade: most by which its contrast is off an even course, as a share of the change
-            "contrast": 9.0,  # levels that one side has at least
-            "change": 6.0,  # levels by which most of the picture differs, from its mean
-            "spread": 0.7,  # and so much of the mean difference, which a single thing that moves makes larger
-            "plain": 2.0,  # levels of contrast below which a picture shows nothing: the end of a fade
-            "faded": 0.1,  # or so much of the contrast of the other side: a title on black, say
+            "uneven": 0.25,
+            "contrast": 9.0,
+            "change": 6.0,
+            "spread": 0.7,
+            "plain": 2.0,
+            "faded": 0.1,
         },
     },
-    "looks": {
-        # Counted from 0: of 81 frames these are every 20th, and the next, 81, is none. Scaled for other lengths.
-        "at": (1, 21, 41, 61),
-        "of": 81,
-        "light": 2.0,  # dark pictures are made brighter, by so much at most
-    },
-    "colour": {
-        "short_side": 24,  # pixels; so small, the noise of grey pixels averages out
-        "bins": 30,  # of hue
-        "base": 2.718281828459045,  # of the logarithm
-        "floor": 3,  # levels of chroma (max - min of R'G'B') that count as grey
-        "grey": 1.0,  # mean chroma above the floor that makes a picture half colourful
-    },
-    "sharpness": {"short_side": 240},  # pixels
-    "motion": {
-        "short_side": 144,  # pixels at which flow is computed; it is told in pixels at 720
-        "still": 1.0,  # levels; where a picture changes by less, it is noise and counts as unmoved
-        "preset": "ultrafast",  # of OpenCV's DIS flow: ultrafast, fast or medium
-    },
+    "looks": {"at": (1, 21, 41, 61), "of": 81, "light": 2.0},
+    "colour": {"short_side": 24, "bins": 30, "base": 2.718281828459045, "floor": 3, "grey": 1.0},
+    "sharpness": {"short_side": 240},
+    "motion": {"short_side": 144, "still": 1.0, "preset": "ultrafast"},
     "codec_motion": True,
-    "hash": {"pictures": 8},  # evenly spread over the clip, the first and the last among them
+    "hash": {"pictures": 8},
 }
 
 

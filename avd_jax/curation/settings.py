@@ -91,6 +91,50 @@ _ANALYSIS_CHECKS: Mapping[str, Check] = {
 }
 
 
+ANALYSIS_HELP: Mapping[str, str] = {
+    "frames": "frames of a clip, 4n+1, as the model takes them",
+    "fps": "frames a second of a clip; videos are resampled as when they are encoded",
+    "clips_per_scene": "most clips of one scene, evenly spread; 0: as many as fit back to back",
+    "cuts.short_side": "pixels of the pictures in which hard cuts are looked for",
+    "cuts.adaptive_threshold": "a cut changes so many times as much as the frames around it; PySceneDetect's",
+    "cuts.min_content_val": "a cut changes so much at least, of 255; PySceneDetect's 15 misses half of the dark ones",
+    "cuts.window_width": "frames on either side that are the ones around a cut; PySceneDetect's",
+    "cuts.min_scene_frames": "frames of the shortest scene; PySceneDetect's 15 hides a cut close behind another",
+    "cuts.quiet_chroma": "levels of chroma below which a pixel counts as grey, whose hue is noise",
+    "cuts.trim_seconds": "seconds that are left out on both sides of a cut",
+    "cuts.gradual.short_spans": "pictures from one side of a short fade or dissolve to the other, each tried",
+    "cuts.gradual.step": "seconds between the pictures that are compared for long fades and dissolves",
+    "cuts.gradual.long_spans": "as short_spans, for long ones, counted in steps of cuts.gradual.step",
+    "cuts.gradual.moving_spans": "as long_spans, where the scenes may move",
+    "cuts.gradual.residual": "of a dissolve: most that is no mixture of both sides, as a share of their difference",
+    "cuts.gradual.sum": "of a dissolve: most that the two shares of a mixture are together",
+    "cuts.gradual.resemblance": "most correlation between both sides; above it they are one scene",
+    "cuts.gradual.around": "most that either side changes in itself, as a share of their difference",
+    "cuts.gradual.moving_residual": "as residual, for moving_spans",
+    "cuts.gradual.moving_around": "as around, for moving_spans",
+    "cuts.gradual.uneven": "of a fade: most by which its contrast is off an even course, as a share of the change",
+    "cuts.gradual.contrast": "levels of contrast that one side has at least",
+    "cuts.gradual.change": "levels by which most of the picture differs between both sides, from its mean, at least",
+    "cuts.gradual.spread": "as change, a share of the mean difference, which a single thing that moves makes larger",
+    "cuts.gradual.plain": "levels of contrast below which a picture shows nothing: the end of a fade",
+    "cuts.gradual.faded": "as plain, a share of the contrast of the fade's other side: a title on black, say",
+    "looks.at": "frames that colour and sharpness are measured in, counted from 0: the paper's",
+    "looks.of": "frames of a clip that looks.at is for; of other lengths it is scaled",
+    "looks.light": "dark pictures are made brighter before they are measured, by this factor at most",
+    "colour.short_side": "pixels of the picture whose hues are counted; so small, the noise of grey averages out",
+    "colour.bins": "bins of the histogram of hues",
+    "colour.base": "of the entropy's logarithm; e",
+    "colour.floor": "levels of chroma, max - min of R'G'B', up to which a pixel counts as grey",
+    "colour.grey": "mean chroma above that floor that makes a picture half colourful",
+    "sharpness.short_side": "pixels of the picture whose Laplacian is taken",
+    "motion.short_side": "pixels at which optical flow is computed; it is told in pixels at 720",
+    "motion.still": "levels; where a picture changes by less, it is noise and counts as unmoved",
+    "motion.preset": "of OpenCV's DIS flow: ultrafast, fast or medium",
+    "codec_motion": "read the codec's motion vectors too, which cost no flow",
+    "hash.pictures": "pictures of a clip that are hashed to find copies: evenly spread, first and last included",
+}
+
+
 def _analysis(defaults: Mapping, path: str = "analysis") -> Iterator[tuple[str, Field]]:
     for name, default in defaults.items():
         place = f"{path}.{name}"
@@ -99,7 +143,7 @@ def _analysis(defaults: Mapping, path: str = "analysis") -> Iterator[tuple[str, 
         else:
             usual = at_least(16 if name == "short_side" else 1) if isinstance(default, int) else positive
             check = _ANALYSIS_CHECKS.get(place, usual)
-            yield place, Field(default, "see DEFAULTS in avd_jax/curation/analysis.py", check)
+            yield place, Field(default, ANALYSIS_HELP[place.removeprefix("analysis.")], check)
 
 
 FIELDS: Fields = {
