@@ -55,6 +55,14 @@ def weights_flag(name: str, help: str) -> flags.FlagHolder[str]:
     return flags.DEFINE(_PathParser(name, weights_path), name, None, help)
 
 
+def page_named(flag: flags.FlagHolder[str]) -> Path:
+    """Return the page that a flag names; a UserError keeps a slip from overwriting a file that is none."""
+    page = any_path(flag.value)
+    if page.suffix.lower() not in (".html", ".htm"):
+        raise UserError(f"--{flag.name} {page}: is no page; give a file such as page.html")
+    return page
+
+
 def run(
     main: Callable[[], int | None],
     *,

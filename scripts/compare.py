@@ -10,18 +10,15 @@ together: then it links to them.
 """
 
 from avd_jax import command_line
-from avd_jax.errors import UserError
 from avd_jax.experiments.runs_page import write_comparison
-from avd_jax.paths import any_path, local_path
+from avd_jax.paths import local_path
 
 OUT = command_line.path_flag("out", None, "The page, an .html file.")
 
 
 def main(folders: list[str]) -> None:
     """Write the page and say where it is."""
-    page = any_path(OUT.value)
-    if page.suffix.lower() not in (".html", ".htm"):
-        raise UserError(f"--out {page}: is no page; give a file such as page.html")
+    page = command_line.page_named(OUT)
     write_comparison([local_path(folder) for folder in folders], page)
     print(page)
 

@@ -82,8 +82,8 @@ def serve_vote(arguments: list[str]) -> None:
 
 def write_report() -> None:
     """Write and print what a vote came to."""
-    votes = VoteFile(Path(VOTES.value))
-    write_results(votes, Path(REPORT.value))
+    page, votes = command_line.page_named(REPORT), VoteFile(Path(VOTES.value))
+    write_results(votes, page)
     print(results_text(votes))
 
 

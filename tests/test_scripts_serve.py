@@ -69,6 +69,7 @@ def test_both_scripts(folders, tmp_path):
         ("--compare", one, "c", "--votes", str(votes)): "--compare c: write NAME=FOLDER",
         ("--compare", one, other, "--votes", str(votes), "--host", "nowhere.invalid"): "--host nowhere.invalid",
         ("--report", str(tmp_path / "results.html"), "--votes", str(votes)): "",
+        ("--report", str(votes), "--votes", str(votes)): "votes.jsonl: is no page; give a file such as page.html",
         ("--report", "x.html", "--votes", str(tmp_path / "none.jsonl")): "none.jsonl: holds no votes",
         ("--weights", str(tmp_path / "nowhere")): "nowhere",
     }

@@ -186,6 +186,9 @@ def test_bad_folders_and_files_are_one_line(folders, tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             named_folders(arguments)
+    (tmp_path / "linked").symlink_to(folders["dmd"])
+    with pytest.raises(UserError, match=r"--compare b=.*linked: is the folder of a too; give each method its own"):
+        named_folders([f"a={folders['dmd']}", f"b={tmp_path / 'linked'}"])
     assert named_folders(["a=x=y", "b=~/z"]) == {"a": Path("x=y"), "b": Path.home() / "z"}
     (tmp_path / "strange").mkdir()
     (tmp_path / "strange" / "other.mp4").write_bytes(b"")

@@ -59,6 +59,9 @@ def named_folders(arguments: Sequence[str]) -> dict[str, Path]:
         if name in folders:
             raise UserError(f"--compare {argument}: there are two methods of the name {name}; give each its own")
         folders[name] = local_path(folder)
+        same = next((other for other in folders if folders[other].resolve() == folders[name].resolve()), name)
+        if same != name:
+            raise UserError(f"--compare {argument}: is the folder of {same} too; give each method its own")
     if len(folders) < 2:
         raise UserError("--compare: give two methods at least, as in --compare ours=out/a theirs=out/b")
     return folders
