@@ -93,6 +93,10 @@ def test_two_people_vote_on_three_methods(browser, tmp_path):
             until(page, "!done.hidden")
             assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
             assert unwanted == []
+        page.goto(f"{server.url}{study.report_name}")  # Ben's phone
+        for table in page.locator(".scroll").all():
+            assert table.evaluate("box => box.scrollWidth <= box.clientWidth")
+            assert table.get_by_text("100% (", exact=False).first.is_visible()
     found = {pair: one.by_vote[1].value for pair, one in results(study.file)["quality"].items()}
     assert found == {("red", "green"): 1.0, ("red", "blue"): 0.5, ("green", "blue"): 0.5}
 

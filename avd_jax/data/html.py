@@ -49,7 +49,8 @@ svg { display: block; width: 100%; height: auto; } svg text { fill: var(--soft);
   body { margin: 1rem auto; padding: 0 .9rem; } figure { flex-basis: 100%; }
   .videos { grid-template-columns: repeat(var(--phone), minmax(0, 1fr)); } .videos strong { display: none; }
   .videos p { grid-column: 1 / -1; margin-top: .8rem; } .videos p:first-child { display: none; }
-  .videos figcaption { display: block; } td:first-child { white-space: normal; min-width: 8rem; }
+  .videos figure:has(i) { display: none; } .videos figcaption { display: block; }
+  td:first-child { white-space: normal; min-width: 8rem; }
 }
 .badge { display: inline-block; padding: 0 .5rem; border-radius: 1rem; color: #fff; font-size: .8rem; }
 """.strip()

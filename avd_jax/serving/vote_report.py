@@ -23,6 +23,18 @@ from avd_jax.serving.votes import COMPARABLE, QUESTIONS, VoteFile
 TITLE = "User study"
 TITLES = {"quality": "Visual quality", "agreement": "Agreement with the prompt"}
 _COLOURS = ("#4477aa", "#8a909a", "#c8505f")
+# On a phone the cells of a row stand below each other, with the words of the header before them.
+_STYLE = Html(
+    "<style>@media (max-width:44rem){.shares :is(table,tbody){display:block} .shares thead,.shares td:empty"
+    "{display:none} .shares tr{display:grid;grid-template-columns:repeat(3,1fr);"
+    "border-bottom:1px solid var(--line)} .shares td{border:0;padding:.15rem;text-align:left;white-space:normal;"
+    "min-width:0;overflow-wrap:anywhere} .shares td:nth-child(4),.shares td:nth-child(8){grid-column:1/-1}"
+    ".shares td::before,.shares td:nth-child(4){color:var(--soft);font-size:.87rem}"
+    ".shares td:nth-child(2)::after{content:' pairs'} .shares td:nth-child(3)::after{content:' votes'}"
+    ".shares td:nth-child(n+5)::before{display:block} .shares td:nth-child(5)::before{content:'first better'}"
+    ".shares td:nth-child(6)::before{content:'comparable'} .shares td:nth-child(7)::before{content:'second better'}"
+    ".shares td:nth-child(8)::before{display:inline;content:'alpha '}}</style>"
+)
 EXPLANATION = (
     "Majority: each pair of videos counts once, as what most said of it; answers that are equally frequent count as "
     "comparable; Wilson's intervals of 95 %. Votes: each vote counts; intervals of 95 % by a bootstrap over pairs of "
@@ -48,7 +60,7 @@ def results_page(file: VoteFile, *, expected: Collection[str] | None = None, per
 
 
 def _pieces(file: VoteFile, expected: Collection[str] | None, per_pair: int) -> list[Html]:
-    pieces = [html.paragraph(_headline(file, expected, per_pair))]
+    pieces = [_STYLE, html.paragraph(_headline(file, expected, per_pair))]
     for question, comparisons in results(file).items():
         pieces.append(html.heading(TITLES[question]))
         pieces.append(html.paragraph(f"{QUESTIONS[question]} {_overall(file, question)}", soft=True))
@@ -133,4 +145,4 @@ def _table(comparisons: Mapping[tuple[str, str], Comparison]) -> Html:
         counted = (f"{first} : {second}", str(found.items), str(found.votes))
         rows.append([*counted, "majority", *(_shown(found.by_majority[o]) for o in OUTCOMES), _alpha(found.agreement)])
         rows.append(["", "", "", "votes", *(_shown(found.by_vote[o]) for o in OUTCOMES), ""])
-    return html.table(header, rows) if rows else Html("")
+    return Html(f'<div class="shares">{html.table(header, rows)}</div>') if rows else Html("")
