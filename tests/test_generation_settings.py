@@ -229,8 +229,8 @@ def test_paths_of_options(student, plain, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     settings = resolve(Options(weights="~/plain", checkpoint=f"file://{student}"))
     assert (settings.weights, settings.checkpoint) == (plain, student)
-    with pytest.raises(UserError, match="hf:// is not supported"):
-        resolve(Options(weights="hf://Wan-AI/Wan2.1"))
+    with pytest.raises(UserError, match="s3:// is not supported"):
+        resolve(Options(weights="s3://Wan-AI/Wan2.1"))
 
 
 def test_half_a_character_in_a_record_or_a_file_of_prompts(tmp_path, plain):

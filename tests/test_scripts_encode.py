@@ -316,7 +316,7 @@ def test_messages(folder):
             "--out=s3://bucket/x",
         ): "--out s3://bucket/x: s3:// is not supported, only local paths and",
         ("--prompts=s3://bucket/x", weights, out): "--prompts s3://bucket/x: s3:// is not supported",
-        (prompts, "--weights=hf://a/b", out): "--weights hf://a/b: hf:// is not supported",
+        (prompts, "--weights=s3://a/b", out): "--weights s3://a/b: s3:// is not supported",
         (f"--prompts={folder}/half.json", weights, out): f"{folder}/half.json:2: the prompt is no UTF-8",
         (videos, f"--captions={folder}/half.csv", weights, out): f"{folder}/half.csv:1: the caption is no UTF-8",
         (prompts, out): "--weights is missing: Folder with the VAE",

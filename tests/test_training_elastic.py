@@ -65,6 +65,7 @@ def updated():
         "prompts": {"prompt_embeds": put(np.ones((8, 8, 16), np.float32))},
         "captions": {"prompt_embeds": put(np.ones((8, 8, 16), np.float32))},
         "latents": put(np.ones((8, *LATENTS_SHAPE), np.float32)),
+        "canvas": put(np.ones((8, 0, *LATENTS_SHAPE), np.float32)),
     }
     assert [call.update.network for call in assembly.calls] == ["fake_score", "generator"]
     for call in assembly.calls:

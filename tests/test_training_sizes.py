@@ -55,9 +55,9 @@ def losses(workdir):
 def test_a_run_on_two_sizes_compiles_each_once_and_resumes_bit_for_bit(inputs, tmp_path, monkeypatch, capsys):
     shapes, compiled, original = [], [], Assembly.dispatch
 
-    def dispatch(self, state, frozen, batch, key):
+    def dispatch(self, state, frozen, batch, key, cycle):
         shapes.append((batch["latents"].shape[1:], self.size_of(batch)))
-        found = original(self, state, frozen, batch, key)
+        found = original(self, state, frozen, batch, key, cycle)
         compiled.append([call.step._cache_size() for call in self.calls])
         return found
 
