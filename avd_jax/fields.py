@@ -164,26 +164,23 @@ def require(name: str, value: object, wrong: str | None) -> None:
 
 def local(value: str) -> str | None:
     """Check a path, which may be empty; those that read it expand `~`."""
-    try:
-        any_path(value)
-    except UserError as error:
-        return f"cannot be used: {str(error).removeprefix(f'{value}: ')}"
-    return None
+    return refusal(value, any_path)
 
 
 def on_disk(value: str) -> str | None:
     """Check a path, which may be empty, that cannot be in a bucket."""
-    try:
-        local_path(value)
-    except UserError as error:
-        return f"cannot be used: {str(error).removeprefix(f'{value}: ')}"
-    return None
+    return refusal(value, local_path)
 
 
 def weights(value: str) -> str | None:
     """Check a path of weights, local or `hf://ORG/NAME[@REVISION]`, which may be empty."""
+    return refusal(value, weights_path)
+
+
+def refusal(value: str, read: Callable[[str], object]) -> str | None:
+    """Return why a value cannot be used if `read` raises a UserError for it, else None."""
     try:
-        weights_path(value)
+        read(value)
     except UserError as error:
         return f"cannot be used: {str(error).removeprefix(f'{value}: ')}"
     return None

@@ -19,7 +19,7 @@ from avd_jax.data import mixture
 from avd_jax.data.latents import LatentsInfo, read_negative_prompt_embeds
 from avd_jax.data.pipeline import training_batches
 from avd_jax.errors import UserError
-from avd_jax.fields import Field, Fields, one_of
+from avd_jax.fields import Field, Fields, one_of, refusal
 from avd_jax.generation.pipeline import LatentsShape, latents_shape
 from avd_jax.models.functional import Params
 from avd_jax.models.placement import AttentionBlocks, Placement
@@ -116,11 +116,7 @@ def architecture(model: WanDiTConfig) -> dict:
 
 def sets(value: str) -> str | None:
     """Check a field that names encoded sets, or none, as `data/mixture.py` reads them."""
-    try:
-        mixture.named_sets(value)
-    except UserError as error:
-        return f"cannot be used: {str(error).removeprefix(f'{value}: ')}"
-    return None
+    return refusal(value, mixture.named_sets)
 
 
 def latents_infos(named: str) -> list[LatentsInfo]:

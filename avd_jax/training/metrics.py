@@ -40,10 +40,10 @@ class MetricsWriter:
         folder = self._mirror.local if self._mirror else workdir
         with self._reporting():
             if path.exists() or self._mirror:
-                lines = read_lines(path) if path.exists() else []
+                lines = read_lines(path)
                 kept = [line for line in lines if line["step"] <= first_step]
-                lines = ledger.goes_on(lines, first_step) if ledger and path.exists() else kept
-                write_text(folder / path.name, "".join(json.dumps(line) + "\n" for line in lines))
+                kept = ledger.goes_on(lines, first_step) if ledger else kept
+                write_text(folder / path.name, "".join(json.dumps(line) + "\n" for line in kept))
             self._file = (folder / path.name).open("a")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
         self._num_steps = num_steps
