@@ -50,7 +50,8 @@ class CutFinder:
 
     def __init__(self, settings: Mapping, shape: tuple[float, float], rate: float):
         """Begin a video whose pictures have this (width, height), in square pixels, and so many frames a second."""
-        self._window, self._rate = settings["window_width"], rate
+        self._window = settings["window_width"]
+        self._rate = scenedetect.FrameTimecode(0, fps=rate).frame_rate  # a fraction, which is slow to find
         self._size = small_size(*shape, settings["short_side"])
         self._adaptive = scenedetect.AdaptiveDetector(
             adaptive_threshold=settings["adaptive_threshold"],

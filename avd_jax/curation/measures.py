@@ -47,13 +47,14 @@ class ClipMeasures:
 
     def frame(self, number: int, picture: Picture) -> None:
         """Take frame `number` of the clip."""
-        if number and number % CYCLE in MEASURED:
+        measured = number % CYCLE in MEASURED
+        if number and measured:
             same = picture is self._before
             self._flow.append(0.0 if same else self._tools.flow.between(self._grey, self._grey_of(picture)))
         self._before = picture
         if number % CYCLE in COMPARED:
             self._grey = self._grey_of(picture)
-        if self._tools.settings["codec_motion"]:
+        if measured and self._tools.settings["codec_motion"]:
             found = codec_motion(picture.frame)
             if found is not None:
                 self._codec.append(found)

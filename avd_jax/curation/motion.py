@@ -46,7 +46,7 @@ class Flow:
 
 CODEC_METHOD = (
     "mean length of the codec's motion vectors, each for the area of its block, to the picture it refers to, "
-    f"over the frames of the clip that have any, in pixels at a shorter side of {UNIT}"
+    f"over those of {len(MEASURED)} in {CYCLE} frames of the clip that have any, in pixels at a shorter side of {UNIT}"
 )
 
 

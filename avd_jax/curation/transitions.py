@@ -16,6 +16,7 @@ EDGE = 0.05  # of the way from one picture to the other: so little of a mixture 
 BETWEEN = (1 / 6, 1 / 3, 1 / 2, 2 / 3, 5 / 6)  # of a span: where the pictures between are looked at
 SLACK = 0.15  # by which a share may be off 0 or 1, or go the wrong way
 LONGEST_AFTER = 10  # steps; nothing is told of a transition before so much behind it is known
+MIDDLE = 128  # of the levels: around it, a product of two pictures is a whole number that float32 holds
 FASTEST = 61  # pictures a second that are looked at, at most
 
 
@@ -55,6 +56,9 @@ class _Level:
         self._before, self._after = self._first - around, np.full_like(spans, self._count - 1)
         self._between = np.clip(np.rint(np.outer(BETWEEN, spans)).astype(int), 1, spans - 1) + self._first
         self._delay = int(around.max())
+        self._pairs = np.ravel_multi_index(
+            ((self._first, self._last, self._first), (self._first, self._last, self._last)), (self._count, self._count)
+        )
         self._times: np.ndarray | None = None
 
     def add(self, time: float, small: np.ndarray) -> tuple[float, float] | None:
@@ -62,50 +66,65 @@ class _Level:
         # Pictures are as far apart as the rate allows, so that a tie must not depend on rounding.
         if self._times is not None and time < self._times[-1] + 0.999 * self._step:
             return None
-        levels = small.ravel().astype(np.float64)
-        # Whole numbers, so that their products are the same in whichever order they are added.
-        levels = levels * levels.size - levels.sum()
-        if np.sqrt(levels @ levels / levels.size) / levels.size < self._settings["plain"]:
-            levels[:] = 0
-        return self._take(time, levels)
+        pixels = small.ravel().astype(np.float32) - MIDDLE
+        if self._times is None:
+            self._begin(time, pixels)
+        return self._take(time, pixels)
 
     def finish(self) -> list[tuple[float, float]]:
         """Return the transitions behind which too little has come."""
         if self._times is None:
             return []
-        last = self._levels[-1].copy()
+        last = self._pixels[-1].copy()
         rest = [self._take(self._times[-1], last, there=False) for _ in range(self._delay)]
         return [found for found in rest if found is not None]
 
-    def _take(self, time: float, levels: np.ndarray, *, there: bool = True) -> tuple[float, float] | None:
-        if self._times is None:
-            self._times, self._there = np.full(self._count, time), np.zeros(self._count, bool)
-            self._kept = np.repeat(levels[None], 4 * self._count, 0)
-            self._end = self._count
-            self._products = np.full((self._count, self._count), levels @ levels)
-        else:
-            if self._end == len(self._kept):  # to move them each time would take longer than to look at them
-                self._kept[: self._count], self._end = self._kept[-self._count :], self._count
-            self._kept[self._end] = levels
-            self._end += 1
-            self._times[:-1], self._times[-1] = self._times[1:], time
-            self._there[:-1], self._products[:-1, :-1] = self._there[1:], self._products[1:, 1:]
-            self._products[-1] = self._products[:, -1] = self._levels @ levels
-        self._there[-1] = there
+    def _begin(self, time: float, pixels: np.ndarray) -> None:
+        """Make room, as if the first picture had been there for long."""
+        self._times, self._there = np.full(self._count, time), np.zeros(self._count, bool)
+        self._kept, self._end = np.zeros((4 * self._count, pixels.size), np.float32), self._count
+        self._sums, self._lit = np.zeros(self._count), np.zeros(self._count, bool)
+        self._products = np.zeros((self._count, self._count))
+        for _ in range(self._count):
+            self._push(time, pixels, there=False)
+
+    def _take(self, time: float, pixels: np.ndarray, *, there: bool = True) -> tuple[float, float] | None:
+        self._push(time, pixels, there=there)
         found = [self._within(span) for span in self._transitions()]
         return (min(begin for begin, _ in found), max(end for _, end in found)) if found else None
 
+    def _push(self, time: float, pixels: np.ndarray, *, there: bool) -> None:
+        if self._end == len(self._kept):  # to move them each time would take longer than to look at them
+            self._kept[: self._count], self._end = self._kept[-self._count :], self._count
+        self._kept[self._end] = pixels
+        self._end += 1
+        size = pixels.size
+        for kept, new in ((self._times, time), (self._there, there), (self._sums, pixels.sum()), (self._lit, True)):
+            kept[:-1], kept[-1] = kept[1:], new
+        # Those of the pictures without their means, times size: whole numbers, which are the same in whichever order
+        # they are added.
+        products = size * (size * (self._pixels @ pixels).astype(np.float64) - self._sums * self._sums[-1])
+        self._lit[-1] = np.sqrt(products[-1] / size) / size >= self._settings["plain"]
+        products *= self._lit & self._lit[-1]
+        self._products[:-1, :-1] = self._products[1:, 1:]
+        self._products[-1] = self._products[:, -1] = products
+
     @property
-    def _levels(self) -> np.ndarray:
+    def _pixels(self) -> np.ndarray:
         return self._kept[self._end - self._count : self._end]
+
+    def _levels(self, index: int) -> np.ndarray:
+        """Return a picture without its mean, times its size."""
+        pixels = self._pixels[index].astype(np.float64)
+        return (pixels * pixels.size - self._sums[index]) * self._lit[index]
 
     def _transitions(self) -> list[int]:
         """Return the numbers of the spans that are one now."""
         said, products = self._settings, self._products
         first, last = self._first, self._last
-        aa, bb, ab = products[first, first], products[last, last], products[first, last]
+        aa, bb, ab = products.ravel().take(self._pairs)
         high = np.maximum(aa, bb)
-        unit = float(self._levels.shape[1]) ** 3  # of a product where contrast is 1 level
+        unit = float(self._kept.shape[1]) ** 3  # of a product where contrast is 1 level
         differ = (high > said["contrast"] ** 2 * unit) & (ab < said["resemblance"] * np.sqrt(aa * bb) + unit)
         if not differ.any():
             return []
@@ -139,7 +158,7 @@ class _Level:
 
     def _is_everywhere(self, span: int) -> bool:
         """Whether most of the picture changes, not only where something moves; a fade leaves it as it is."""
-        said, before, after = self._settings, self._levels[self._first[span]], self._levels[self._last[span]]
+        said, before, after = self._settings, self._levels(self._first[span]), self._levels(self._last[span])
         low, high = sorted(float(np.sqrt(x @ x / x.size)) / x.size for x in (before, after))
         if low < max(said["plain"], said["faded"] * high):
             return True
