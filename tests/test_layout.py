@@ -21,7 +21,7 @@ ALLOWED = {
     "models": {"shapes"},
     "diffusion": {"shapes"},
     "losses": {"shapes", "diffusion"},
-    "convert": {"models", "data.tokenizer"},
+    "convert": {"models", "parallel.rules", "data.tokenizer"},
     "parallel": {"shapes"},
     "capacity": {"shapes", "models", "parallel"},
     "data": {"models", "parallel"},

@@ -13,9 +13,12 @@ from etils import epath
 
 from avd_jax.convert.state import flat_state, nested
 from avd_jax.errors import UserError
+from avd_jax.parallel.rules import cut_axis
 
-# Larger leaves are stored in chunks, so that a process reads only what its devices hold.
-_CHUNK_BYTES = 128 * 2**20
+# A process reads the chunks of which its devices hold a part. So leaves that a mesh cuts are stored in chunks that are as
+# narrow along that axis as this allows: they fit any number of processes, and each is still worth a request.
+_LEAST_CHUNK = 4 * 2**20
+_CHUNK_BYTES = 128 * 2**20  # at most, of other leaves
 # Leaves are read and written together up to this size: one by one takes long for a VAE's hundreds of small ones.
 _GROUP_BYTES = 512 * 2**20
 
@@ -31,6 +34,13 @@ class _LazyLeaf:
 
 class _LazyLeafHandler(ocp.type_handlers.NumpyHandler):
     """Stores lazy leaves, a few at a time, as the NumPy arrays that they stand for."""
+
+    async def _open_and_write(self, value, tspec, ts_context):
+        """Say how the leaf is cut; Orbax's own options cut at most one axis, and that one into single rows."""
+        chunk = chunk_shape(tspec["kvstore"]["path"], value)
+        if chunk is not None:
+            tspec["metadata"]["chunks"] = chunk
+        await super()._open_and_write(value, tspec, ts_context)
 
     async def serialize(self, values, infos, args=None):
         serialize = super().serialize
@@ -78,6 +88,17 @@ class _ArrayReader(_OneByOne, ocp.type_handlers.ArrayHandler):
 def _reader() -> ocp.PyTreeCheckpointHandler:
     registry = ocp.type_handlers.create_type_handler_registry((np.ndarray, _NumpyReader()), (jax.Array, _ArrayReader()))
     return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
+
+
+def chunk_shape(path: str, leaf: jax.ShapeDtypeStruct | np.ndarray) -> list[int] | None:
+    """Return the shape of the chunks of a leaf that a mesh cuts; None for other leaves."""
+    shape, axis = list(leaf.shape), cut_axis(path, leaf.shape)
+    if axis is None or not leaf.size:
+        return None
+    row = leaf.size // shape[axis] * np.dtype(leaf.dtype).itemsize
+    widths = (width for width in range(1, shape[axis]) if shape[axis] % width == 0 and width * row >= _LEAST_CHUNK)
+    shape[axis] = next(widths, shape[axis])
+    return shape
 
 
 def write_leaves(folder: Path, leaves: Mapping[str, jax.ShapeDtypeStruct], load: Callable[[str], np.ndarray]) -> None:

@@ -42,7 +42,7 @@ def spec_for(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
       UserError: a large leaf that no rule matches, or of which the mesh divides no axis.
     """
     large = math.prod(shape) >= LARGE_LEAF
-    spec = next((spec for pattern, spec in RULES if re.search(pattern, "." + path)), None)
+    spec = _rule(path)
     if spec is None:
         if large:
             raise UserError(f"no sharding rule matches {path} {shape}; add a line to avd_jax/parallel/rules.py")
@@ -59,6 +59,16 @@ def spec_for(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
         sizes = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in PARAMETER_AXES)
         raise UserError(f"{path} {shape}: no axis can be cut into {sizes}={shards} parts; set config.mesh to fit")
     return P()
+
+
+def cut_axis(path: str, shape: tuple[int, ...]) -> int | None:
+    """Return the axis of one leaf that a mesh cuts unless its size forbids it; None if the leaf stays whole."""
+    spec = _rule(path)
+    return len(shape) + spec.index(PARAMETER_AXES) - len(spec) if spec and any(spec) else None
+
+
+def _rule(path: str) -> P | None:
+    return next((spec for pattern, spec in RULES if re.search(pattern, "." + path)), None)
 
 
 def shardings(leaves: Mapping[str, jax.ShapeDtypeStruct], mesh: Mesh) -> dict[str, NamedSharding]:
