@@ -50,7 +50,7 @@ def shapes_of(tensors):
 
 def to_flax(tensors):
     pieces = resolve(RULES, shapes_of(tensors), TARGETS, name="file")
-    return dict(leaves_from_torch(pieces, TARGETS, tensors.__getitem__))
+    return dict(leaves_from_torch(pieces, TARGETS, lambda key, _: tensors[key]))
 
 
 def test_source_shapes_are_those_of_the_file(tensors):
@@ -96,9 +96,11 @@ def read_parts(tensors, path, indices):
     """Return the parts, and the keys that were read for them."""
     read = []
 
-    def count(key):
+    def count(key, rows):
         read.append(key)
-        return tensors[key]
+        known = np.full_like(tensors[key], 77)  # what was not asked for
+        known[slice(*rows or (None,))] = tensors[key][slice(*rows or (None,))]
+        return known
 
     pieces = resolve(RULES, shapes_of(tensors), TARGETS, name="file")
     return read_shards(pieces[path], TARGETS[path], count, indices), read
@@ -117,6 +119,24 @@ def test_parts_are_those_of_the_whole_and_each_tensor_is_read_once(tensors):
 def test_layers_outside_the_part_are_not_read(tensors):
     _, read = read_parts(tensors, "layers.kernel", [(slice(1, 2), slice(None), slice(None))])
     assert read == ["layers.1.w"]
+
+
+@pytest.mark.parametrize(
+    ("path", "cut", "rows"),
+    [
+        ("proj.kernel", np.s_[:, 1:, :], (4, 8)),
+        ("proj.kernel", np.s_[:, :, 1:3], (1, 7)),
+        ("proj.kernel", np.s_[1:, :, :], None),
+        ("layers.kernel", np.s_[:, :, 2:4], (2, 4)),
+        ("rotary", np.s_[1:, :], (6, 12)),
+        ("rotary", np.s_[:, :3], (0, 11)),  # the even ones of both heads
+    ],
+)
+def test_of_a_tensor_only_the_rows_that_are_wanted_are_read(path, cut, rows, tensors):
+    asked = set()
+    pieces = resolve(RULES, shapes_of(tensors), TARGETS, name="file")
+    read_shards(pieces[path], TARGETS[path], lambda key, rows: asked.add(rows) or tensors[key], [cut])
+    assert asked == {rows}
 
 
 @pytest.mark.parametrize(
@@ -145,6 +165,6 @@ def test_jax_takes_over_what_was_read_without_a_copy():
     leaf = jax.ShapeDtypeStruct((3, 1000, 7), jnp.bfloat16)
     rule = Rule("{}.weight", "weight", "o i -> i o")
     pieces = [Piece(f"{i}.weight", rule, (i,)) for i in range(3)]
-    array = leaf_from_torch(pieces, leaf, lambda key: np.full((7, 1000), int(key[0])))
+    array = leaf_from_torch(pieces, leaf, lambda key, _: np.full((7, 1000), int(key[0])))
     np.testing.assert_array_equal(array[:, 0, 0].astype(int), range(3))
     assert jax.device_put(array, jax.devices("cpu")[0]).unsafe_buffer_pointer() == array.ctypes.data

@@ -118,6 +118,12 @@ def test_a_hole_within_a_matrix(dtype, tmp_path):
     array[1] = 0
     with pytest.raises(UserError, match="the download is incomplete: a is zero"):
         stored(array, tmp_path).read()
+    with pytest.raises(UserError, match="the download is incomplete: a is zero"):
+        stored(array, tmp_path).read((1, 3))
+    found = stored(array, tmp_path).read((2, 4))
+    np.testing.assert_array_equal(found[2:4], array[2:4].astype(found.dtype))
+    assert not found[:2].any()
+    assert not found[4:].any()
     assert not stored(array, tmp_path).ends_in_zeros()
     assert stored(array, tmp_path).read(may_be_zero=True).shape == array.shape
 

@@ -34,6 +34,18 @@ def test_every_kind_of_tensor_is_read_exactly():
         np.testing.assert_array_equal(found, array)
 
 
+@pytest.mark.parametrize("key", ["parameter", "transposed", "window", "half", "flags"])
+def test_some_rows(key, monkeypatch):
+    tensors, read = PthFile(FIXTURES / "state_dict.pth").state_dict(None), []
+    whole = tensors.read(key)
+    inside = tensors._bytes
+    monkeypatch.setattr(tensors, "_bytes", lambda start, count: read.append(count) or inside(start, count))
+    found = tensors.read(key, (1, 2))
+    np.testing.assert_array_equal(found[1], whole[1])
+    assert (found.shape, found.dtype) == (whole.shape, whole.dtype)
+    assert key == "transposed" or read == [whole[1].nbytes]
+
+
 def test_several_state_dicts_by_name():
     file = PthFile(FIXTURES / "group_dicts.pt")
     assert file.groups == ["generator", "critic"]

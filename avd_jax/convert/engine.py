@@ -18,6 +18,9 @@ from avd_jax.errors import UserError, closest
 
 _ALIGNMENT = 64  # bytes, of XLA's own arrays on a CPU
 
+# (key, rows) -> tensor, whole in shape, of which at least these rows of its first axis are filled; all for None.
+Read = Callable[[str, tuple[int, int] | None], np.ndarray]
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -154,9 +157,7 @@ def rules_of(rules: Sequence[Rule], path: str) -> list[tuple[Rule, str]]:
     return found
 
 
-def leaf_from_torch(
-    pieces: Iterable[Piece], leaf: jax.ShapeDtypeStruct, read: Callable[[str], np.ndarray]
-) -> np.ndarray:
+def leaf_from_torch(pieces: Iterable[Piece], leaf: jax.ShapeDtypeStruct, read: Read) -> np.ndarray:
     """Return one whole leaf, in the leaf's dtype; arguments as in `read_shards`."""
     return read_shards(pieces, leaf, read, [tuple(slice(None) for _ in leaf.shape)])[0]
 
@@ -164,7 +165,7 @@ def leaf_from_torch(
 def leaves_from_torch(
     pieces: Mapping[str, Iterable[Piece]],
     targets: Mapping[str, jax.ShapeDtypeStruct],
-    read: Callable[[str], np.ndarray],
+    read: Read,
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yield (path, array) leaf by leaf, in the target's dtype; no more than one leaf is held at a time."""
     for path, found in pieces.items():
@@ -174,19 +175,22 @@ def leaves_from_torch(
 def read_shards(
     pieces: Iterable[Piece],
     leaf: jax.ShapeDtypeStruct,
-    read: Callable[[str], np.ndarray],
+    read: Read,
     indices: Sequence[tuple[slice, ...]],
 ) -> list[np.ndarray]:
     """Return parts of one leaf, in the leaf's dtype, reading each source tensor once and holding one at a time.
 
+    Of a tensor no more is read than the rows from the first to the last that is wanted, which lie together in its file.
+
     Args:
       pieces: the tensors that fill the leaf, from `resolve`.
       leaf: shape and dtype of the whole leaf.
-      read: key -> tensor.
+      read: see `Read`.
       indices: the wanted parts, each one slice an axis (as `Sharding.addressable_devices_indices_map` has them).
     """
     bounds = [[part.indices(size)[:2] for part, size in zip(index, leaf.shape, strict=True)] for index in indices]
     shards = [_empty([stop - start for start, stop in bound], leaf.dtype) for bound in bounds]
+    rows: dict[tuple, tuple[int, int] | None] = {}
     for piece in pieces:
         depth = len(piece.at)
         wanted = [
@@ -196,11 +200,35 @@ def read_shards(
         ]
         if not wanted:
             continue
-        array = piece.rule.to_flax(read(piece.key))
+        boxes = tuple(dict.fromkeys(tuple(bounds[i][depth:]) for i in wanted))
+        if (piece.rule.source, boxes) not in rows:
+            rows[piece.rule.source, boxes] = _rows(piece.rule, leaf.shape[depth:], boxes)
+        array = piece.rule.to_flax(read(piece.key, rows[piece.rule.source, boxes]))
         for i in wanted:
             place = tuple(at - start for at, (start, _) in zip(piece.at, bounds[i][:depth], strict=True))
             shards[i][place] = array[indices[i][depth:]]
     return shards
+
+
+def _rows(rule: Rule, shape: Sequence[int], boxes: Sequence[tuple[tuple[int, int], ...]]) -> tuple[int, int] | None:
+    """Return first and last + 1 of the source's rows that parts of a piece come from; None for all.
+
+    Args:
+      rule: of the piece.
+      shape: of the piece as it is in the leaf.
+      boxes: the parts, each (start, stop) for every axis.
+    """
+    source = jax.eval_shape(rule.to_torch, jax.ShapeDtypeStruct(shape, np.int32)).shape
+    if not source or tuple((0, size) for size in shape) in boxes:
+        return None
+    row_of = np.arange(source[0], dtype=np.int32).reshape(-1, *(1,) * (len(source) - 1))
+    row_of = rule.to_flax(np.broadcast_to(row_of, source))
+    inside = [row_of[tuple(slice(*ends) for ends in box)] for box in boxes]
+    inside = [part for part in inside if part.size]
+    if not inside:
+        return 0, 0
+    found = min(int(part.min()) for part in inside), max(int(part.max()) for part in inside) + 1
+    return None if found == (0, source[0]) else found
 
 
 def _empty(shape: Sequence[int], dtype) -> np.ndarray:

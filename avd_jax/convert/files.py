@@ -70,17 +70,18 @@ class Stored:
             dtype = np.dtype(jnp.bfloat16)
         return jax.ShapeDtypeStruct(self.shape, dtype)
 
-    def read(self, *, may_be_zero: bool = False) -> np.ndarray:
+    def read(self, rows: tuple[int, int] | None = None, *, may_be_zero: bool = False) -> np.ndarray:
         """Return the tensor, float8 as the values that it stands for.
 
         Args:
+          rows: first and last + 1 along the first axis of those that are needed, the others are zero; None for all.
           may_be_zero: whether it is one that may be all zero, in a model that has not been trained.
 
         Raises:
           UserError: it cannot be read, or is a matrix with a hole where a download broke off.
         """
-        array = self.file.read(self.key)
-        if not may_be_zero and is_matrix(self.shape) and _has_hole(array):
+        array = self.file.read(self.key, rows)
+        if not may_be_zero and is_matrix(self.shape) and _has_hole(array, rows):
             raise self.hole()
         if self.scale is not None:
             scale = self.scale.file.read(self.scale.key).astype(np.float32)
@@ -107,12 +108,13 @@ def is_matrix(shape: tuple[int, ...]) -> bool:
     return sum(size > 1 for size in shape) > 1
 
 
-def _has_hole(array: np.ndarray) -> bool:
-    """Whether a matrix is all zero, or over a whole `_HOLE_BYTES`."""
-    values = array.ravel(order="K").view(np.uint8)
+def _has_hole(array: np.ndarray, rows: tuple[int, int] | None) -> bool:
+    """Whether a matrix is all zero, or over a whole `_HOLE_BYTES` of the rows that were read."""
+    values = array[slice(*rows or (None,))].ravel(order="K").view(np.uint8)
+    least = _HOLE_BYTES if rows else min(_HOLE_BYTES, values.size)
     for start in range(0, values.size, _HOLE_BYTES):
         block = values[start : start + _HOLE_BYTES]
-        if block.size < min(_HOLE_BYTES, values.size):
+        if block.size < least:
             return False
         if not block[::4093].any() and not block.any():  # a few decide for nearly every block
             return True

@@ -15,8 +15,8 @@ from avd_jax.convert.state import flat_state, nested
 from avd_jax.errors import UserError
 from avd_jax.parallel.rules import cut_axis
 
-# A process reads the chunks of which its devices hold a part. So leaves that a mesh cuts are stored in chunks that are as
-# narrow along that axis as this allows: they fit any number of processes, and each is still worth a request.
+# A process reads the chunks of which its devices hold a part. So leaves that a mesh cuts are stored in chunks as narrow
+# along that axis as this allows: they fit any number of processes, and each is still worth a request.
 _LEAST_CHUNK = 4 * 2**20
 _CHUNK_BYTES = 128 * 2**20  # at most, of other leaves
 # Leaves are read and written together up to this size: one by one takes long for a VAE's hundreds of small ones.

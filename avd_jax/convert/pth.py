@@ -115,12 +115,22 @@ class StateDict:
         """The keys, from that whose bytes are last in the file."""
         return sorted(self._tensors, key=lambda key: -self._tensors[key].storage.position)
 
-    def read(self, key: str) -> np.ndarray:
-        """Return one tensor, in its own dtype; nothing else of the file is read."""
+    def read(self, key: str, rows: tuple[int, int] | None = None) -> np.ndarray:
+        """Return one tensor, in its own dtype; nothing else of the file is read.
+
+        If `rows` (first, last + 1) are given and lie together in the file, the others are zero.
+        """
         tensor = self._tensors[key]
         storage = tensor.storage
         size = storage.dtype.itemsize
-        values = self._bytes(storage.position, storage.count * size).view(f"u{size}")  # no dtype that NumPy has not
+        within = sum((n - 1) * stride for n, stride in zip(tensor.size[1:], tensor.stride[1:], strict=True))
+        if rows is not None and rows[0] < rows[1] and within < tensor.stride[0]:
+            values = np.zeros(storage.count, f"u{size}")
+            start = tensor.offset + rows[0] * tensor.stride[0]
+            stop = tensor.offset + (rows[1] - 1) * tensor.stride[0] + within + 1
+            values[start:stop] = self._bytes(storage.position + start * size, (stop - start) * size).view(f"u{size}")
+        else:
+            values = self._bytes(storage.position, storage.count * size).view(f"u{size}")  # no dtype NumPy has not
         strides = [stride * size for stride in tensor.stride]
         return np.lib.stride_tricks.as_strided(values[tensor.offset :], tensor.size, strides).view(storage.dtype)
 

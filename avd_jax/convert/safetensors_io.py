@@ -81,12 +81,18 @@ class SafetensorsFile:
             self.leaves[key] = jax.ShapeDtypeStruct(shape, _DTYPES[dtype])
             self._offsets[key] = self._start + begin
 
-    def read(self, key: str) -> np.ndarray:
-        """Return one tensor, in its own dtype."""
+    def read(self, key: str, rows: tuple[int, int] | None = None) -> np.ndarray:
+        """Return one tensor, in its own dtype; if `rows` (first, last + 1) are given, zeros elsewhere."""
         leaf = self.leaves[key]
         try:
-            flat = read_values(self.path, leaf.dtype, math.prod(leaf.shape), self._offsets[key])
-            return flat.reshape(leaf.shape)
+            if rows is None:
+                flat = read_values(self.path, leaf.dtype, math.prod(leaf.shape), self._offsets[key])
+                return flat.reshape(leaf.shape)
+            array, row = np.zeros(leaf.shape, leaf.dtype), math.prod(leaf.shape[1:])
+            start = self._offsets[key] + rows[0] * row * leaf.dtype.itemsize
+            flat = read_values(self.path, leaf.dtype, (rows[1] - rows[0]) * row, start)
+            array[slice(*rows)] = flat.reshape(-1, *leaf.shape[1:])
+            return array
         except (OSError, ValueError) as error:
             raise UserError(f"{self.path}: cannot read {key}: {error}") from None
 

@@ -186,8 +186,8 @@ class TorchWeights:
             for path, leaf in _cast(self.leaves, dtype).items()
         }
 
-    def _read(self, key: str) -> np.ndarray:
-        return self._tensors[key].read(may_be_zero=key in self._may_be_zero)
+    def _read(self, key: str, rows: tuple[int, int] | None) -> np.ndarray:
+        return self._tensors[key].read(rows, may_be_zero=key in self._may_be_zero)
 
     def _check_end(self, file: TensorFile) -> None:
         """Raise a UserError if the last matrix of a file ends in zeros, as that of a download that broke off.
