@@ -2,112 +2,29 @@
 
 A bucket holds objects under names with slashes; folders are only what such names have in common. So an object appears
 whole or not at all when its upload ends, making a folder does nothing, and nothing can be appended to or renamed.
-
-The same file system serves Orbax and TFDS, which come to it through epath: one place decides how long a request is
-tried again, and turns what cannot succeed into one line.
 """
 
-import asyncio
 import fnmatch
 import functools
 import io
 import os
-import random
 import re
-import time
 import types
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from urllib.parse import unquote
 
-import aiohttp
 import fsspec
-import gcsfs.core
-import google.auth.exceptions
 from etils import epath
-from gcsfs.retry import HttpError, is_retriable
 
-from avd_jax.errors import UserError
+from avd_jax.bucket_requests import FileSystem
 
-# So long a request is tried again: a mistake is told within a minute, but a run that works outlasts a bad spell.
-_PATIENCE_AT_FIRST, _PATIENCE = 30.0, 300.0
-_LONGEST_PAUSE = 16.0
-_SILENCE = 30.0  # seconds without a byte, after which a request is given up and made again
 _RANGE_BYTES = 32 * 2**20  # of a large object that are read at once
 _RANGES_AT_ONCE = 4
 _ONE_UPLOAD_BYTES = 8 * 2**20  # what is smaller is uploaded with one request
 
 
-class FileSystem(gcsfs.core.GCSFileSystem):
-    """gcsfs' file system without its cache of listings, which never sees what other hosts write."""
-
-    _answered: dict[str, bool] = {}  # noqa: RUF012 - of all of them: bucket -> True once a request to it succeeded
-
-    def __init__(self, *args, **options):
-        silence = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=_SILENCE)
-        super().__init__(*args, **{"use_listings_cache": False, "requests_timeout": silence, **options})
-
-    async def _mkdir(self, path, *args, **kwargs):
-        """Do nothing; gcsfs would make a bucket that is missing."""
-
-    async def _makedirs(self, path, *args, **kwargs):
-        """Do nothing."""
-
-    async def _request(self, method, path, *args, **kwargs):
-        """Make a request until it succeeds, cannot succeed, or has been tried for long enough.
-
-        Raises:
-          FileNotFoundError: no such object.
-          FileExistsError: a condition on the object's generation does not hold.
-          UserError: everything else.
-        """
-        bucket, name = _named(self._format_path(path, args), kwargs)
-        until = time.monotonic() + (_PATIENCE if self._answered.get(bucket) else _PATIENCE_AT_FIRST)
-        for attempt in range(1_000):
-            try:
-                answer = await _request_once(self, method, path, *args, **kwargs)
-                self._answered[bucket] = True
-                return answer
-            except FileNotFoundError:
-                await self._check_bucket(bucket)
-                raise FileNotFoundError(2, "no such object", name) from None
-            except FileExistsError:
-                raise
-            except Exception as error:
-                passes = is_retriable(error) or isinstance(error, (TimeoutError, asyncio.TimeoutError))
-                # A token that expires is refreshed with the next request; without any there is nothing to wait for.
-                pause = min(0.5 * 2**attempt, _LONGEST_PAUSE) * (0.5 + random.random())
-                if (
-                    not passes
-                    or time.monotonic() + pause > until
-                    or (_is_401(error) and not self._answered.get(bucket))
-                ):
-                    raise _explained(error, name, bucket) from error
-            await asyncio.sleep(pause)
-        raise AssertionError("the loop above ends by itself")
-
-    async def _check_bucket(self, bucket: str) -> None:
-        """Raise a UserError if it is the bucket that is missing; asked once, and no more after an answer."""
-        if not bucket or self._answered.get(bucket):
-            return
-        try:
-            await _request_once(self, "GET", f"b/{bucket}/o", maxResults=1)
-        except FileNotFoundError:
-            raise UserError(
-                f"gs://{bucket}: there is no such bucket; correct the name, or make it (gcloud storage buckets create "
-                f"gs://{bucket})"
-            ) from None
-        except Exception:
-            return  # what comes next says what it is
-        self._answered[bucket] = True
-
-
-# Without the retries around it, whose end is a printed traceback.
-_request_once = gcsfs.core.GCSFileSystem._request.__wrapped__
-
-
 class BucketPath(epath.gpath.PosixGPath):
-    """A path `gs://bucket/name`; errors are those of `FileSystem._request`."""
+    """A path `gs://bucket/name`; errors are those of `FileSystem`."""
 
     @property
     def _bucket(self) -> str:
@@ -331,10 +248,6 @@ class _Reader(io.RawIOBase):
         return len(data)
 
 
-for _protocol in FileSystem.protocol:
-    fsspec.register_implementation(_protocol, FileSystem, clobber=True)
-
-
 @functools.cache
 def _files() -> FileSystem:
     """Return the file system, which epath finds under the same name and with the same options."""
@@ -354,32 +267,3 @@ def _together(call, arguments) -> Iterator:
             if following is not None:
                 waiting.append(pool.submit(call, following))
             yield done
-
-
-def _named(url: str, query: dict) -> tuple[str, str]:
-    """Return the bucket of a request, and in words what it is about."""
-    bucket = re.search(r"/b/([^/?]+)", url)
-    key = re.search(r"/o/([^?]+)", url)
-    body = query.get("json")
-    said = unquote(key[1]) if key else query.get("name") or (body.get("name") if isinstance(body, dict) else None)
-    said = said or query.get("prefix") or ""
-    return (bucket[1], f"gs://{bucket[1]}/{said}".rstrip("/")) if bucket else ("", url)
-
-
-def _is_401(error: Exception) -> bool:
-    return isinstance(error, HttpError) and str(error.code) == "401"
-
-
-def _explained(error: Exception, name: str, bucket: str) -> UserError:
-    said = " ".join(str(getattr(error, "message", "") or error).split())[:200] or type(error).__name__
-    login = "log in (gcloud auth application-default login), or name a key file in GOOGLE_APPLICATION_CREDENTIALS"
-    if _is_401(error) or isinstance(error, google.auth.exceptions.GoogleAuthError):
-        return UserError(f"{name}: there are no valid credentials for it ({said}); {login}")
-    if str(error).startswith("Forbidden") or (isinstance(error, HttpError) and str(error.code) == "403"):
-        return UserError(
-            f"{name}: the account has no right to this ({said.partition(' ')[2].partition(' ')[2] or said}); grant it "
-            f"roles/storage.objectUser and roles/storage.legacyBucketReader on gs://{bucket}"
-        )
-    if is_retriable(error) or isinstance(error, TimeoutError):
-        return UserError(f"{name}: the bucket does not answer ({said}); run the same command again later")
-    return UserError(f"{name}: the bucket refuses this ({said}); correct the path or the bucket's settings")

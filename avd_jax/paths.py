@@ -125,6 +125,15 @@ def read_values(path: Path, dtype: np.dtype, count: int, offset: int = 0) -> np.
     return np.frombuffer(path.read_range(offset, offset + count * np.dtype(dtype).itemsize), dtype)
 
 
+def bucket_trouble(path: str | os.PathLike, error: BaseException) -> UserError | None:
+    """Return in one line what kept a library from a path in a bucket; None for other paths, and other errors."""
+    if not is_bucket(path):
+        return None
+    from avd_jax.bucket_requests import trouble
+
+    return trouble(path, error)
+
+
 def state_of(path: Path) -> tuple:
     """Return what is another for other contents of a file, as far as its file system tells."""
     about = path.stat()

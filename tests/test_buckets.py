@@ -1,12 +1,21 @@
 """Paths in a bucket, beside the same on a disk; and what a bucket that fails makes of them."""
 
 import io
+import re
 
 import numpy as np
 import pytest
 
 from avd_jax.errors import UserError
-from avd_jax.paths import any_path, on_disk, read_values, state_of
+from avd_jax.paths import any_path, bucket_trouble, on_disk, read_values, state_of
+
+
+@pytest.fixture(autouse=True)
+def soon(request, monkeypatch):
+    """What fails is tried again soon."""
+    if "bucket_server" in request.fixturenames:
+        request.getfixturevalue("bucket_server")
+        monkeypatch.setattr("avd_jax.bucket_requests._LONGEST_PAUSE", 0.05)
 
 
 @pytest.fixture(params=["disk", "bucket"])
@@ -94,9 +103,9 @@ def test_a_bad_spell_passes(bucket, bucket_server, status):
     assert (bucket / "x").read_text() == "there"
 
 
-def failing(monkeypatch, bucket_server, patience=1.0, **fault):
-    monkeypatch.setattr("avd_jax.buckets._PATIENCE", patience)
-    monkeypatch.setattr("avd_jax.buckets._PATIENCE_AT_FIRST", patience)
+def failing(monkeypatch, bucket_server, patience=0.3, **fault):
+    monkeypatch.setattr("avd_jax.bucket_requests._PATIENCE", patience)
+    monkeypatch.setattr("avd_jax.bucket_requests._PATIENCE_AT_FIRST", patience)
     bucket_server.faults({"match": "/b/", **fault})
 
 
@@ -133,3 +142,58 @@ def test_no_such_bucket(bucket_server):
     for call in (path.exists, path.read_bytes, lambda: list(path.iterdir()), lambda: path.write_text("x")):
         with pytest.raises(UserError, match="gs://other: there is no such bucket; correct the name, or make it"):
             call()
+
+
+SAID = {
+    "valid credentials .*invalid token.*gcloud auth": (
+        "PERMISSION_DENIED: Error reading gs://bucket/w/d/0: invalid token [http_response_code='401'] "
+        '[http_response_body=\'{\\"error\\": {\\"code\\": 401, \\"message\\": \\"invalid token\\"}}\']'
+    ),
+    "valid credentials .*Credentials not found": "NOT_FOUND: Credentials not found in $GOOGLE_APPLICATION_CREDENTIALS",
+    "has no right .*me@x.*objectUser": (
+        'Permanent error, with a last message of {"error": {"code": 403, "message": "me@x may not"}}; reading '
+        "gs://bucket/w/d/0; at byte 0"
+    ),
+    "does not answer .*run the same command": (
+        "ABORTED: Error writing gs://bucket/w/d/0: All 13 retry attempts failed: busy [http_response_code='503']"
+    ),
+    "does not answer .*silent": "DEADLINE_EXCEEDED: gs://bucket/w/d/0 was silent",
+}
+
+
+@pytest.mark.parametrize("expected", SAID)
+def test_what_other_libraries_say_of_a_bucket_is_one_line(expected, bucket_server):
+    for error in (ValueError(SAID[expected]), RuntimeError(SAID[expected])):
+        shown = str(bucket_trouble(any_path("gs://bucket/w"), error))
+        assert re.match(f"gs://bucket/w.*{expected}", shown), shown
+        assert bucket_trouble("/w", error) is None
+    assert bucket_trouble("gs://bucket/w", ValueError("NOT_FOUND: damaged")) is None
+
+
+def test_an_error_of_ours_within_another_librarys_is_told_as_it_is(bucket_server):
+    theirs = ValueError("theirs")
+    theirs.__cause__ = UserError("ours")
+    assert str(bucket_trouble("gs://bucket/w", theirs)) == "ours"
+
+
+def test_orbax_gives_up_after_minutes_and_says_what_is_missing(bucket, bucket_server, tmp_path):
+    from orbax.checkpoint._src.serialization.tensorstore_utils import get_ts_context
+
+    from avd_jax.convert import orbax_io
+
+    for use_ocdbt in (True, False):
+        told = get_ts_context(use_ocdbt=use_ocdbt)["gcs_request_retries"].to_json()
+        assert told == {"max_retries": 13}  # after 1, 2, 4, 8, 16, then 32 seconds, which are its defaults
+    value = np.ones((2, 3), np.float32)
+    leaves = {"x": value}
+    orbax_io.write_leaves(tmp_path / "x", leaves, leaves.get)
+    for file in (tmp_path / "x").rglob("*"):
+        if file.is_file():
+            (bucket / file.relative_to(tmp_path)).upload(file)
+    np.testing.assert_array_equal(dict(orbax_io.read_arrays(bucket / "x", leaves))["x"], value)
+    bucket_server.faults({"match": "/o/.*/d/", "status": 401, "message": "Invalid Credentials"})
+    for read in (lambda: orbax_io.read_structure(bucket / "x"), lambda: [*orbax_io.read_arrays(bucket / "x", leaves)]):
+        with pytest.raises(
+            UserError, match=f"{bucket}/x.*: there are no valid credentials .*Invalid Cred.*gcloud auth"
+        ):
+            read()

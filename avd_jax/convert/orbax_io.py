@@ -14,6 +14,7 @@ from etils import epath
 from avd_jax.convert.state import flat_state, nested
 from avd_jax.errors import UserError
 from avd_jax.parallel.rules import cut_axis
+from avd_jax.paths import bucket_trouble
 
 # A process reads the chunks of which its devices hold a part. So leaves that a mesh cuts are stored in chunks as narrow
 # along that axis as this allows: they fit any number of processes, and each is still worth a request.
@@ -130,7 +131,8 @@ def read_structure(folder: Path) -> dict[str, jax.ShapeDtypeStruct]:
         tree = _reader().metadata(_as_epath(folder)).tree
         return {path: jax.ShapeDtypeStruct(leaf.shape, np.dtype(leaf.dtype)) for path, leaf in flat_state(tree).items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{folder}: the Orbax checkpoint is damaged ({_line(error)}); write it again") from None
+        damaged = UserError(f"{folder}: the Orbax checkpoint is damaged ({_line(error)}); write it again")
+        raise bucket_trouble(folder, error) or damaged from None
 
 
 def read_arrays(folder: Path, leaves: Mapping[str, jax.ShapeDtypeStruct]) -> Iterator[tuple[str, np.ndarray]]:
@@ -169,7 +171,8 @@ def _restore(folder: Path, leaves: Mapping[str, jax.ShapeDtypeStruct], restore_a
         args = ocp.args.PyTreeRestore(item=nested(leaves), restore_args=nested(restore_args), partial_restore=True)
         return flat_state(_reader().restore(_as_epath(folder), args=args))
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{folder}: cannot read the Orbax checkpoint ({_line(error)}); write it again") from None
+        damaged = UserError(f"{folder}: cannot read the Orbax checkpoint ({_line(error)}); write it again")
+        raise bucket_trouble(folder, error) or damaged from None
 
 
 def _path_groups(leaves: Mapping[str, jax.ShapeDtypeStruct]) -> Iterator[list[str]]:

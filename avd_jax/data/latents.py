@@ -46,7 +46,7 @@ import tensorflow_datasets as tfds
 from safetensors import SafetensorError, safe_open
 
 from avd_jax.errors import UserError
-from avd_jax.paths import any_path, on_disk
+from avd_jax.paths import any_path, bucket_trouble, on_disk
 
 SCHEMA_VERSION = "1.0.0"
 NEGATIVE_PROMPT_FILE = "negative_prompt_embeds.safetensors"
@@ -125,7 +125,8 @@ class EncodedSet:
         try:
             self._source = tfds.builder_from_directory(os.fspath(self.folder)).as_data_source("train")
         except Exception as error:  # TFDS and ArrayRecord raise whatever their parsers do
-            raise UserError(f"{folder}: cannot be opened ({_one_line(error)}); encode the set again.") from error
+            damaged = UserError(f"{folder}: cannot be opened ({_one_line(error)}); encode the set again.")
+            raise bucket_trouble(self.folder, error) or damaged from error
 
     def __len__(self) -> int:
         return len(self._source)
@@ -135,9 +136,8 @@ class EncodedSet:
         try:
             return self._decode(self._source[index])
         except Exception as error:  # ArrayRecord raises RuntimeError, protobuf and NumPy their own
-            raise UserError(
-                f"{self.folder}: record {index} is damaged ({_one_line(error)}); encode the set again."
-            ) from error
+            damaged = UserError(f"{self.folder}: record {index} is damaged ({_one_line(error)}); encode the set again.")
+            raise bucket_trouble(self.folder, error) or damaged from error
 
     def _decode(self, record: Mapping) -> dict:
         decoded = {}

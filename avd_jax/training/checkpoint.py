@@ -20,6 +20,7 @@ from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from avd_jax.errors import UserError, closest
+from avd_jax.paths import bucket_trouble
 
 
 class State(Protocol):
@@ -125,17 +126,19 @@ class Checkpoints:
         return abstract.from_items(restored)
 
     def _damaged(self, step: int, error: Exception) -> UserError:
+        if away := bucket_trouble(self.folder / str(step), error):
+            return away
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         return UserError(
             f"{self.folder / str(step)}: cannot be read ({first[:200]}); remove it to go on from the one before"
         )
 
-    def _reporting(self, step: int | None) -> "_DiskErrors":
-        return _DiskErrors(self, step)
+    def _reporting(self, step: int | None) -> "_WriteErrors":
+        return _WriteErrors(self, step)
 
 
-class _DiskErrors:
-    """Turns a full disk, wherever in Orbax it shows, into one line."""
+class _WriteErrors:
+    """Turns a full disk, or a bucket that is not reached, wherever in Orbax it shows, into one line."""
 
     def __init__(self, checkpoints: Checkpoints, step: int | None):
         self._checkpoints, self._step = checkpoints, step
@@ -144,7 +147,11 @@ class _DiskErrors:
         return self
 
     def __exit__(self, kind, error, traceback):
-        if error is None or not _is_disk_full(error):
+        if error is None:
+            return False
+        if away := bucket_trouble(self._checkpoints.folder, error):
+            raise away from error
+        if not _is_disk_full(error):
             return False
         complete = sorted(int(path.name) for path in self._checkpoints.folder.iterdir() if path.name.isdigit())
         kept = f"step {complete[-1]} is the last good one" if complete else "there is no earlier one"
