@@ -1,5 +1,7 @@
 """Which processes belong together, and which rows of a batch each holds."""
 
+import os
+
 import jax
 import numpy as np
 import pytest
@@ -15,8 +17,8 @@ def joined(monkeypatch):
     """What `jax.distributed.initialize` was called with."""
     calls = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda *args: calls.append(args))
-    for name in ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
+    for name in [name for name in os.environ if name.startswith(("SLURM_", "OMPI_", "CUDA_VISIBLE", "JAX_LOCAL"))]:
+        monkeypatch.delenv(name)
     return calls
 
 
@@ -40,12 +42,54 @@ def test_launchers_say_who_takes_part(joined, monkeypatch, variables, joins):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     hosts.connect()
-    assert joined == [(None, None, None)] * joins
+    assert joined == [(None, None, None, None)] * joins
+
+
+@pytest.mark.parametrize(
+    ("variables", "own"),
+    [
+        ({"CUDA_VISIBLE_DEVICES": "0,1,2,3", "SLURM_STEP_TASKS_PER_NODE": "4(x2)", "SLURM_LOCALID": "3"}, [3]),
+        ({"CUDA_VISIBLE_DEVICES": "0,1,2,3", "SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_LOCALID": "0"}, [0, 1, 2, 3]),
+        ({"CUDA_VISIBLE_DEVICES": "4,5,6,7", "SLURM_STEP_TASKS_PER_NODE": "4,2", "SLURM_LOCALID": "1"}, [2, 3]),
+        ({"CUDA_VISIBLE_DEVICES": "5", "SLURM_STEP_TASKS_PER_NODE": "8(x2)", "SLURM_LOCALID": "5"}, [0]),
+        (
+            {
+                **{"CUDA_VISIBLE_DEVICES": "0,1", "SLURM_STEP_TASKS_PER_NODE": "2(x2)", "SLURM_LOCALID": "1"},
+                "SLURM_GPUS_PER_TASK": "2",
+            },
+            [0, 1],
+        ),
+        ({"SLURM_STEP_TASKS_PER_NODE": "8(x2)", "SLURM_LOCALID": "5"}, None),  # no GPUs, or all are shown
+        (
+            {
+                **{"CUDA_VISIBLE_DEVICES": "0,1", "SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_LOCALID": "0"},
+                "JAX_LOCAL_DEVICE_IDS": "1",
+            },
+            None,
+        ),
+    ],
+)
+def test_the_gpus_of_a_process_under_slurm(joined, monkeypatch, variables, own):
+    """Left alone, JAX would use one GPU of a node with one process, and ask for a fifth one where there is but one."""
+    for name, value in {"SLURM_PROCID": "9", "SLURM_NTASKS": "16", "SLURM_NODEID": "1", **variables}.items():
+        monkeypatch.setenv(name, value)
+    hosts.connect()
+    assert joined == [(None, None, None, own)]
+
+
+def test_a_launcher_that_does_not_say_all(joined, monkeypatch):
+    def nobody(*_):
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", nobody)
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=r"does not say all .*coordinator_address.*SLURM_\* into a container"):
+        hosts.connect()
 
 
 def test_flags_say_it_anywhere_else(joined):
     hosts.connect(coordinator="host0:1234", num_processes=2, process_id=1)
-    assert joined == [("host0:1234", 2, 1)]
+    assert joined == [("host0:1234", 2, 1, None)]
 
 
 @pytest.mark.parametrize(
@@ -79,10 +123,6 @@ def test_a_tpu_host_that_knows_of_no_others_works_alone(monkeypatch):
     monkeypatch.setattr(jax.distributed, "initialize", nobody)
     monkeypatch.setattr(hosts, "_platforms", lambda: "tpu,cpu")
     hosts.connect()
-    monkeypatch.setattr(hosts, "_platforms", lambda: None)
-    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="coordinator_address"):
-        hosts.connect()
 
 
 @pytest.mark.parametrize("sizes", [{"fsdp": 4, "data": 2}, {"seq": 4, "data": 2}, {"seq": 8}])

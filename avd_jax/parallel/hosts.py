@@ -5,6 +5,7 @@ Every host runs the same script over its own devices. `connect` is called before
 """
 
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -46,10 +47,13 @@ def connect(*, coordinator: str | None = None, num_processes: int | None = None,
             "of process 0, the number of processes, and a number below it"
         )
     try:
-        jax.distributed.initialize(coordinator, num_processes, process_id)
-    except ValueError:
-        if not on_tpu:
-            raise  # a TPU host that knows of no others works alone
+        jax.distributed.initialize(coordinator, num_processes, process_id, _own_gpus(os.environ))
+    except ValueError as error:
+        if not on_tpu:  # a TPU host that knows of no others works alone
+            raise UserError(
+                f"the launcher started several processes but does not say all about them ({error}); pass its variables "
+                "on (SLURM_* into a container), or give --coordinator, --num_processes and --process_id"
+            ) from error
     except RuntimeError as error:
         raise UserError(
             f"this process could not join the others ({str(error).splitlines()[0][:200]}); start all of them, and give "
@@ -67,6 +71,28 @@ def _launched_with_others(environment: Mapping[str, str]) -> bool:
     if "SLURM_PROCID" in environment:
         return int(environment.get("SLURM_STEP_NUM_TASKS", environment.get("SLURM_NTASKS", "1"))) > 1
     return int(environment.get("OMPI_COMM_WORLD_SIZE", "1")) > 1
+
+
+def _own_gpus(environment: Mapping[str, str]) -> list[int] | None:
+    """Return which of the GPUs that Slurm shows this process are its own; None outside Slurm, or if it shows all.
+
+    JAX takes the one with the number of the process on its node, which is wrong if Slurm shows each process its own
+    GPUs only (`--gpus-per-task`), or if a process is to use several.
+    """
+    if "SLURM_LOCALID" not in environment or environment.get("JAX_LOCAL_DEVICE_IDS"):
+        return None
+    visible = len([gpu for gpu in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu])
+    counts = []  # of processes, node by node, from such as "8(x2),4"
+    for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", environment.get("SLURM_STEP_TASKS_PER_NODE", "")):
+        counts += [int(count)] * int(times or 1)
+    node = int(environment.get("SLURM_NODEID", "0"))
+    if not visible or node >= len(counts):
+        return None
+    asked = re.search(r"(\d+)$", environment.get("SLURM_GPUS_PER_TASK", ""))  # "2" or "h100:2"
+    own = visible < counts[node] or (bool(asked) and int(asked[1]) == visible)
+    share = visible if own else visible // counts[node]
+    first = 0 if own else int(environment["SLURM_LOCALID"]) * share
+    return list(range(first, first + share))
 
 
 def leaving_at_once(main: Callable[[], int | None]) -> Callable[[], int | None]:
