@@ -9,6 +9,9 @@ import os
 import random
 import re
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 from urllib.parse import unquote
 
 import aiohttp
@@ -102,6 +105,9 @@ class FileSystem(gcsfs.core.GCSFileSystem):
 _request_once = gcsfs.core.GCSFileSystem._request.__wrapped__
 
 
+# What TensorStore and ArrayRecord say, without a status, of what might succeed later.
+_TRANSIENT = r"UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|attempts failed|[Rr]etry policy"
+
 for _protocol in FileSystem.protocol:
     fsspec.register_implementation(_protocol, FileSystem, clobber=True)
 
@@ -114,6 +120,17 @@ def _named(url: str, query: dict) -> tuple[str, str]:
     said = unquote(key[1]) if key else query.get("name") or (body.get("name") if isinstance(body, dict) else None)
     said = said or query.get("prefix") or ""
     return (bucket[1], f"gs://{bucket[1]}/{said}".rstrip("/")) if bucket else ("", url)
+
+
+def in_time(call: Callable[[], Any]) -> Any:
+    """Return `call()`, a TimeoutError after 5 minutes; it goes on then, since ArrayRecord tries for longer."""
+    try:
+        return _readers.submit(call).result(_PATIENCE)
+    except TimeoutError:
+        raise TimeoutError(f"no answer for {_PATIENCE:.0f} s") from None
+
+
+_readers = ThreadPoolExecutor(64, "bucket")  # more than read at once
 
 
 def trouble(path: os.PathLike, error: BaseException) -> UserError | None:
@@ -140,7 +157,7 @@ def trouble(path: os.PathLike, error: BaseException) -> UserError | None:
         return _told(int(status[1] or status[2]), name, bucket, message[1] if message else said[:200])
     if re.search(r"UNAUTHENTICATED|[Cc]redentials|invalid_grant", said):
         return _told(401, name, bucket, said[:200])
-    if re.search(r"UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|attempts failed|[Rr]etry policy|silent for", said):
+    if isinstance(chain[0], TimeoutError) or re.search(_TRANSIENT, said):
         return _told(503, name, bucket, said[:200])
     return None
 

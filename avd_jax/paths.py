@@ -8,8 +8,9 @@ import contextlib
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 
 import numpy as np
@@ -123,6 +124,15 @@ def read_values(path: Path, dtype: np.dtype, count: int, offset: int = 0) -> np.
     if not is_bucket(path):
         return np.fromfile(path, dtype, count, offset=offset)
     return np.frombuffer(path.read_range(offset, offset + count * np.dtype(dtype).itemsize), dtype)
+
+
+def in_time(path: str | os.PathLike, call: Callable[[], Any]) -> Any:
+    """Return `call()`, which reads a path; a TimeoutError if that is in a bucket and is not answered for 5 minutes."""
+    if not is_bucket(path):
+        return call()
+    from avd_jax.bucket_requests import in_time
+
+    return in_time(call)
 
 
 def bucket_trouble(path: str | os.PathLike, error: BaseException) -> UserError | None:

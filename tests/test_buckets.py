@@ -2,12 +2,13 @@
 
 import io
 import re
+import threading
 
 import numpy as np
 import pytest
 
 from avd_jax.errors import UserError
-from avd_jax.paths import any_path, bucket_trouble, on_disk, read_values, state_of
+from avd_jax.paths import any_path, bucket_trouble, in_time, on_disk, read_values, state_of
 
 
 @pytest.fixture(autouse=True)
@@ -158,6 +159,7 @@ SAID = {
         "ABORTED: Error writing gs://bucket/w/d/0: All 13 retry attempts failed: busy [http_response_code='503']"
     ),
     "does not answer .*silent": "DEADLINE_EXCEEDED: gs://bucket/w/d/0 was silent",
+    "does not answer .*exhausted": "Retry policy exhausted, with a last message of gs://bucket/w/d/0",
 }
 
 
@@ -168,6 +170,16 @@ def test_what_other_libraries_say_of_a_bucket_is_one_line(expected, bucket_serve
         assert re.match(f"gs://bucket/w.*{expected}", shown), shown
         assert bucket_trouble("/w", error) is None
     assert bucket_trouble("gs://bucket/w", ValueError("NOT_FOUND: damaged")) is None
+
+
+def test_what_a_library_would_wait_for_too_long_is_given_up(bucket_server, monkeypatch):
+    monkeypatch.setattr("avd_jax.bucket_requests._PATIENCE", 0.1)
+    answer = threading.Event()
+    with pytest.raises(TimeoutError, match="no answer for") as caught:
+        in_time("gs://bucket/w", answer.wait)
+    assert "gs://bucket/w: the bucket does not answer" in str(bucket_trouble("gs://bucket/w", caught.value))
+    answer.set()
+    assert in_time("gs://bucket/w", lambda: 3) == in_time("/w", lambda: 3) == 3
 
 
 def test_an_error_of_ours_within_another_librarys_is_told_as_it_is(bucket_server):

@@ -46,7 +46,7 @@ import tensorflow_datasets as tfds
 from safetensors import SafetensorError, safe_open
 
 from avd_jax.errors import UserError
-from avd_jax.paths import any_path, bucket_trouble, on_disk
+from avd_jax.paths import any_path, bucket_trouble, in_time, on_disk
 
 SCHEMA_VERSION = "1.0.0"
 NEGATIVE_PROMPT_FILE = "negative_prompt_embeds.safetensors"
@@ -123,7 +123,8 @@ class EncodedSet:
         if self.info.kind != kind:
             raise UserError(f"{folder}: is a set of {self.info.kind}, not of {kind}.")
         try:
-            self._source = tfds.builder_from_directory(os.fspath(self.folder)).as_data_source("train")
+            builder = tfds.builder_from_directory(os.fspath(self.folder))
+            self._source = in_time(self.folder, lambda: builder.as_data_source("train"))
         except Exception as error:  # TFDS and ArrayRecord raise whatever their parsers do
             damaged = UserError(f"{folder}: cannot be opened ({_one_line(error)}); encode the set again.")
             raise bucket_trouble(self.folder, error) or damaged from error
@@ -134,7 +135,7 @@ class EncodedSet:
     def __getitem__(self, index: int) -> dict:
         index = range(len(self))[index]  # an IndexError is what ends a loop over the set; -1 is the last record
         try:
-            return self._decode(self._source[index])
+            return self._decode(in_time(self.folder, lambda: self._source[index]))
         except Exception as error:  # ArrayRecord raises RuntimeError, protobuf and NumPy their own
             damaged = UserError(f"{self.folder}: record {index} is damaged ({_one_line(error)}); encode the set again.")
             raise bucket_trouble(self.folder, error) or damaged from error
