@@ -185,6 +185,24 @@ def stub_sample(settings, parts, shape, jobs, **how):
         yield job, np.random.default_rng(job.seed).uniform(-1, 1, shape)
 
 
+def test_files_in_a_bucket(settings, bucket, bucket_server, monkeypatch):
+    monkeypatch.setattr(run, "sample_videos", stub_sample)
+    plan = run.make_plan(settings, JOBS, bucket)
+    given = {"mesh": make_mesh(devices=jax.devices()[:1]), "batch_size": 2, "command": "typed"}
+    run.generate(plan, **given)
+    assert sorted(path.suffix for path in bucket.iterdir()) == [*[".json"] * 3, *[".mp4"] * 3, ".png"]
+    first = next(iter(plan.videos.values()))
+    assert read_video(first, frames=5, fps=8, height=32, width=48).shape == (5, 32, 48, 3)
+    assert run.make_plan(settings, JOBS, bucket).todo == []
+    first.unlink()
+    again = run.make_plan(settings, JOBS, bucket)
+    assert again.todo == JOBS[:1]
+    bucket_server.faults({"match": "POST", "status": 403, "message": "me@x may not"})
+    monkeypatch.setattr(run, "sample_videos", None)  # known before anything is made
+    with pytest.raises(UserError, match=f"{bucket}/.*: the account has no right to this .me@x may not"):
+        run.generate(again, **given)
+
+
 def test_a_full_disk_leaves_no_part_of_a_video(settings, tmp_path, monkeypatch):
     large = replace(settings, height=160, width=240)
     monkeypatch.setattr(run, "sample_videos", stub_sample)

@@ -32,7 +32,7 @@ from avd_jax.models.vae_tiles import MEMORY_GIB
 from avd_jax.parallel.hosts import from_first, is_first
 from avd_jax.parallel.memory import fitting
 from avd_jax.parallel.mesh import filled_up
-from avd_jax.paths import any_path
+from avd_jax.paths import any_path, is_bucket
 
 SHEET_ROWS = 12
 THUMBNAIL_HEIGHT = 160
@@ -212,6 +212,10 @@ def write_with_record(video: Path, pixels: np.ndarray, settings: Settings, job: 
 def check_writable(out: Path) -> None:
     """Make the folder and try it: better known now than after minutes of work."""
     with reporting(out):
+        if is_bucket(out):
+            (out / ".writable").write_bytes(b"")
+            (out / ".writable").unlink(missing_ok=True)  # another host may have done so
+            return
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out):
             pass
