@@ -150,7 +150,7 @@ def trouble(path: os.PathLike, error: BaseException) -> UserError | None:
     said = " ".join(str(chain[0]).split())
     bucket = re.match(r"gs:/+([^/]+)", os.fspath(path))[1]
     named = [name.rstrip(".") for name in re.findall(rf"gs://{re.escape(bucket)}/[^\s'\":;,)]+", said)]
-    name = max((os.fspath(path), *named), key=len)
+    name = unquote(max((os.fspath(path), *named), key=len))
     status = re.search(r"http_response_code='(\d+)'|\"code\": ?(\d+)", said)
     if status:
         message = re.search(r'message\W*": ?\W*"([^"\\]+)', said)

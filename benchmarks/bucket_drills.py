@@ -1,10 +1,10 @@
 """Kills and bad spells of a run whose workdir is in a bucket; each must end as the run that nothing disturbed.
 
-    python benchmarks/bucket_drills.py                # all; or some: kill clock slow silent busy token rights
+    python benchmarks/bucket_drills.py                # all, or some by name: kill clock slow
     FAKETIME_LIB=/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1 python benchmarks/bucket_drills.py clock
 
-Every run is `scripts/train.py` on the world of shapes, weights and sets in the bucket, which is the tests' emulator on
-this machine; it needs the extra `dev`. `clock` needs Debian's faketime. A drill prints what it did and what it found.
+Every run is `scripts/train.py` on the tests' tiny transformer, with weights, sets and workdir in a bucket: the tests'
+emulator on this machine; it needs the extra `dev`. `clock` needs Debian's faketime. A drill prints what came of it.
 """
 
 import hashlib
@@ -19,34 +19,53 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 STEPS, EVERY = 12, 4
-SERVED: list = []
-
-
-def script(name: str, *arguments: str, **environment: str) -> subprocess.Popen:
-    """Start one of our scripts against the emulator."""
-    command = [sys.executable, str(ROOT / "scripts" / f"{name}.py"), *arguments]
-    programs = {"JAX_COMPILATION_CACHE_DIR": str(Path(tempfile.gettempdir()) / "bucket_drills")}
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", **programs, **environment}
-    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command, cwd=ROOT, env=environment, **streams)
+SECOND = f"checkpoints/{2 * EVERY}"
+BUCKET = "gs://bucket"
+SERVER: list = []
 
 
 def run(workdir: str, **environment: str) -> subprocess.Popen:
-    """Start a training run."""
-    places = {"init_from": "gs://bucket/wan", "data.latents": "gs://bucket/data/latents"}
-    places["data.prompts"] = "gs://bucket/data/prompts"
-    sizes = {"num_steps": STEPS, "checkpoint_every": EVERY, "sample_every": 0, "log_every": 1}
-    settings = [f"--config.{name}={value}" for name, value in (places | sizes).items()]
-    return script("train", "--config=configs/tiny.py", *settings, f"--workdir=gs://bucket/{workdir}", **environment)
+    """Start a training run against the emulator."""
+    fields = {
+        **{
+            "init_from": f"{BUCKET}/in/dit",
+            "data.latents": f"{BUCKET}/in/latents",
+            "data.prompts": f"{BUCKET}/in/prompts",
+        },
+        **{"num_steps": STEPS, "checkpoint_every": EVERY, "log_every": 1, "sample_every": 0, "fake_score_updates": 1},
+    }
+    settings = [f"--config.{name}={value}" for name, value in fields.items()]
+    script = [sys.executable, str(ROOT / "scripts" / "train.py"), "--config=configs/tiny.py"]
+    environment = {
+        **{**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+        **{"XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"},
+        **{"JAX_COMPILATION_CACHE_DIR": str(Path(tempfile.gettempdir()) / "bucket_drills"), **environment},
+    }
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen([*script, *settings, f"--workdir={BUCKET}/{workdir}"], cwd=ROOT, env=environment, **streams)
 
 
-def ended(process: subprocess.Popen) -> tuple[int, str]:
-    """Return its status, and the last line that it said."""
-    said = process.communicate()[0].strip().splitlines()
-    if process.returncode not in (0, -signal.SIGKILL):
-        told = next((line for line in said if "Traceback" in line), None)
-        said = [*said, *([f"({told})"] if told else [])]
-    return process.returncode, said[-1] if said else ""
+def ended(process: subprocess.Popen) -> str:
+    """Return its status and what it said at its end, or that it was a traceback."""
+    said = [line for line in process.communicate()[0].splitlines() if line.strip()]
+    trace = " TRACEBACK" if any(line.startswith("Traceback") for line in said) else ""
+    begins = next((line for line in said if line.startswith("going on from")), "from the start")
+    return f"status {process.returncode}{trace}, {begins}, at its end: {said[-1][:300] if said else ''}"
+
+
+def wait_for(process: subprocess.Popen, match: str, count: int = 1) -> int:
+    """Return once so many requests that write have a path with `match`, or the process has ended."""
+    SERVER[0].requests()
+    seen = 0
+    while seen < count and process.poll() is None:
+        seen += sum(not path.startswith("GET") and match in path for path, *_ in SERVER[0].requests())
+        time.sleep(0.002)
+    return seen
+
+
+def compared(workdir: str) -> str:
+    """Say whether a run ended as the one that nothing disturbed."""
+    return "THE SAME PARAMETERS" if parameters(workdir) == parameters("straight") else "OTHER PARAMETERS"
 
 
 def parameters(workdir: str) -> str:
@@ -56,104 +75,74 @@ def parameters(workdir: str) -> str:
     import orbax.checkpoint as ocp
     from etils import epath
 
-    folder, total = epath.Path(f"gs://bucket/{workdir}/checkpoints/{STEPS}"), hashlib.sha256()
+    folder, total = epath.Path(f"{BUCKET}/{workdir}/checkpoints/{STEPS}"), hashlib.sha256()
     for item in sorted(folder.iterdir()):
         if (item / "_METADATA").exists():
             for _, leaf in jax.tree_util.tree_leaves_with_path(ocp.StandardCheckpointer().restore(item)):
                 total.update(np.asarray(leaf).tobytes())
-    return total.hexdigest()[:12]
-
-
-def compared(workdir: str) -> str:
-    """Say whether a run ended as the one that nothing disturbed."""
-    return "the same parameters" if parameters(workdir) == parameters("straight") else "OTHER PARAMETERS"
+    return total.hexdigest()
 
 
 def kill() -> None:
-    """SIGKILL after so many requests that write to the second checkpoint; then the same command again."""
-    for after in (1, 12, 24, 36):
-        workdir, seen = f"kill{after}", 0
-        process = run(workdir)
-        SERVED[0].requests()
-        while seen < after and process.poll() is None:
-            asked = [path for path, *_ in SERVED[0].requests()]
-            seen += sum(not path.startswith("GET") and f"checkpoints/{2 * EVERY}" in path for path in asked)
-            time.sleep(0.002)
-        process.kill()
-        status, _ = ended(process)
-        from avd_jax.paths import any_path
+    """SIGKILL after so many requests that write the second checkpoint; then the same command again."""
+    from avd_jax.paths import any_path
 
-        left = sorted(path.name for path in any_path(f"gs://bucket/{workdir}/checkpoints").iterdir())
-        whole = [
-            name for name in left if any_path(f"gs://bucket/{workdir}/checkpoints/{name}/commit_success.txt").exists()
-        ]
-        resumed = run(workdir)
-        said = resumed.communicate()[0]
-        begins = next((line for line in said.splitlines() if line.startswith("going on from")), "from the start")
-        print(
-            f"killed ({status}) after {seen} writes of step {2 * EVERY}: there were {left}, whole {whole}; {begins}, "
-            f"status {resumed.returncode}, {compared(workdir)}",
-            flush=True,
-        )
+    for after in (1, 8, 16, 24, 32, 40):
+        workdir = f"kill{after}"
+        process = run(workdir)
+        seen = wait_for(process, SECOND, after)
+        process.kill()
+        process.communicate()
+        folder = any_path(f"{BUCKET}/{workdir}/checkpoints")
+        whole = {path.name: (path / "commit_success.txt").exists() for path in folder.iterdir()}
+        print(f"killed after {seen} writes of step {2 * EVERY}; folders, and whether whole: {whole}", flush=True)
+        print(f"  again: {ended(run(workdir))}; {compared(workdir)}", flush=True)
 
 
 def clock() -> None:
-    """Killed on a host whose clock is two hours ahead, gone on with on one that is two hours behind."""
+    """Killed on a host whose clock is two hours ahead, resumed on one that is two hours behind; and the reverse."""
     library = os.environ.get("FAKETIME_LIB", "/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1")
     assert Path(library).exists(), f"{library} is not there: apt-get install faketime, or set FAKETIME_LIB"
+    other = {"LD_PRELOAD": library, "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
     for hours in (2, -2):
-        workdir = f"clock{hours}"
-        other = {"LD_PRELOAD": library, "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
-        process, seen = run(workdir, FAKETIME=f"{hours:+d}h", **other), 0
-        SERVED[0].requests()
-        while seen < 12 and process.poll() is None:
-            asked = [path for path, *_ in SERVED[0].requests()]
-            seen += sum(not path.startswith("GET") and f"checkpoints/{2 * EVERY}" in path for path in asked)
-            time.sleep(0.002)
+        process = run(f"clock{hours}", FAKETIME=f"{hours:+d}h", **other)
+        wait_for(process, SECOND, 12)
         process.kill()
-        ended(process)
-        status, last = ended(run(workdir, FAKETIME=f"{-hours:+d}h", **other))
-        print(f"clock {hours:+d} h, then {-hours:+d} h: status {status}, {compared(workdir)}; {last}", flush=True)
+        process.communicate()
+        resumed = ended(run(f"clock{hours}", FAKETIME=f"{-hours:+d}h", **other))
+        print(f"clock {hours:+d} h, killed, then {-hours:+d} h: {resumed}; {compared(f'clock{hours}')}", flush=True)
 
 
-def disturbed(
-    name: str, *faults: dict, seconds: float | None = None, after: str = "checkpoints/4", **environment
-) -> None:
-    """Run with faults that begin with the first checkpoint and end after so many seconds, or stay."""
-    process, started = run(name, **environment), time.monotonic()
-    SERVED[0].requests()
-    while process.poll() is None and not any(after in path for path, *_ in SERVED[0].requests()):
-        time.sleep(0.01)
-    SERVED[0].faults(*faults)
+def disturbed(name: str, fault: dict, *, seconds: float | None = None, after: str = f"checkpoints/{EVERY}") -> None:
+    """Run with a fault that begins with the first checkpoint, and ends after so many seconds or stays."""
+    process = run(name)
+    wait_for(process, after)
+    SERVER[0].faults(fault)
     began = time.monotonic()
     if seconds is not None:
         while process.poll() is None and time.monotonic() < began + seconds:
             time.sleep(0.1)
-        SERVED[0].faults()
-    status, last = ended(process)
-    took = time.monotonic() - began
-    SERVED[0].faults()
-    print(f"{name}: status {status} after {took:.0f} s ({began - started:.0f} s before): {last[:400]}", flush=True)
-    if status:
-        status, last = ended(run(name))
-        print(f"  the same command again: status {status}: {last}", flush=True)
+        SERVER[0].faults()
+    said = ended(process)
+    print(f"{name}: {time.monotonic() - began:.0f} s after it began {said}", flush=True)
+    SERVER[0].faults()
+    if process.returncode:
+        print(f"  again: {ended(run(name))}", flush=True)
     print(f"  {compared(name)}", flush=True)
 
 
+EXPIRED = {"status": 401, "message": "Invalid Credentials"}
 DRILLS = {
     "kill": kill,
     "clock": clock,
-    "slow": lambda: disturbed("slow", {"match": "/b/", "delay": 0.3}, seconds=60),
+    "slow": lambda: disturbed("slow", {"match": "/b/", "delay": 0.5}, seconds=60),
     "silent": lambda: disturbed("silent", {"match": "checkpoints", "delay": 100, "times": 3}),
     "busy": lambda: disturbed("busy", {"match": "/b/", "status": 503, "message": "busy"}, seconds=40),
     "away": lambda: disturbed("away", {"match": "/b/", "status": 503, "message": "busy"}),
-    "token": lambda: disturbed("token", {"match": "/b/", "status": 401, "message": "Invalid Credentials"}),
-    "token in Orbax": lambda: disturbed(
-        "orbax", {"match": r"checkpoints.*(/d/|manifest)", "status": 401, "message": "Invalid Credentials"}
-    ),
-    "token in ArrayRecord": lambda: disturbed(
-        "record", {"match": "array_record", "status": 401, "message": "Invalid Credentials"}, after="array_record"
-    ),
+    "expired": lambda: disturbed("expired", {"match": "/b/", **EXPIRED}),
+    "expired_shortly": lambda: disturbed("expired_shortly", {"match": "/b/.*metrics|lock", **EXPIRED}, seconds=20),
+    "expired_in_orbax": lambda: disturbed("expired_in_orbax", {"match": "checkpoints.*/d/", **EXPIRED}),
+    "expired_in_array_record": lambda: disturbed("record", {"match": "array_record", **EXPIRED}),
     "rights": lambda: disturbed("rights", {"match": "POST.*checkpoints", "status": 403, "message": "me@x may not"}),
 }
 
@@ -161,22 +150,24 @@ DRILLS = {
 def main() -> None:
     """Prepare weights and sets in the bucket and a run that nothing disturbs, then run the drills."""
     from bucket_cases import started
+    from training_cases import write_sets, write_weights
 
-    SERVED.append(started())
-    assert ended(script("convert", "--src=weights/tiny", "--dst=gs://bucket/wan"))[0] == 0
-    encode = [
-        "--shapes_world",
-        "--weights=gs://bucket/wan",
-        "--clips=32",
-        "--prompt_count=32",
-        "--out=gs://bucket/data",
-    ]
-    assert ended(script("encode", *encode))[0] == 0
+    from avd_jax.paths import any_path
+
+    SERVER.append(started())
+    assert sys.argv[1:] == [] or set(sys.argv[1:]) <= set(DRILLS), f"drills are {', '.join(DRILLS)}"
+    inputs = any_path(f"{BUCKET}/in")
+    write_sets(inputs)
+    with tempfile.TemporaryDirectory() as folder:
+        for file in write_weights(Path(folder) / "dit").iterdir():
+            (inputs / "dit" / file.name).upload(file)
     began = time.monotonic()
-    print(f"straight: {ended(run('straight'))}, {time.monotonic() - began:.0f} s", flush=True)
+    straight = run("straight")
+    print(f"undisturbed: {ended(straight)}, {time.monotonic() - began:.0f} s", flush=True)
+    assert straight.returncode in (0, -signal.SIGKILL)
     for name in sys.argv[1:] or DRILLS:
         DRILLS[name]()
-    SERVED[0].close()
+    SERVER[0].close()
 
 
 if __name__ == "__main__":

@@ -2,8 +2,10 @@
 
 import json
 import re
+import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -13,6 +15,7 @@ from training_cases import make_config, train, use_linear_network, write_inputs,
 
 from avd_jax.errors import UserError
 from avd_jax.paths import any_path
+from avd_jax.training.checkpoint import Checkpoints
 
 STEPS = 4
 SETTINGS = {
@@ -90,6 +93,35 @@ def test_half_a_checkpoint_and_bad_spells_change_nothing(inputs, straight, bucke
     (bucket / "metrics.jsonl").write_text((bucket / "metrics.jsonl").read_text()[:-5])
     assert run(bucket, there) == 0
     assert_same_run(bucket, straight)
+
+
+class State:
+    def to_items(self):
+        return {"x": {"a": jnp.ones(4)}}
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ({"status": 401, "message": "Invalid Credentials"}, "no valid credentials .*Invalid Credentials.*gcloud"),
+        ({"status": 403, "message": "me@x may not"}, "no right to this .*me@x may not"),
+    ],
+    ids=["expired", "forbidden"],
+)
+def test_a_checkpoint_that_cannot_be_written_is_told_while_it_trains(bucket, bucket_server, fault, said):
+    checkpoints = Checkpoints(bucket, keep=1)
+    bucket_server.faults({"match": r"POST.*checkpoints.*/d/", **fault})
+    checkpoints.save(1, State(), {}, {})
+
+    def wait_for_it():
+        until = time.monotonic() + 120
+        while time.monotonic() < until:
+            checkpoints.check()
+            time.sleep(0.01)
+
+    with pytest.raises(UserError, match=f"{re.escape(str(bucket))}/checkpoints.*: .*{said}"):
+        wait_for_it()
+    assert not (bucket / "checkpoints" / "1" / "commit_success.txt").exists()
 
 
 def test_a_step_asks_nothing_of_the_bucket(inputs, bucket, bucket_server):

@@ -92,7 +92,8 @@ class Checkpoints:
         """Start writing a checkpoint; returns once the arrays are copied from the devices.
 
         Raises:
-          UserError: the disk is full (now, or while the one before was written); the complete ones stay.
+          UserError: the disk is full, or the bucket not reached (now, or while the one before was written); the
+            complete ones stay.
         """
         if step in self._manager.all_steps():
             return
@@ -102,6 +103,11 @@ class Checkpoints:
         items = {name: ocp.args.StandardSave(tree) for name, tree in state.to_items().items()}
         with self._reporting(step):
             self._manager.save(step, args=ocp.args.Composite(meta=ocp.args.JsonSave(dict(meta)), **items), **best)
+
+    def check(self) -> None:
+        """Raise a UserError, as for `save`, if what is written in the background failed; it is not waited for."""
+        if not self._manager.is_saving_in_progress():
+            self.wait()
 
     def wait(self) -> None:
         """Return once everything is on disk (UserError as for `save`)."""

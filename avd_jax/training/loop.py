@@ -140,6 +140,7 @@ class _HostLoop:
         self.checkpoints.check_best_metric(self.driven.ratings() | values)  # now, not when hours later it is needed
         self.writer.advance(step)
         if step % self.config.log_every == 0 or step == self.config.num_steps:
+            self.checkpoints.check()  # now, not at the next checkpoint
             now = time.monotonic()
             seconds = (now - self.clock) / (step - self.written)
             speed = {"time/step_seconds": seconds, "time/steps_per_second": 1 / seconds}
