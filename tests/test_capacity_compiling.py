@@ -50,13 +50,15 @@ def test_a_programs_report():
     assert report.argument_gib + report.temporary_gib <= report.total_gib < report.limit_gib == 16
     assert sum(report.collective_gib.values()) > 0
     assert report.flops == (1 + 1.5) * ONCE
+    assert report.assumed_trips == 1.5
+    assert "1.5 trips of loops of unknown length" in report.as_text()
     assert text.startswith("HloModule")
     written = json.loads(json.dumps(report.as_dict()))
     assert written["program"] == "rollout"
     assert set(written) == {
         *("program", "topology", "mesh", "batch_size", "argument_gib", "temporary_gib", "total_gib", "limit_gib"),
         *("fits", "code_mib", "flops", "kernel_flops", "cycles", "seconds", "collective_gib", "trace_seconds"),
-        *("host_gib", "resident_gib", "resident_host_gib", "compile_seconds", "error"),
+        *("host_gib", "resident_gib", "resident_host_gib", "compile_seconds", "error", "assumed_trips"),
     }
     assert report.as_text().startswith("rollout on here, mesh data=1 x fsdp=4 x seq=2, batch 4: fits\n")
 

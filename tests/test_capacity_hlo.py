@@ -1,5 +1,7 @@
 """Collectives and cycles read from small HLO texts."""
 
+import pytest
+
 from avd_jax.capacity.hlo import cudnn_workspace, profile
 
 HLO = """HloModule jit_step, is_scheduled=true
@@ -46,6 +48,82 @@ def test_a_loops_body_counts_as_often_as_it_runs():
 def test_a_loop_of_unknown_length_takes_the_number_given():
     assert profile(UNKNOWN, dynamic_trips=1.5).collective_bytes["all-gather"] == 1.5 * GATHERED
     assert profile(UNKNOWN).cycles == 10 + 7
+
+
+# As the TPU's compiler writes loops: no trip counts, copies between, steps and bounds that the tuple carries.
+NESTED = """HloModule jit_step, is_scheduled=true
+
+%inner (p: (s32[], s32[], f32[8])) -> (s32[], s32[], f32[8]) {
+  %p = (s32[], s32[], f32[8]) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %two = s32[] get-tuple-element(%p), index=1
+  %once = s32[] add(%i, %two)
+  %twice = s32[] add(%once, %two)
+  %x = f32[8] get-tuple-element(%p), index=2
+  %y = f32[8] negate(%x), backend_config={"estimated_cycles":"100"}
+  ROOT %t = (s32[], s32[], f32[8]) tuple(%twice, %two, %y)
+}
+
+%inner_condition (p: (s32[], s32[], f32[8])) -> pred[] {
+  %bound = s32[]{:T(128)} constant(15), backend_config={"flag_configs":[]}
+  %p = (s32[], s32[], f32[8]) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  ROOT %less = pred[] compare(%i, %bound), direction=LT
+}
+
+%outer (q: (s32[], f32[8], s32[], s32[])) -> (s32[], f32[8], s32[], s32[]) {
+  %q = (s32[], f32[8], s32[], s32[]) parameter(0)
+  %j = s32[] get-tuple-element(%q), index=0
+  %copied = s32[] copy(%j)
+  %v = f32[8] get-tuple-element(%q), index=1
+  %length = s32[] get-tuple-element(%q), index=2
+  %step = s32[] get-tuple-element(%q), index=3
+  %zero = s32[] constant(0)
+  %two = s32[] constant(2)
+  %packed = (s32[], s32[], f32[8]) tuple(%zero, %two, %v)
+  %within = (s32[], s32[], f32[8]) while(%packed), condition=%inner_condition, body=%inner
+  %w = f32[8] get-tuple-element(%within), index=2
+  %next = s32[] add(%step, %copied), backend_config={"estimated_cycles":"1"}
+  ROOT %t = (s32[], f32[8], s32[], s32[]) tuple(%next, %w, %length, %step)
+}
+
+%outer_condition (q: (s32[], f32[8], s32[], s32[])) -> pred[] {
+  %q = (s32[], f32[8], s32[], s32[]) parameter(0)
+  %j = s32[] get-tuple-element(%q), index=0
+  %length = s32[] get-tuple-element(%q), index=2
+  ROOT %less = pred[] compare(%j, %length), direction=LT
+}
+
+ENTRY %main (a: f32[8], drawn: s32[]) -> f32[8] {
+  %a = f32[8] parameter(0)
+  %drawn = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %one = s32[] constant(1)
+  %thirty = s32[] constant(30)
+  %packed = (s32[], f32[8], s32[], s32[]) tuple(%zero, %a, %thirty, %one)
+  %loop = (s32[], f32[8], s32[], s32[]) while(%packed), condition=%outer_condition, body=%outer
+  ROOT %out = f32[8] get-tuple-element(%loop), index=1
+}
+"""
+INNER = 4  # from 0 in fours while below 15
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "cycles", "unknown"),
+    [
+        ("", "", 30 * (INNER * 100 + 1), 0),
+        ("tuple(%zero, %a, %thirty", "tuple(%zero, %a, %drawn", 1.5 * (INNER * 100 + 1), 1),
+        # A bound that a trip changes, a condition of another kind, a counter that does not move.
+        ("tuple(%next, %w, %length", "tuple(%next, %w, %copied", 1.5 * (INNER * 100 + 1), 1),
+        ("compare(%i, %bound), direction=LT", "compare(%i, %bound), direction=NE", 30 * (1.5 * 100 + 1), 1),
+        ("tuple(%twice, %two, %y)", "tuple(%i, %two, %y)", 30 * (1.5 * 100 + 1), 1),
+        ("constant(15)", "constant(0)", 30, 0),
+    ],
+)
+def test_trips_follow_from_conditions_loops_inside_loops_too(old, new, cycles, unknown):
+    assert old in NESTED
+    found = profile(NESTED.replace(old, new) if old else NESTED, dynamic_trips=1.5)
+    assert (found.cycles, found.unknown_loops) == (round(cycles), unknown)
 
 
 def test_the_workspace_of_cudnns_largest_backward_pass():

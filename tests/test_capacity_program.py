@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from jax.ad_checkpoint import checkpoint_name
 
-from avd_jax.capacity.program import Program, expected_flops
+from avd_jax.capacity.program import Program, expected_flops, expected_trips
 from avd_jax.errors import UserError
 
 SQUARE = jax.ShapeDtypeStruct((4, 4), jnp.float32)
@@ -43,6 +43,20 @@ def test_a_loop_whose_length_follows_from_no_outcome():
     # If the outcome says it, the number is of no use.
     known = Program("rollout", function, (SQUARE, KEY), ({"stop": 3},), dynamic_trips=1.5)
     assert expected_flops(known) == 5 * ONE
+
+
+def test_loops_run_as_often_as_the_outcomes_say_on_average():
+    """In the compiled text no loop says how often the drawn number makes it run."""
+
+    def function(x, key):
+        stop = checkpoint_name(jax.random.randint(key, (), 0, 4), "draw/stop")
+        return jax.lax.fori_loop(0, stop, lambda _, x: x @ x, x) @ x
+
+    outcomes = tuple({"stop": stop} for stop in range(4))
+    program = Program("rollout", jax.jit(function), (SQUARE, KEY), outcomes)
+    assert expected_trips(program) == 1.5
+    assert expected_trips(Program("rollout", jax.jit(function), (SQUARE, KEY), dynamic_trips=2.5)) == 2.5
+    assert expected_trips(Program("square", jax.jit(lambda x: x @ x), (SQUARE,))) == 1
 
 
 def test_a_program_that_draws_nothing():

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from avd_jax.capacity.budget import GIB, part_of, rounded
 from avd_jax.capacity.devices import Kind, find_kind, memory_gib
 from avd_jax.capacity.hlo import cudnn_workspace, profile
-from avd_jax.capacity.program import Program, expected_flops
+from avd_jax.capacity.program import Program, expected_flops, expected_trips
 
 MIB = 2**20
 # A share of the peak that attention kernels, and matrix products of which the compiler has no estimate, reach at Wan's
@@ -40,7 +40,8 @@ class Report:
       resident_gib, resident_host_gib: how much of both is arguments that a run holds anyway.
       flops: of one run, the mean over the program's outcomes; see `capacity/flops.py`.
       kernel_flops: those of attention kernels.
-      cycles: the compiler's estimate without attention kernels and collectives.
+      cycles: the compiler's estimate without attention kernels and collectives, loops as often as they run.
+      assumed_trips: of the loops whose length the compiled text does not say, see `expected_trips`; None without any.
       collective_gib: kind -> GiB.
       seconds: an estimate, see `estimated_seconds`; None if too little is known.
       fits: whether it compiled, within the limit.
@@ -59,6 +60,7 @@ class Report:
     code_mib: float | None
     flops: float
     cycles: int | None
+    assumed_trips: float | None = None
     kernel_flops: float = 0.0
     host_gib: float = 0.0
     resident_gib: float = 0.0
@@ -83,13 +85,14 @@ class Report:
             return f"{lines[0]}\n  memory      {needed}\n  {self.error}"
         moved = ", ".join(f"{kind} {gib:.2f}" for kind, gib in self.collective_gib.items()) or "none"
         cycles = f"{self.cycles:,} cycles" if self.cycles else "no estimate of cycles"
+        assumed = f", and {self.assumed_trips:g} trips of loops of unknown length" if self.assumed_trips else ""
         code = f", code {self.code_mib:.0f} MiB" if self.code_mib else ""
         host = f"; {self.host_gib:.2f} GiB of its host's" if self.host_gib else ""
         lines += [
             f"  memory      {self.total_gib:.2f} GiB a device of {self.limit_gib:.2f}: "
             f"arguments {self.argument_gib:.2f}, temporaries {self.temporary_gib:.2f}{code}{host}",
             f"  work        {self.flops:.3e} FLOPs on all devices, of which attention kernels {self.kernel_flops:.3e}; "
-            f"{cycles} a device (without attention kernels and collectives)",
+            f"{cycles} a device (without attention kernels and collectives{assumed})",
             f"  collectives {moved} (GiB a device)",
             *([f"  estimate    {self.seconds:.2f} s (docs/pods.md)"] if self.seconds else []),
             f"  compiled in {self.compile_seconds:.0f} s, after {self.trace_seconds:.0f} s of tracing",
@@ -137,7 +140,7 @@ def compile_program(program: Program, *, mesh: Mesh, batch_size: int, topology: 
         about |= {"resident_gib": arguments - own.device_gib, "compile_seconds": time.monotonic() - start}
         return _does_not_fit(about, arguments, error), ""
     text, seconds = compiled.as_text(), time.monotonic() - start
-    trips = 1 if program.dynamic_trips is None else program.dynamic_trips
+    trips = expected_trips(program, traced=traced)
     memory, found = compiled.memory_analysis(), profile(text, dynamic_trips=trips)
     code = memory.generated_code_size_in_bytes
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -159,6 +162,7 @@ def compile_program(program: Program, *, mesh: Mesh, batch_size: int, topology: 
         fits=total <= about["limit_gib"],
         code_mib=code / MIB,
         cycles=found.cycles or None,
+        assumed_trips=trips if found.unknown_loops else None,
         collective_gib=collectives,
         seconds=estimated_seconds(
             find_kind(device.device_kind),

@@ -1,33 +1,24 @@
 """What a compiled program's text tells about its run: bytes in collectives, and the compiler's estimate of cycles.
 
-Reads optimised HLO (`compiled.as_text()`). A loop's body counts as often as it runs. Neither figure is a time: Pallas
-kernels and collectives carry no estimate, and collectives may run beside other work.
+Reads optimised HLO (`compiled.as_text()`). A loop's body counts as often as it runs, loops inside loops included; see
+`avd_jax/capacity/hlo_text.py` for how that is read. Neither figure is a time: Pallas kernels and collectives carry no
+estimate, and collectives may run beside other work.
 """
 
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+from avd_jax.capacity.hlo_text import INSTRUCTION, Given, Instruction, called_by, loop, parse
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
-_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{\s*$")
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
 _ARRAY = re.compile(r"\b([a-z]+\d+\w*|pred)\[([\d,]*)\]")
-_CALLED = re.compile(r"\b(?:body|condition|calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
-_BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
-_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _CUDNN_BACKWARD = re.compile(r'custom_call_target="__cudnn\$fmha\w*Backward"')
 _NO_ESTIMATE = 1 << 60  # the compiler writes huge numbers if it has none
-
-
-@dataclass(frozen=True)
-class _Instruction:
-    result: str
-    operation: str
-    rest: str
 
 
 @dataclass(frozen=True)
@@ -37,10 +28,12 @@ class Profile:
     Attributes:
       collective_bytes: kind of collective -> bytes, of the larger of what goes in and what comes out.
       cycles: the sum of the compiler's estimates, 0 if it made none.
+      unknown_loops: how many loops ran for `dynamic_trips`.
     """
 
     collective_bytes: dict[str, int]
     cycles: int
+    unknown_loops: int
 
 
 def profile(text: str, *, dynamic_trips: float = 1) -> Profile:
@@ -50,30 +43,33 @@ def profile(text: str, *, dynamic_trips: float = 1) -> Profile:
       text: of the whole module.
       dynamic_trips: how often the body of a loop runs whose length the program does not say.
     """
-    computations, entry = _parse(text)
+    computations, entry = parse(text)
     collectives: Counter = Counter()
-    cycles = 0.0
+    cycles, unknown = 0.0, set()
 
-    def visit(name: str, times: float, in_fusion: bool) -> None:
+    def visit(name: str, times: float, in_fusion: bool, given: Given) -> None:
         nonlocal cycles
-        for instruction in computations.get(name, {}).values():
+        within = computations.get(name, {})
+        for instruction in within.values():
             kind = instruction.operation.removesuffix("-start")
             if kind in COLLECTIVES:
-                collectives[kind] += times * _bytes_moved(instruction, computations[name])
+                collectives[kind] += times * _bytes_moved(instruction, within)
             estimate = _CYCLES.search(instruction.rest)
             if estimate and not in_fusion and int(estimate[1]) < _NO_ESTIMATE:
                 cycles += times * int(estimate[1])
-            trips = times
+            trips, inside = times, given
             if instruction.operation == "while":
-                known = _TRIPS.search(instruction.rest)
-                trips *= int(known[1]) if known else dynamic_trips
+                known, inside = loop(instruction, computations, within, given)
+                trips *= dynamic_trips if known is None else known
+                if known is None:
+                    unknown.add(id(instruction))
             # The estimate of a fusion covers what it calls.
             fused = in_fusion or instruction.operation == "fusion"
-            for called in () if kind in COLLECTIVES else _called(instruction.rest):
-                visit(called, trips, fused)
+            for called in () if kind in COLLECTIVES else called_by(instruction):
+                visit(called, trips, fused, inside)
 
-    visit(entry, 1, False)
-    return Profile({kind: round(size) for kind, size in sorted(collectives.items())}, round(cycles))
+    visit(entry, 1, False, {})
+    return Profile({kind: round(size) for kind, size in sorted(collectives.items())}, round(cycles), len(unknown))
 
 
 def cudnn_workspace(text: str) -> int:
@@ -84,35 +80,15 @@ def cudnn_workspace(text: str) -> int:
     """
     found = [0]
     for line in text.splitlines():
-        if _CUDNN_BACKWARD.search(line) and (call := _INSTRUCTION.match(line)):
-            shape = [int(axis) for axis in _ARRAY.findall(call[2])[0][1].split(",")]
+        if _CUDNN_BACKWARD.search(line) and (call := INSTRUCTION.match(line)):
+            shape = [int(axis) for axis in _ARRAY.findall(call["result"])[0][1].split(",")]
             rows = math.prod(shape) // shape[-1]
             found.append(4 * (math.prod(shape) + rows))
     return max(found)
 
 
-def _parse(text: str) -> tuple[dict[str, dict[str, _Instruction]], str]:
-    """Return computation -> instruction name -> instruction, and the entry computation's name."""
-    computations: dict[str, dict[str, _Instruction]] = {}
-    current, entry = None, ""
-    for line in text.splitlines():
-        if not line.startswith(" ") and (head := _COMPUTATION.match(line)):
-            current = computations.setdefault(head[2], {})
-            entry = head[2] if head[1] else entry
-        elif current is not None and (found := _INSTRUCTION.match(line)):
-            current[found[1]] = _Instruction(*found.group(2, 3, 4))
-    return computations, entry
-
-
-def _called(rest: str) -> Iterator[str]:
-    yield from _CALLED.findall(rest)
-    for branches in _BRANCHES.findall(rest):
-        yield from re.findall(r"[\w.\-]+", branches)
-
-
-def _bytes_moved(instruction: _Instruction, computation: dict[str, _Instruction]) -> int:
-    arguments = instruction.rest.partition(")")[0]
-    operands = [computation[name] for name in re.findall(r"%([\w.\-]+)", arguments) if name in computation]
+def _bytes_moved(instruction: Instruction, computation: Mapping[str, Instruction]) -> int:
+    operands = [computation[name] for name in instruction.operands if name in computation]
     taken = sum(sum(_array_bytes(operand.result)) for operand in operands)
     given = _array_bytes(instruction.result)
     # An asynchronous start returns its operands beside its results.

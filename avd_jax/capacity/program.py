@@ -19,8 +19,7 @@ class Program:
         `capacity/flops.py`); ({"stop": 0}, {"stop": 1}) for a rollout that stops at one of two steps. With the one
         empty outcome all that it draws is unknown.
       resident: positions of the arguments that a run holds anyway (see `capacity/budget.py`).
-      dynamic_trips: expected length of its loops whose length does not follow from the outcome. The compiled text knows
-        no outcomes, so there it is that of every loop of unknown length, one trip if it is not given.
+      dynamic_trips: expected length of its loops whose length does not follow from the outcome.
     """
 
     name: str
@@ -50,3 +49,19 @@ def expected_flops(program: Program, *, traced=None, kernels_only: bool = False)
     trips = program.dynamic_trips
     options = {"dynamic_trips": trips, "kernels_only": kernels_only}
     return mean(jaxpr_flops(jaxpr, draws=outcome, **options) for outcome in program.outcomes)
+
+
+def expected_trips(program: Program, *, traced=None) -> float:
+    """Return how often the loops run on average whose length the compiled text does not say, for it knows no outcomes.
+
+    That many trips make the FLOPs what they are expected to be: 1.5 of a rollout that makes 0 to 3 steps before it
+    stops. One, if the program has no such loop.
+
+    Args:
+      program, traced: as for `expected_flops`.
+    """
+    if program.dynamic_trips is not None:
+        return program.dynamic_trips
+    traced = traced or program.function.trace(*program.args)
+    none, once = (jaxpr_flops(traced.jaxpr, dynamic_trips=trips) for trips in (0, 1))
+    return (expected_flops(program, traced=traced) - none) / (once - none) if once > none else 1.0
