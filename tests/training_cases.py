@@ -20,7 +20,7 @@ from avd_jax.convert.engine import source_shapes
 from avd_jax.data import latents as sets
 from avd_jax.data.set_writer import SetWriter
 from avd_jax.losses.adaptive_regression import LossHistory
-from avd_jax.methods import transformers
+from avd_jax.methods import adapters, distillation, transformers
 from avd_jax.methods.avd import RECIPE, method
 from avd_jax.methods.avd.config import default_config
 from avd_jax.methods.avd.terms import fake_score_update, generator_update
@@ -84,12 +84,13 @@ class LinearNetwork:
 
 
 def use_linear_network(setattr: Callable) -> None:
-    """Let AVD take a linear network in place of the transformer; `setattr` is that of a MonkeyPatch."""
+    """Let distillations take a linear network in place of the transformer; `setattr` is that of a MonkeyPatch."""
 
     def load_params(path, dtype, mesh, memory="device", *, which=""):
         return jax.tree.map(lambda leaf: jax.device_put(np.asarray(leaf), replicated(mesh)), linear_params())
 
-    setattr(method, "make_denoiser", LinearNetwork)
+    for made_in in (adapters, distillation):
+        setattr(made_in, "make_denoiser", LinearNetwork)
     setattr(transformers, "load_params", load_params)
 
 

@@ -62,12 +62,14 @@ class OrbaxTree:
       record: name and sizes of the network, as `Architecture.record` gives them.
       source: the file that the record was read from, for messages.
       several_networks: whether the folder is an item of a training checkpoint.
+      adapters: what the run recorded of its adapters (`convert/adapted.py`), if the folder has these alone.
     """
 
     folder: Path
     record: Any
     source: Path
     several_networks: bool
+    adapters: dict | None = None
 
 
 def find_weights(path: Path, architecture: Architecture, key: str) -> TorchFiles | OrbaxTree:
@@ -257,10 +259,16 @@ def _is_own_folder(path: Path, architecture: Architecture) -> bool:
 
 def _checkpoint_item(step: Path, key: str) -> OrbaxTree:
     items = sorted(child.name for child in step.iterdir() if (child / "_METADATA").is_file())
-    item = _checkpoint_items(read_json(step / "meta" / "metadata").get("main")).get(key, key)
+    meta = read_json(step / "meta" / "metadata")
+    item = _checkpoint_items(meta.get("main")).get(key, key)
     if item not in items:
         raise UserError(f"{step}: holds no {key!r}, but {', '.join(items) or 'nothing'}{closest(key, items)}")
-    return OrbaxTree(step / item, _record(step), step / "meta" / "metadata", several_networks=True)
+    adapters = (meta.get("architecture") or {}).get("adapters")
+    if adapters is not None and item.removesuffix("_ema") in adapters["networks"]:
+        adapters = adapters | meta["base"] | {"fingerprint": meta["inputs"]["init_from"]}
+    else:
+        adapters = None
+    return OrbaxTree(step / item, _record(step), step / "meta" / "metadata", several_networks=True, adapters=adapters)
 
 
 def _checkpoint_items(main: str | None) -> dict[str, str]:

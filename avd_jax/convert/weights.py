@@ -1,7 +1,7 @@
 """Weights of one network, opened: its sizes, its leaves, and their arrays, whatever the layout they are stored in."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,15 +11,17 @@ import numpy as np
 from flax import nnx
 
 from avd_jax.convert import orbax_io
+from avd_jax.convert.adapted import LINK, AdaptedWeights
 from avd_jax.convert.architectures import WAN_DIT, Architecture, in_native_names, matching_keys
 from avd_jax.convert.engine import leaf_from_torch, read_shards, resolve, source_shapes
 from avd_jax.convert.files import TensorFile, is_matrix, open_files, tensors_of
+from avd_jax.convert.fingerprint import fingerprint
 from avd_jax.convert.hub import fetched
 from avd_jax.convert.layouts import OrbaxTree, TorchFiles, find_weights, read_json
 from avd_jax.convert.networks import DEFAULT, is_causal, network_in, note_causal
 from avd_jax.convert.state import flat_state, from_flat
 from avd_jax.errors import UserError, closest
-from avd_jax.paths import is_bucket
+from avd_jax.paths import any_path, hub_name, is_bucket
 
 Sharding = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 
@@ -45,8 +47,8 @@ class Weights(Protocol):
     def arrays(self, dtype=None) -> Iterator[tuple[str, np.ndarray]]:
         """Yield (path, array) in the order of `leaves`, in `dtype`; few are held at a time."""
 
-    def sharded(self, dtype, sharding: Sharding) -> dict[str, jax.Array]:
-        """Return path -> array in `dtype`, laid out as `sharding(path, shape)` says."""
+    def sharded(self, dtype, sharding: Sharding, paths: Iterable[str] | None = None) -> dict[str, jax.Array]:
+        """Return path -> array in `dtype`, laid out as `sharding(path, shape)` says; of `paths` alone, if given."""
 
 
 def open_weights(path: str | Path, architecture: Architecture, key: str = DEFAULT, *, strict: bool = True) -> Weights:
@@ -66,8 +68,29 @@ def open_weights(path: str | Path, architecture: Architecture, key: str = DEFAUL
     if isinstance(found, OrbaxTree):
         if key not in (DEFAULT, "") and strict and not found.several_networks:
             raise UserError(f"{path}: holds no {key!r}, but one network only; leave --which out")
+        if found.adapters is not None:
+            return AdaptedWeights(found, architecture, _base_of(found, architecture))
         return OrbaxWeights(found, architecture)
     return TorchWeights(found, architecture, key, asked=str(path), strict=strict)
+
+
+def _base_of(tree: OrbaxTree, architecture: Architecture) -> Weights:
+    """Open the weights that adapters were trained over (UserError if they are not there, or are others)."""
+    run = tree.folder.parents[2]
+    named, moved = tree.adapters["path"], run / LINK
+    path = str(moved) if moved.exists() else named
+    if hub_name(path) is None and not any_path(path).exists():
+        raise UserError(
+            f"{run}: has adapters over the weights {named}, which are not there; put them back, or link {moved} to "
+            "where they lie now"
+        )
+    base = open_weights(path, architecture, tree.adapters["which"] or DEFAULT)
+    if fingerprint(base) != tree.adapters["fingerprint"]:
+        raise UserError(
+            f"{run}: has adapters over other weights than those in {path}; link {moved} to those that its training "
+            f"began with ({named})"
+        )
+    return base
 
 
 def load_module(
@@ -134,9 +157,9 @@ class OrbaxWeights:
         """Yield (path, array) in the order of `leaves`, in `dtype`; few are held at a time."""
         yield from orbax_io.read_arrays(self._folder, _cast(self.leaves, dtype))
 
-    def sharded(self, dtype, sharding: Sharding) -> dict[str, jax.Array]:
-        """Return path -> array in `dtype`, laid out as `sharding(path, shape)` says."""
-        return orbax_io.read_sharded(self._folder, _cast(self.leaves, dtype), sharding)
+    def sharded(self, dtype, sharding: Sharding, paths: Iterable[str] | None = None) -> dict[str, jax.Array]:
+        """Return path -> array in `dtype`, laid out as `sharding(path, shape)` says; of `paths` alone, if given."""
+        return orbax_io.read_sharded(self._folder, _cast(_only(paths, self.leaves), dtype), sharding)
 
 
 class TorchWeights:
@@ -179,11 +202,11 @@ class TorchWeights:
         for path in self.leaves:
             yield path, self.array(path, dtype)
 
-    def sharded(self, dtype, sharding: Sharding) -> dict[str, jax.Array]:
-        """Return path -> array in `dtype`, laid out as `sharding(path, shape)` says."""
+    def sharded(self, dtype, sharding: Sharding, paths: Iterable[str] | None = None) -> dict[str, jax.Array]:
+        """Return path -> array in `dtype`, laid out as `sharding(path, shape)` says; of `paths` alone, if given."""
         return {
             path: _sharded_leaf(self._pieces[path], leaf, self._read, sharding(path, leaf.shape))
-            for path, leaf in _cast(self.leaves, dtype).items()
+            for path, leaf in _cast(_only(paths, self.leaves), dtype).items()
         }
 
     def _read(self, key: str, rows: tuple[int, int] | None) -> np.ndarray:
@@ -211,6 +234,10 @@ def _sharded_leaf(pieces, leaf: jax.ShapeDtypeStruct, read, sharding: jax.shardi
     local = {bounds(index): index for index in sharding.addressable_devices_indices_map(leaf.shape).values()}
     shards = dict(zip(local, read_shards(pieces, leaf, read, list(local.values())), strict=True))
     return jax.make_array_from_callback(leaf.shape, sharding, lambda index: shards[bounds(index)])
+
+
+def _only(paths: Iterable[str] | None, leaves: dict) -> dict:
+    return leaves if paths is None else {path: leaves[path] for path in paths}
 
 
 def _cast(leaves: dict[str, jax.ShapeDtypeStruct], dtype) -> dict[str, jax.ShapeDtypeStruct]:

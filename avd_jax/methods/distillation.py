@@ -11,9 +11,10 @@ from avd_jax.data.mixture import named_sets, open_sets
 from avd_jax.errors import UserError
 from avd_jax.fields import listed, require
 from avd_jax.generation.pipeline import LatentsShape
-from avd_jax.methods import transformers
-from avd_jax.models.functional import Denoiser
+from avd_jax.methods import adapters, transformers
+from avd_jax.models.functional import Denoiser, make_denoiser
 from avd_jax.models.wan_dit import WAN_MODELS, WanDiTConfig
+from avd_jax.paths import any_path, hub_name, is_bucket
 from avd_jax.training.method import Frozen
 
 
@@ -71,6 +72,17 @@ def _check_sets(named: str, model: WanDiTConfig, weights: str) -> None:
             )
 
 
+def teacher_network(config, model: WanDiTConfig, mesh) -> Denoiser:
+    """Return the teacher's network."""
+    return make_denoiser(
+        model,
+        dtype=config.teacher_dtype,
+        param_dtype=config.teacher_dtype,
+        remat="none",
+        placement=transformers.make_placement(config.attention, mesh),
+    )
+
+
 def start(config, mesh, shardings) -> dict:
     """Return the teacher's weights in float32, which generator and fake_score start from."""
     return transformers.load_params(config.init_from, "float32", mesh, which=config.which)
@@ -92,6 +104,9 @@ def record(config, model: WanDiTConfig, info: LatentsInfo | None, **sampling) ->
     `sampling` is what the method adds to that.
     """
     found = {"architecture": transformers.architecture(model)}
+    if config.lora.rank:
+        found["architecture"]["adapters"] = adapters.record(config)
+        found["base"] = {"path": _anywhere(config.init_from), "which": config.which}
     if info is None:
         return found
     student = {
@@ -105,6 +120,11 @@ def record(config, model: WanDiTConfig, info: LatentsInfo | None, **sampling) ->
         "fps": float(info.fps),
     }
     return found | {"student": student | sampling}
+
+
+def _anywhere(path: str) -> str:
+    """Return a path of weights as it is understood in other folders too."""
+    return path if not path or hub_name(path) or is_bucket(path) else str(any_path(path).absolute())
 
 
 def inputs(config) -> dict[str, str]:

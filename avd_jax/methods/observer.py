@@ -8,7 +8,7 @@ from avd_jax.fields import listed
 from avd_jax.methods.meters import BINS, Meters
 from avd_jax.methods.samples import SampleWriter
 from avd_jax.parallel.hosts import is_first
-from avd_jax.training.method import Observer, Surroundings
+from avd_jax.training.method import Observer, Surroundings, Trained
 
 
 class DistillationObserver(Observer):
@@ -16,9 +16,21 @@ class DistillationObserver(Observer):
 
     samples_at_start = True
 
-    def __init__(self, config, student, teacher, teacher_parts, model, info, mesh, surroundings: Surroundings, frozen):
-        """Choose the prompts to sample; arguments up to `mesh` as in `SampleWriter`."""
-        self._writer = surroundings.writer
+    def __init__(
+        self,
+        config,
+        generator: Trained,
+        student,
+        teacher,
+        teacher_parts,
+        model,
+        info,
+        mesh,
+        surroundings: Surroundings,
+        frozen: Mapping,
+    ):
+        """Choose the prompts to sample; `generator` is the student, the other arguments as in `SampleWriter`."""
+        self._writer, self._generator, self._frozen = surroundings.writer, generator, frozen
         if is_first():
             _tell_of_leakage(config, self._writer.message)
         self.sample_every = config.sample_every
@@ -45,7 +57,8 @@ class DistillationObserver(Observer):
 
     def sample(self, step: int, state) -> None:
         """Write the student's videos, and rate them."""
-        self._samples.write(step, state.networks["generator"].latest)
+        latest = state.networks["generator"].latest
+        self._samples.write(step, self._generator.parameters(latest, self._frozen))
 
 
 def _tell_of_leakage(config, message: Callable[[str], None]) -> None:

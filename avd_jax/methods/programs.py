@@ -24,7 +24,7 @@ from avd_jax.models.umt5 import UMT5Config, UMT5Encoder
 from avd_jax.models.wan_dit import WanDiTConfig
 from avd_jax.models.wan_vae import WanVAE, WanVAEConfig, computing_in
 from avd_jax.parallel.mesh import filled_up, placed, replicated
-from avd_jax.training.method import BatchField, Frozen
+from avd_jax.training.method import BatchField, Frozen, Trained
 
 TEXTS_AT_ONCE = 8  # that scripts/encode.py gives to the text encoder
 
@@ -68,6 +68,7 @@ def stages(config) -> tuple[Stage, ...]:
 
 def programs(
     config,
+    generator: Trained,
     student: Student,
     teacher: Denoiser,
     teacher_parts: Mapping[str, Frozen],
@@ -83,6 +84,7 @@ def programs(
 
     Args:
       config: of `config.FIELDS`.
+      generator: the student as it is trained.
       student: see its class.
       teacher: its network.
       teacher_parts: `teacher` and `negative`, which its samples take.
@@ -91,7 +93,9 @@ def programs(
       mesh: to run on.
     """
     model, shape = sizes.model, student.shape
-    sampled = partial(_student_sample, config, student, model, sizes.interpolator, mesh)
+    frozen = {name: part.abstract for name, part in teacher_parts.items()}
+    params = generator.parameters(shaped_params(generator.abstract, mesh), frozen)
+    sampled = partial(_student_sample, config, params, student, model, sizes.interpolator, mesh)
     found = {"student_sample": sampled}
     if student.half_rate_steps:
         found["student_sample_half_rate"] = partial(sampled, half_rate=True)
@@ -131,7 +135,7 @@ def _text_encode(mesh: Mesh) -> Program:
     return Program("text_encode", jax.jit(lambda state, *inputs: nnx.merge(graphdef, state)(*inputs)), args)
 
 
-def _student_sample(config, student: Student, model, interpolator, mesh, *, half_rate: bool = False) -> Program:
+def _student_sample(config, params, student: Student, model, interpolator, mesh, *, half_rate=False) -> Program:
     """Return the program of the student's steps at one of its rates."""
     sampling = None
     if student.half_rate_steps:
@@ -139,7 +143,6 @@ def _student_sample(config, student: Student, model, interpolator, mesh, *, half
         sampling = HalfRateSampling(student.half_rate_steps, student.half_rate_positions, module)
     sampler = StudentSampler(student.network, student.shape, timesteps=student.timesteps, half_rate=sampling)
     inputs = _samples(config, model, mesh)
-    params = shaped_params(student.network.abstract_params(), mesh)
     if half_rate:
         args = params, placed(sampler.interpolator, replicated(mesh)), *inputs
         return Program("student_sample_half_rate", sampler.first, args, resident=(0, 1))

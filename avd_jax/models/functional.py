@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from avd_jax.models.adapters import AdapterParam, Adapters, add_adapters, has_adapters
 from avd_jax.models.placement import Placement
 from avd_jax.models.wan_dit import WanDiT, WanDiTConfig
 
@@ -53,6 +54,23 @@ class Denoiser(Functional):
         return self.module(params)(xt, timesteps, **conditions, **options)
 
 
+@dataclass(frozen=True, eq=False)
+class Adaptable(Denoiser):
+    """A denoiser that runs with the adapters that its parameters have, and without if they have none.
+
+    Attributes:
+      adapted: the network with adapters.
+      new_adapters: seed -> parameters of adapters that change nothing yet; pure, to be called under `jax.jit`.
+    """
+
+    adapted: Denoiser
+    new_adapters: Callable[[int], Params]
+
+    def module(self, params: Params) -> nnx.Module:
+        """Return the module with these parameters."""
+        return self.adapted.module(params) if has_adapters(params) else super().module(params)
+
+
 def functional(module: nnx.Module) -> tuple[Functional, Params]:
     """Return a module as a function of its parameters, and these."""
     return _split(Functional, module)
@@ -75,8 +93,12 @@ def make_denoiser(
     param_dtype: str,
     remat: str,
     placement: Placement = Placement(),  # noqa: B008 - it is frozen
+    adapters: Adapters | None = None,
 ) -> Denoiser:
-    """Return a WanDiT of some sizes as a denoiser, without allocating its parameters."""
+    """Return a WanDiT of some sizes as a denoiser, without allocating its parameters.
+
+    With `adapters` it is `Adaptable`; raises a UserError as `add_adapters` does.
+    """
 
     def build() -> WanDiT:
         return WanDiT(
@@ -88,7 +110,19 @@ def make_denoiser(
             placement=placement,
         )
 
-    return denoiser(nnx.eval_shape(build))[0]
+    plain = denoiser(nnx.eval_shape(build))[0]
+    if adapters is None:
+        return plain
+
+    def adapted(seed: int = 0) -> WanDiT:
+        dit = build()
+        add_adapters(dit, adapters, nnx.Rngs(seed))
+        return dit
+
+    def new_adapters(seed: int) -> Params:
+        return nnx.to_pure_dict(nnx.state(adapted(seed), AdapterParam))
+
+    return Adaptable(plain.graphdef, plain.abstract, denoiser(nnx.eval_shape(adapted))[0], new_adapters)
 
 
 def _split(kind: type[Functional], module: nnx.Module) -> tuple[Functional, Params]:

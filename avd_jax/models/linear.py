@@ -1,4 +1,4 @@
-"""The linear layer of the transformers: products in a compute dtype, gradients of the weights summed in float32.
+"""The linear layers of the transformers: products in a compute dtype, gradients of the weights summed in float32.
 
 JAX gives a weight's gradient the dtype of the product, so with bfloat16 the devices' shares would be rounded before
 they are added up, and added up in bfloat16. Wan's and AVD's trainings reduce in float32 (FSDP's `reduce_dtype`).
@@ -14,14 +14,14 @@ from jax.custom_derivatives import SymbolicZero, linear_call
 from avd_jax.shapes import Array
 
 
-def project(equation: str, x: Array, kernel: Array, bias: Array, dtype) -> Array:
+def project(equation: str, x: Array, kernel: Array, bias: Array | None, dtype) -> Array:
     """Return `einsum(equation, x, kernel) + bias` in `dtype`.
 
     Args:
       equation: such as "bnd,dhk->bhnk"; what is not contracted of the kernel is the bias's axes.
       x: input, in any dtype.
       kernel: weights, in any dtype.
-      bias: added along the axes that the result shares with it.
+      bias: added along the axes that the result shares with it; None: nothing.
       dtype: of the product, its inputs and the sum. With float32 it is exact on every device: a TPU or GPU would
         otherwise round the inputs to fewer digits.
     """
@@ -30,7 +30,8 @@ def project(equation: str, x: Array, kernel: Array, bias: Array, dtype) -> Array
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _project(equation, dtype, x, kernel, bias):
-    return einsum(equation, x.astype(dtype), kernel.astype(dtype)) + _along(equation, bias.astype(dtype))
+    product = einsum(equation, x.astype(dtype), kernel.astype(dtype))
+    return product if bias is None else product + _along(equation, bias.astype(dtype))
 
 
 def _project_jvp(equation, dtype, primals, tangents):
@@ -60,7 +61,7 @@ def _project_jvp(equation, dtype, primals, tangents):
         change += einsum(equation, x_tangent.astype(dtype), kernel.astype(dtype))
     if type(kernel_tangent) is not SymbolicZero:
         change += linear_call(of_kernel, kernel_gradient, x.astype(dtype), kernel_tangent)
-    if type(bias_tangent) is not SymbolicZero:
+    if bias is not None and type(bias_tangent) is not SymbolicZero:
         change += linear_call(of_bias, bias_gradient, (), bias_tangent)
     return output, change
 
@@ -82,15 +83,39 @@ def _along(equation, bias):
     return bias.reshape(shape)
 
 
-class Linear(nnx.Module):
+class Projection(nnx.Module):
+    """A linear map with a bias; what the layers of the transformers have in common.
+
+    Attributes:
+      kernel, bias: weights, in any dtype.
+      dtype: of the product.
+      input_axes: how many of the kernel's first axes are summed over.
+      adapter: a correction of low rank (`models/adapters.py`), or None.
+    """
+
+    input_axes = 1
+
+    def __init__(self, shape: tuple[int, ...], *, rngs: nnx.Rngs, dtype, param_dtype):
+        axes = range(len(shape))
+        init = nnx.initializers.lecun_normal(axes[: self.input_axes], axes[self.input_axes :])
+        self.kernel = nnx.Param(init(rngs.params(), shape, param_dtype))
+        self.bias = nnx.Param(jnp.zeros(shape[self.input_axes :], param_dtype))
+        self.dtype = dtype
+        self.adapter = nnx.data(None)
+
+    def apply(self, equation: str, x: Array) -> Array:
+        """Return `project(equation, x, ...)` with the layer's weights, and what its adapter adds."""
+        y = project(equation, x, self.kernel[...], self.bias[...], self.dtype)
+        return y if self.adapter is None else y + self.adapter(equation, x, dtype=self.dtype)
+
+
+class Linear(Projection):
     """Linear map of the last axis: kernel [D F], bias [F]; see `project`."""
 
     def __init__(self, in_dim: int, out_dim: int, *, rngs: nnx.Rngs, dtype, param_dtype):
-        self.kernel = nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), (in_dim, out_dim), param_dtype))
-        self.bias = nnx.Param(jnp.zeros((out_dim,), param_dtype))
-        self.dtype = dtype
+        super().__init__((in_dim, out_dim), rngs=rngs, dtype=dtype, param_dtype=param_dtype)
 
     def __call__(self, x: Array) -> Array:
         """Return [... F] for x [... D]."""
         axes = "abceg"[: x.ndim - 1]
-        return project(f"{axes}d,df->{axes}f", x, self.kernel[...], self.bias[...], self.dtype)
+        return self.apply(f"{axes}d,df->{axes}f", x)

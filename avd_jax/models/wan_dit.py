@@ -17,7 +17,7 @@ from jaxtyping import Float
 from avd_jax.errors import UserError
 from avd_jax.models import rope
 from avd_jax.models.attention import attention, check_heads, keep_attention
-from avd_jax.models.linear import Linear, project
+from avd_jax.models.linear import Linear, Projection
 from avd_jax.models.placement import Placement, fetched
 from avd_jax.shapes import Array, Heads, Latents, PromptEmbeds, Timesteps, Tokens, typechecked
 
@@ -61,34 +61,30 @@ WAN_14B = WanDiTConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)
 WAN_MODELS = {"1.3B": WAN_1_3B, "14B": WAN_14B}
 
 
-class ProjectToHeads(nnx.Module):
+class ProjectToHeads(Projection):
     """Linear map from tokens [B N D] to heads [B H N K]: kernel [D H K], bias [H K]."""
 
     def __init__(self, config: WanDiTConfig, *, rngs: nnx.Rngs, dtype, param_dtype):
         shape = (config.dim, config.num_heads, config.head_dim)
-        init = nnx.initializers.lecun_normal(in_axis=0, out_axis=(1, 2))
-        self.kernel = nnx.Param(init(rngs.params(), shape, param_dtype))
-        self.bias = nnx.Param(jnp.zeros(shape[1:], param_dtype))
-        self.dtype = dtype
+        super().__init__(shape, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
 
     def __call__(self, x: Tokens) -> Heads:
         """Project, heads before tokens."""
-        return project("bnd,dhk->bhnk", x, self.kernel[...], self.bias[...], self.dtype)
+        return self.apply("bnd,dhk->bhnk", x)
 
 
-class ProjectFromHeads(nnx.Module):
+class ProjectFromHeads(Projection):
     """Linear map from heads [B H N K] back to tokens [B N D]: kernel [H K D], bias [D]."""
+
+    input_axes = 2
 
     def __init__(self, config: WanDiTConfig, *, rngs: nnx.Rngs, dtype, param_dtype):
         shape = (config.num_heads, config.head_dim, config.dim)
-        init = nnx.initializers.lecun_normal(in_axis=(0, 1), out_axis=2)
-        self.kernel = nnx.Param(init(rngs.params(), shape, param_dtype))
-        self.bias = nnx.Param(jnp.zeros(shape[2:], param_dtype))
-        self.dtype = dtype
+        super().__init__(shape, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
 
     def __call__(self, x: Heads) -> Tokens:
         """Project, summing over heads."""
-        return project("bhnk,hkd->bnd", x, self.kernel[...], self.bias[...], self.dtype)
+        return self.apply("bhnk,hkd->bnd", x)
 
 
 class HeadsRMSNorm(nnx.Module):

@@ -27,6 +27,8 @@ RULES: tuple[tuple[str, P], ...] = (
         r"\.((enc|dec)\d\.conv|upconv\d)\.kernel$",
         P(None, None, None, PARAMETER_AXES),
     ),  # interpolator
+    (r"\.adapter\.a$", P(PARAMETER_AXES, None)),  # in rank
+    (r"\.adapter\.b$", P(None, PARAMETER_AXES)),  # rank out
     (r"\.(bias|scale|modulation)$", P()),
 )
 LARGE_LEAF = 1 << 20  # elements; smaller leaves that no rule matches are replicated

@@ -58,6 +58,10 @@ class Trained:
     whole: Callable[[Params, Tree], Params] = _alone
     optimizer_memory: str = "device"
 
+    def parameters(self, trained: Params, frozen: Mapping[str, Tree]) -> Params:
+        """Return the parameters that functions see, from those that are trained and all that is frozen, by name."""
+        return self.whole(trained, frozen.get(self.frozen))
+
 
 @dataclass(frozen=True)
 class Frozen:

@@ -213,5 +213,6 @@ def _print_layout(assembly: Assembly) -> None:
 
 
 def _difference(before: Mapping, now: Mapping) -> str:
-    old, new = before.get("config", {}), now.get("config", {})
-    return ", ".join(f"{name} {old.get(name)} there, {new[name]} here" for name in new if old.get(name) != new[name])
+    old, new = ({**of.get("config", {}), "adapters": of.get("adapters")} for of in (before, now))
+    differing = (name for name in new if old.get(name) != new[name])
+    return ", ".join(f"{name} {old.get(name)} there, {new[name]} here" for name in differing)

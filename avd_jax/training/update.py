@@ -49,7 +49,7 @@ def make_step(method: Method, update: Update) -> Step:
         constants = _parameters(method, state, frozen) | frozen | state.extras | draws
 
         def loss_of(one: Pass, params, batch, keys):
-            whole = trained.whole(params, frozen.get(trained.frozen))
+            whole = trained.parameters(params, frozen)
             return one.loss(constants | batch | {update.network: whole, "keys": keys})
 
         losses = [partial(loss_of, one) for one in passes]
@@ -180,10 +180,7 @@ def _closure(names: Sequence[str], values: Mapping[str, Value]) -> set[str]:
 
 
 def _parameters(method: Method, state: TrainState, frozen: Mapping) -> dict:
-    return {
-        name: network.whole(state.networks[name].params, frozen.get(network.frozen))
-        for name, network in method.networks.items()
-    }
+    return {name: network.parameters(state.networks[name].params, frozen) for name, network in method.networks.items()}
 
 
 def _accumulated(losses: Sequence[Callable], params, batch: Mapping, keys, parts: int | None):

@@ -14,15 +14,16 @@ from avd_jax.diffusion.student import StudentSchedule, check_half_rate
 from avd_jax.errors import UserError
 from avd_jax.losses.adaptive_regression import LossHistory
 from avd_jax.methods import distillation, transformers
+from avd_jax.methods.adapters import BASE, StudentNetworks
 from avd_jax.methods.avd.observer import AVDObserver
 from avd_jax.methods.avd.terms import asks_for_fake_score, fake_score_update, generator_update
 from avd_jax.methods.programs import Sizes, programs, stages, unit
 from avd_jax.methods.students import Student
 from avd_jax.models.attention import check_heads
-from avd_jax.models.functional import Functional, functional, make_denoiser, unallocated
+from avd_jax.models.functional import Functional, functional, unallocated
 from avd_jax.models.interpolator import Interpolator, InterpolatorConfig
 from avd_jax.parallel.mesh import make_mesh, placed, replicated
-from avd_jax.training.method import Frozen, Method, Trained
+from avd_jax.training.method import Frozen, Method
 from avd_jax.training.optimizers import constant
 
 
@@ -41,34 +42,24 @@ def build(config, *, devices=None, video: Mapping[str, int] | None = None) -> Me
     sizes = _sizes(config, video)
     check_heads(sizes.model.num_heads, mesh.shape["seq"])
     distillation.check_texts(config)
-    make = partial(make_denoiser, sizes.model, placement=transformers.make_placement(config.attention, mesh))
-    network = make(dtype=config.compute_dtype, param_dtype="float32", remat=config.remat)
-    teacher = make(dtype=config.teacher_dtype, param_dtype=config.teacher_dtype, remat="none")
+    trainable = StudentNetworks(config, sizes.model, mesh, partial(distillation.start, config, mesh))
+    teacher = distillation.teacher_network(config, sizes.model, mesh)
     interpolator = _interpolator(sizes.interpolator) if config.half_rate.steps else None
     student = Student(
-        network=network,
+        network=trainable.network,
         timesteps=StudentSchedule(tuple(config.student.timesteps)).timesteps,
         shape=sizes.shapes[0],
         half_rate_steps=config.half_rate.steps,
         half_rate_positions=config.half_rate.positions,
         interpolator=interpolator,
     )
-    start = partial(distillation.start, config, mesh)
-    settings = config.optimizer
-    networks = {
-        "generator": Trained(
-            network.abstract_params(),
-            start,
-            constant(settings, settings.learning_rate),
-            (lambda step: config.ema_decay) if config.ema_decay else None,
-            optimizer_memory=settings.memory,
-        )
-    }
-    updates, frozen = (generator_update(config, student, teacher),), {}
+    settings, ema_decay = config.optimizer, (lambda step: config.ema_decay) if config.ema_decay else None
+    generator = trainable.trained("generator", constant(settings, settings.learning_rate), ema_decay)
+    networks, updates = {"generator": generator}, (generator_update(config, student, teacher),)
     teacher_parts = distillation.teacher_parts(config, sizes.model, teacher, mesh)
+    frozen = {BASE: teacher_parts[BASE]} if trainable.needs_base(networks) else {}
     if asks_for_fake_score(config.loss):
-        rate = constant(settings, settings.fake_score_learning_rate)
-        networks["fake_score"] = Trained(network.abstract_params(), start, rate, optimizer_memory=settings.memory)
+        networks["fake_score"] = trainable.trained("fake_score", constant(settings, settings.fake_score_learning_rate))
         updates, frozen = (fake_score_update(config, student), *updates), dict(teacher_parts)
     if interpolator is not None:
         frozen["interpolator"] = _interpolator_part(config, interpolator, mesh)
@@ -93,9 +84,9 @@ def build(config, *, devices=None, video: Mapping[str, int] | None = None) -> Me
             half_rate_positions=config.half_rate.positions,
         ),
         inputs=partial(_inputs, config),
-        observer=partial(AVDObserver, config, student, teacher, teacher_parts, sizes.model, info, mesh),
-        unit=partial(unit, network, sizes.model),
-        programs=programs(config, student, teacher, teacher_parts, set(frozen), sizes, mesh),
+        observer=partial(AVDObserver, config, generator, student, teacher, teacher_parts, sizes.model, info, mesh),
+        unit=partial(unit, trainable.network, sizes.model),
+        programs=programs(config, generator, student, teacher, teacher_parts, set(frozen), sizes, mesh),
         stages=stages(config),
     )
 

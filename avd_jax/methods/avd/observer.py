@@ -10,8 +10,9 @@ from avd_jax.training.method import Surroundings
 class AVDObserver(DistillationObserver):
     """Copies the frame interpolator to the run, for its student to find."""
 
-    def __init__(self, config, student, teacher, teacher_parts, model, info, mesh, surroundings: Surroundings, frozen):
-        """Arguments as in `DistillationObserver`."""
+    def __init__(self, config, *arguments):
+        """Arguments as in `DistillationObserver`, the surroundings last but one."""
+        surroundings: Surroundings = arguments[-2]
         if config.half_rate.interpolator and is_first():
             write_interpolator(convert.load_interpolator(config.half_rate.interpolator), surroundings.workdir)
-        super().__init__(config, student, teacher, teacher_parts, model, info, mesh, surroundings, frozen)
+        super().__init__(config, *arguments)
