@@ -13,6 +13,7 @@ from avd_jax.diffusion.student import HALF_RATE_POSITIONS
 from avd_jax.errors import UserError, closest, report_user_errors
 from avd_jax.fields import Fields, check_names, describe, flags_parser
 from avd_jax.generation.settings import DTYPES, SOLVERS
+from avd_jax.models.low_bit import KINDS
 from avd_jax.models.vae_tiles import MEMORY_GIB
 from avd_jax.parallel.compiler import keep_programs
 from avd_jax.parallel.hosts import connect, leaving_at_once
@@ -161,6 +162,7 @@ def define_sampling() -> tuple[tuple[str, ...], Callable[[], dict]]:
         flags.DEFINE_integer("width", None, f"Pixels, a multiple of 16. {made_for} 832."),
         flags.DEFINE_float("fps", None, f"Frames per second. {made_for} 16."),
         flags.DEFINE_enum("dtype", None, DTYPES, "Of the networks, VAE excepted. Default: bfloat16, on a CPU float32."),
+        flags.DEFINE_enum("weights_dtype", None, KINDS, "8 bits for the transformer's weights. Default: as --dtype."),
     )
     for flag in given:
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[flag.name])  # --help shows it as the script's

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from training_cases import (
     LATENTS_SHAPE,
-    LinearNetwork,
     linear_network,
     linear_params,
     make_batch,
     make_frozen,
     start_state,
+    use_linear_network,
     write_inputs,
 )
 
@@ -29,7 +29,7 @@ from avd_jax.methods.rcm.terms import counts, fake_score_update, generator_updat
 from avd_jax.methods.students import Student
 from avd_jax.models.wan_dit import WanDiTConfig
 from avd_jax.parallel.hosts import to_host
-from avd_jax.parallel.mesh import make_mesh, replicated
+from avd_jax.parallel.mesh import make_mesh
 from avd_jax.training import trainer
 from avd_jax.training.assembly import Assembly
 from avd_jax.training.method import Method, Trained
@@ -197,11 +197,7 @@ def test_the_presets_hold(name):
 
 
 def test_a_run_that_stops_in_its_warm_up_ends_with_the_same_bits(tmp_path, monkeypatch):
-    def load_params(path, dtype, mesh, memory="device", *, which=""):
-        return jax.tree.map(lambda leaf: jax.device_put(np.asarray(leaf), replicated(mesh)), linear_params())
-
-    monkeypatch.setattr(method, "make_denoiser", LinearNetwork)
-    monkeypatch.setattr(transformers, "load_params", load_params)
+    use_linear_network(monkeypatch.setattr)
     monkeypatch.setattr(method, "make_mesh", lambda **sizes: make_mesh(**sizes | {"devices": jax.devices()[:1]}))
     inputs = write_inputs(tmp_path)
 

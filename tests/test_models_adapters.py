@@ -58,7 +58,8 @@ def test_new_adapters_change_no_bit():
     base, run = base_params(jnp.bfloat16), network(dtype="bfloat16")
     adapters = jax.jit(lambda: run.new_adapters(3))()
     both = joined(adapters, base)
-    assert has_adapters(both) and not has_adapters(base)
+    assert has_adapters(both)
+    assert not has_adapters(base)
     assert both["blocks"]["self_attn"]["q"]["kernel"] is base["blocks"]["self_attn"]["q"]["kernel"]
     run = jax.jit(run)
     np.testing.assert_array_equal(run(both, *inputs()), run(base, *inputs()))
@@ -66,7 +67,8 @@ def test_new_adapters_change_no_bit():
     assert all(np.all(leaf == 0) == path.endswith(".b") for path, leaf in flat.items())
     a = np.asarray(flat["blocks.ffn_2.adapter.a"])
     assert a.shape == (2, 40, 4)
-    assert np.abs(a).max() <= 40**-0.5 and a.std() == pytest.approx(120**-0.5, rel=0.1)
+    assert np.abs(a).max() <= 40**-0.5
+    assert a.std() == pytest.approx(120**-0.5, rel=0.1)
     assert not np.array_equal(a[0], a[1])
 
 
@@ -117,7 +119,7 @@ def test_the_14b_model_has_307_million_at_rank_64():
 
 
 @pytest.mark.parametrize(
-    "adapters, message",
+    ("adapters", "message"),
     [
         (Adapters(4, 1.0, ("selfattn",)), r"targets: no layer is called 'selfattn' \(did you mean 'self_attn\.\w'\?\)"),
         (

@@ -13,6 +13,7 @@ from training_cases import make_config, make_method, start_state
 
 from avd_jax.convert import flat_state
 from avd_jax.errors import UserError
+from avd_jax.models.adapters import Adapters, joined
 from avd_jax.models.functional import make_denoiser
 from avd_jax.models.interpolator import Interpolator, InterpolatorConfig
 from avd_jax.models.wan_dit import WAN_1_3B, WAN_14B
@@ -27,16 +28,21 @@ def mesh(*, fsdp, data=1, seq=1):
 
 
 @functools.cache
-def state(config):
-    """The shapes of the whole training state of a model."""
-    abstract = make_denoiser(config, dtype="bfloat16", param_dtype="float32", remat="none").abstract_params()
+def state(config, rank=0):
+    """The shapes of the whole training state of a model, or of adapters over it."""
+    adapters = Adapters(rank, 1.0) if rank else None
+    network = make_denoiser(config, dtype="bfloat16", param_dtype="float32", remat="none", adapters=adapters)
+    abstract = jax.eval_shape(lambda: network.new_adapters(0)) if rank else network.abstract_params()
     method = make_method(make_config(ema_decay=0.99), abstract=abstract)
     return jax.eval_shape(lambda params: start_state(method, params), abstract)
 
 
-@pytest.mark.parametrize(("config", "fsdp", "seq"), [(WAN_1_3B, 8, 1), (WAN_1_3B, 16, 4), (WAN_14B, 16, 8)])
-def test_everything_large_is_cut_into_as_many_parts_as_there_are_devices(config, fsdp, seq):
-    tree, shards = state(config), fsdp * seq
+@pytest.mark.parametrize(
+    ("config", "rank", "fsdp", "seq"),
+    [(WAN_1_3B, 0, 8, 1), (WAN_1_3B, 0, 16, 4), (WAN_14B, 0, 16, 8), (WAN_1_3B, 64, 16, 4), (WAN_14B, 64, 8, 2)],
+)
+def test_everything_large_is_cut_into_as_many_parts_as_there_are_devices(config, rank, fsdp, seq):
+    tree, shards = state(config, rank), fsdp * seq
     specs = tree_shardings(tree, mesh(fsdp=fsdp, seq=seq))
     seen, per_device, whole = set(), 0, 0
     for (keys, leaf), sharding in zip(jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(specs), strict=True):
@@ -71,7 +77,7 @@ def test_the_layer_axis_stays_whole():
 
 
 def test_every_rule_is_used():
-    params = state(WAN_1_3B).networks["generator"].params
+    params = joined(state(WAN_1_3B, 64).networks["generator"].params, state(WAN_1_3B).networks["generator"].params)
     paths = [f".{dotted(keys)}" for keys, _ in jax.tree_util.tree_leaves_with_path(params)]
     interpolator = nnx.eval_shape(lambda: Interpolator(InterpolatorConfig(), nnx.Rngs(0)))
     paths += [f".{path}" for path in flat_state(nnx.state(interpolator))]

@@ -19,7 +19,10 @@ from avd_jax.parallel.topology import topology_devices, tpu_devices
     [
         ("v5e-16", "--topology v5e-16: there is no such slice; there are v5e:2x2, v5e:2x4, v5e:4x4"),
         ("v5e", "there are v5e:2x2"),
-        ("v5f:4x4", "name one like v5e:4x4, v5p:2x2x4 or h100:8, of v4, v5e, v5p, v6e, h100, h200, a100, l40s"),
+        (
+            "v5f:4x4",
+            "name one like v5e:4x4, v5p:2x2x4 or h100:8, of v4, v5e, v5p, v6e, h100, h200, a100, l40s, rtx4090",
+        ),
         ("h10:8", "(did you mean 'h100'?)"),
         ("", "name one like v5e:4x4"),
         ("h100", "there are no such GPUs; there are h100:1, h100:8, and of several hosts h100:2x8, ..."),

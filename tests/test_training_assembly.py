@@ -91,7 +91,7 @@ def test_every_program_of_a_run_with_half_rate_steps_can_be_traced(inputs):
     names = assembly.program_names()
     assert names == [
         *("generator_step", "fake_score_step", "student_sample", "student_sample_half_rate", "teacher_sample"),
-        *("vae_decode", "vae_encode", "forward"),
+        *("vae_decode", "vae_encode", "forward", "generate_int8", "generate_fp8"),
     ]
     assert all(expected_flops(assembly.program(name)) > 0 for name in names)
 

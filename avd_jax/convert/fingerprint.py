@@ -5,6 +5,8 @@ import math
 
 import numpy as np
 
+from avd_jax.convert.weights import Weights
+
 # A fine-tune changes nearly every leaf, but one merged from low-rank factors may change attention only.
 _TELLING_LEAF = "blocks.self_attn.q.kernel"
 _SMALL_LEAF = 1 << 20  # elements
@@ -12,12 +14,10 @@ _MOST_LEAVES = 32
 _MOST_VALUES = 1 << 20
 
 
-def fingerprint(weights, telling_leaf: str = _TELLING_LEAF) -> str:
+def fingerprint(weights: Weights, telling_leaf: str = _TELLING_LEAF) -> str:
     """Return a short text that identifies a network's weights, in whatever layout they are stored, read from a few.
 
-    Args:
-      weights: opened, see `convert/weights.py`.
-      telling_leaf: path of a large leaf that is read too, if there is one.
+    `telling_leaf` is the path of a large leaf that is read too, if there is one.
     """
     small = sorted(path for path, leaf in weights.leaves.items() if math.prod(leaf.shape) <= _SMALL_LEAF)
     chosen = small[:: math.ceil(len(small) / _MOST_LEAVES) or 1]

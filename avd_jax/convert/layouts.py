@@ -62,7 +62,7 @@ class OrbaxTree:
       record: name and sizes of the network, as `Architecture.record` gives them.
       source: the file that the record was read from, for messages.
       several_networks: whether the folder is an item of a training checkpoint.
-      adapters: what the run recorded of its adapters (`convert/adapted.py`), if the folder has these alone.
+      adapters: what the run recorded of its adapters (`convert/on_base.py`), if the folder has these alone.
     """
 
     folder: Path

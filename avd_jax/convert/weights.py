@@ -11,17 +11,16 @@ import numpy as np
 from flax import nnx
 
 from avd_jax.convert import orbax_io
-from avd_jax.convert.adapted import LINK, AdaptedWeights
 from avd_jax.convert.architectures import WAN_DIT, Architecture, in_native_names, matching_keys
 from avd_jax.convert.engine import leaf_from_torch, read_shards, resolve, source_shapes
 from avd_jax.convert.files import TensorFile, is_matrix, open_files, tensors_of
-from avd_jax.convert.fingerprint import fingerprint
 from avd_jax.convert.hub import fetched
 from avd_jax.convert.layouts import OrbaxTree, TorchFiles, find_weights, read_json
 from avd_jax.convert.networks import DEFAULT, is_causal, network_in, note_causal
+from avd_jax.convert.on_base import OnBase
 from avd_jax.convert.state import flat_state, from_flat
 from avd_jax.errors import UserError, closest
-from avd_jax.paths import any_path, hub_name, is_bucket
+from avd_jax.paths import is_bucket
 
 Sharding = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 
@@ -69,28 +68,9 @@ def open_weights(path: str | Path, architecture: Architecture, key: str = DEFAUL
         if key not in (DEFAULT, "") and strict and not found.several_networks:
             raise UserError(f"{path}: holds no {key!r}, but one network only; leave --which out")
         if found.adapters is not None:
-            return AdaptedWeights(found, architecture, _base_of(found, architecture))
+            return OnBase(found, architecture)
         return OrbaxWeights(found, architecture)
     return TorchWeights(found, architecture, key, asked=str(path), strict=strict)
-
-
-def _base_of(tree: OrbaxTree, architecture: Architecture) -> Weights:
-    """Open the weights that adapters were trained over (UserError if they are not there, or are others)."""
-    run = tree.folder.parents[2]
-    named, moved = tree.adapters["path"], run / LINK
-    path = str(moved) if moved.exists() else named
-    if hub_name(path) is None and not any_path(path).exists():
-        raise UserError(
-            f"{run}: has adapters over the weights {named}, which are not there; put them back, or link {moved} to "
-            "where they lie now"
-        )
-    base = open_weights(path, architecture, tree.adapters["which"] or DEFAULT)
-    if fingerprint(base) != tree.adapters["fingerprint"]:
-        raise UserError(
-            f"{run}: has adapters over other weights than those in {path}; link {moved} to those that its training "
-            f"began with ({named})"
-        )
-    return base
 
 
 def load_module(

@@ -11,7 +11,6 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
 
 from avd_jax.convert.weights import load_module, lossless_dtype
 from avd_jax.data.encoding import text_encoder
@@ -23,11 +22,9 @@ from avd_jax.diffusion.unipc import unipc_sample
 from avd_jax.errors import UserError
 from avd_jax.generation.pipeline import sample_keys
 from avd_jax.generation.run import Opened
+from avd_jax.generation.sampling import load_transformer
 from avd_jax.generation.settings import Job
-from avd_jax.models.functional import denoiser
-from avd_jax.models.placement import Placement
-from avd_jax.parallel.mesh import BATCH_AXES, batch_sharding, make_mesh, replicated
-from avd_jax.parallel.rules import spec_for
+from avd_jax.parallel.mesh import batch_sharding, make_mesh, replicated
 from avd_jax.shapes import Array
 
 
@@ -62,13 +59,7 @@ def steps_of(opened: Opened, jobs: Sequence[Job], *, batch_size: int, fsdp: int 
     if shape[0] < 2:
         raise UserError(f"--frames {settings.frames}: is one latent frame, which has no neighbour; give more")
     texts = _embeddings(opened, [job.prompt for job in jobs])
-    dit = load_module(
-        opened.parts.transformer,
-        jnp.dtype(settings.dtype),
-        lambda path, leaf: NamedSharding(mesh, spec_for(path, leaf, mesh)),
-    )
-    dit.placement = Placement(mesh=mesh, batch_axes=BATCH_AXES, sequence_axis="seq")
-    network, params = denoiser(dit)
+    network, params = load_transformer(opened.parts, settings, mesh)
     seen: list[tuple[float, np.ndarray]] = []
 
     def note(timestep, similarities) -> None:

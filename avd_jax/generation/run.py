@@ -28,6 +28,7 @@ from avd_jax.generation.prompt_cache import PromptCache, cache_key
 from avd_jax.generation.sampling import sample_videos
 from avd_jax.generation.settings import Job, Settings, to_record
 from avd_jax.generation.weights import Parts, open_parts
+from avd_jax.models.low_bit import check_device
 from avd_jax.models.vae_tiles import MEMORY_GIB
 from avd_jax.parallel.hosts import from_first, is_first
 from avd_jax.parallel.memory import fitting
@@ -80,8 +81,11 @@ def open_for(settings: Settings, texts: Sequence[str], *, fingerprints: Mapping[
       fingerprints: what the weights must be, to make a video again; None for any.
 
     Raises:
-      UserError: weights that are missing or do not fit, or a size that the networks cannot make.
+      UserError: weights that are missing or do not fit, a size that the networks cannot make, or devices without
+        numbers of the settings' weights_dtype.
     """
+    if settings.weights_dtype:
+        check_device(settings.weights_dtype, jax.devices()[0])
     parts = open_parts(settings)
     configs = {"dit": parts.transformer.config, "vae": parts.vae.config}
     shape = latents_shape(frames=settings.frames, height=settings.height, width=settings.width, **configs)

@@ -19,6 +19,7 @@ from avd_jax.convert.weights import load_module, lossless_dtype
 from avd_jax.data.encoding import TextEncoder, text_encoder, video_decoder
 from avd_jax.data.latents import pad_prompt_embeds
 from avd_jax.errors import UserError, note
+from avd_jax.generation.low_bit import load_low_bit
 from avd_jax.generation.pipeline import (
     HalfRateSampling,
     LatentsShape,
@@ -189,7 +190,7 @@ class _Sampler:
 
     def _load(self) -> None:
         settings, parts, mesh = self._settings, self._parts, self._mesh
-        network, self._params = load_transformer(parts, settings.dtype, mesh)
+        network, self._params = load_transformer(parts, settings, mesh)
         if self._sample is not None:
             return
         if self._on_step is not None:
@@ -205,11 +206,17 @@ class _Sampler:
         return jax.device_put({"prompt_embeds": embeds}, sharding)
 
 
-def load_transformer(parts: Parts, dtype: str, mesh: Mesh) -> tuple[Denoiser, Params]:
+def load_transformer(parts: Parts, settings: Settings, mesh: Mesh) -> tuple[Denoiser, Params]:
     """Return the network and its parameters, which the mesh's fsdp axis shares out."""
-    dit = load_module(
-        parts.transformer, jnp.dtype(dtype), lambda path, leaf: NamedSharding(mesh, spec_for(path, leaf, mesh))
-    )
+    dtype = jnp.dtype(settings.dtype)
+
+    def sharding(path: str, shape: tuple[int, ...]) -> NamedSharding:
+        return NamedSharding(mesh, spec_for(path, shape, mesh))
+
+    if settings.weights_dtype:
+        dit = load_low_bit(parts.transformer, dtype, settings.weights_dtype, sharding)
+    else:
+        dit = load_module(parts.transformer, dtype, sharding)
     dit.placement = Placement(mesh=mesh, batch_axes=BATCH_AXES, sequence_axis="seq")
     return denoiser(dit)
 

@@ -27,6 +27,7 @@ from avd_jax.diffusion.student import (
 from avd_jax.diffusion.unipc import unipc_schedule
 from avd_jax.errors import UserError, closest
 from avd_jax.generation.pipeline import MAX_SEED
+from avd_jax.models.low_bit import KINDS
 from avd_jax.paths import any_path, weights_path
 
 SOLVERS = ("student", "unipc")
@@ -55,6 +56,7 @@ class Options:
       half_rate_positions: of the frames in the rotary embedding at these steps, a key of HALF_RATE_POSITIONS.
       frames, height, width, fps: of the videos.
       dtype: in which transformer and text encoder compute.
+      weights_dtype: in which the transformer's blocks are held, a key of `low_bit.KINDS`; None: `dtype`.
     """
 
     weights: str | None = None
@@ -72,6 +74,7 @@ class Options:
     width: int | None = None
     fps: float | None = None
     dtype: str | None = None
+    weights_dtype: str | None = None
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,7 @@ class Settings:
     dtype: str
     half_rate_steps: int = 0
     half_rate_positions: str | None = None
+    weights_dtype: str | None = None
 
     def __post_init__(self):
         for name in ("frames", "height", "width", "steps"):
@@ -107,6 +111,8 @@ class Settings:
         _check("fps", self.fps, 0.1 <= self.fps <= 1000, "give a number from 0.1 to 1000")
         _check("solver", self.solver, self.solver in SOLVERS, f"give one of {', '.join(SOLVERS)}")
         _check("dtype", self.dtype, self.dtype in DTYPES, f"give one of {', '.join(DTYPES)}")
+        kinds = f"give one of {', '.join(KINDS)}, or leave it out"
+        _check("weights_dtype", self.weights_dtype, self.weights_dtype in (None, *KINDS), kinds)
         if self.half_rate_steps:
             what = f"give one of {', '.join(HALF_RATE_POSITIONS)}"
             _check(
@@ -125,6 +131,8 @@ class Settings:
         left_out = ["weights", "checkpoint"]
         if not self.half_rate_steps:  # as if there were no such steps
             left_out += ["half_rate_steps", "half_rate_positions"]
+        if self.weights_dtype is None:
+            left_out.append("weights_dtype")
         counted = {name: value for name, value in asdict(self).items() if name not in left_out}
         text = json.dumps({**counted, "fingerprints": dict(fingerprints)}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:8]
@@ -171,6 +179,7 @@ def resolve(options: Options, *, note: Callable[[str], object] = print) -> Setti
         "which": options.which or DEFAULT,
         "solver": solver,
         "dtype": dtype,
+        "weights_dtype": options.weights_dtype,
         **size,
     }
     if solver == "student":
@@ -253,7 +262,8 @@ def from_record_file(path: str, *, weights: str | None, checkpoint: str | None) 
     hints = typing.get_type_hints(Settings) | {"timesteps": list[Number]}  # JSON has no tuples
     expected = {"prompt": str, "seed": int, "settings": dict, "fingerprints": dict[str, str]}
     _check_entries(path, record, expected)
-    entries = {"half_rate_steps": 0, "half_rate_positions": None} | record["settings"]  # older ones have neither
+    older = {"half_rate_steps": 0, "half_rate_positions": None, "weights_dtype": None}  # which had none of these
+    entries = older | record["settings"]
     moved = {"weights": weights, "checkpoint": checkpoint}
     entries |= {name: weights_path(value) for name, value in moved.items() if value}
     _check_entries(path, entries, hints)

@@ -32,7 +32,7 @@ from avd_jax.generation.sampling import (
     text_encoder_of,
     texts_of,
 )
-from avd_jax.generation.settings import Job
+from avd_jax.generation.settings import Job, Settings
 from avd_jax.models.functional import Denoiser, Params
 from avd_jax.models.vae_tiles import MEMORY_GIB
 from avd_jax.models.wan_dit import WanDiTConfig
@@ -54,6 +54,11 @@ class _Transformer:
     programs: OrderedDict
 
 
+def _way(settings: Settings) -> tuple[str, str | None]:
+    """Return by what transformers are told apart, whatever their weights."""
+    return settings.solver, settings.weights_dtype
+
+
 class WarmModels:
     """Networks that stay loaded; it makes one video at a time, and is not for several threads."""
 
@@ -66,13 +71,13 @@ class WarmModels:
         """
         self._prompt_cache, self._vae_gib = prompt_cache, vae_gib
         self._on_step: Callable[[], object] = lambda: None
-        self._transformers: dict[str, _Transformer] = {}
+        self._transformers: dict[tuple[str, str | None], _Transformer] = {}
         self._encoder: TextEncoder | None = None
         self._decode: Callable | None = None
 
     def has(self, opened: Opened) -> bool:
         """Whether the transformer that the settings need is in memory."""
-        there = self._transformers.get(opened.settings.solver)
+        there = self._transformers.get(_way(opened.settings))
         return there is not None and there.made_of == opened.fingerprints["transformer"]
 
     def leave(self) -> None:
@@ -154,15 +159,15 @@ class WarmModels:
         return self._encoder
 
     def _transformer(self, opened: Opened, mesh: Mesh) -> _Transformer:
-        solver, made_of = opened.settings.solver, opened.fingerprints["transformer"]
+        way, made_of = _way(opened.settings), opened.fingerprints["transformer"]
         config = opened.parts.transformer.config
-        there = self._transformers.get(solver)
+        there = self._transformers.get(way)
         if there is None or there.made_of != made_of:
-            network, params = load_transformer(opened.parts, opened.settings.dtype, mesh)
+            network, params = load_transformer(opened.parts, opened.settings, mesh)
             programs = OrderedDict()
             if there is not None and there.config == config:  # compiled programs serve for the new weights
                 network, programs = there.network, there.programs
-            there = self._transformers[solver] = _Transformer(made_of, config, network, params, programs)
+            there = self._transformers[way] = _Transformer(made_of, config, network, params, programs)
         return there
 
     def _program(self, transformer: _Transformer, opened: Opened, mesh: Mesh) -> Callable:

@@ -19,7 +19,7 @@ from avd_jax.training.method import Trained
 BASE = "teacher"  # the entry of `Method.frozen` that adapters stand on
 NETWORKS = {"both": ("generator", "fake_score"), "generator": ("generator",), "fake_score": ("fake_score",)}
 
-LORA_FIELDS: Fields = {
+ADAPTER_FIELDS: Fields = {
     "lora.rank": Field(
         0,
         "rank of adapters that are trained over the teacher's weights, of which no network has a copy; 0: none",
@@ -40,7 +40,7 @@ def adapters_of(config) -> Adapters | None:
 
 
 def record(config) -> dict:
-    """Return what checkpoints say of the adapters of a run that has some (`convert/adapted.py` reads it)."""
+    """Return what checkpoints say of the adapters of a run that has some (`convert/on_base.py` reads it)."""
     lora = config.lora
     names = {"targets": list(lora.targets), "networks": list(NETWORKS[lora.networks])}
     return {"rank": lora.rank, "alpha": float(lora.alpha), **names}

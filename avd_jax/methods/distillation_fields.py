@@ -1,7 +1,7 @@
 """The fields that the methods share which distil a Wan transformer into a few-step student."""
 
 from avd_jax.fields import Field, Fields, all_local, at_least, band, finite, not_negative, one_of, positive, weights
-from avd_jax.methods.adapters import LORA_FIELDS
+from avd_jax.methods.adapters import ADAPTER_FIELDS
 from avd_jax.methods.transformers import ATTENTION_FIELDS, DTYPES, REMAT, WHICH_FIELDS, sets
 from avd_jax.models.vae_tiles import MEMORY_GIB
 from avd_jax.models.wan_dit import REMAT_POLICIES, WAN_MODELS
@@ -62,7 +62,7 @@ DISTILLATION_FIELDS: Fields = {
     "remat": Field(
         "block", "what the backward pass keeps of a block: " + ", ".join(REMAT_POLICIES), REMAT, changeable=True
     ),
-    **LORA_FIELDS,
+    **ADAPTER_FIELDS,
     **MESH_FIELDS,
     **ATTENTION_FIELDS,
     "meters.temporal_variance": Field(

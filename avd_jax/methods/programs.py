@@ -18,12 +18,13 @@ from avd_jax.generation.pipeline import HalfRateSampling, LatentsShape, StudentS
 from avd_jax.methods.samples import own_device
 from avd_jax.methods.students import Student
 from avd_jax.methods.transformers import abstract_conditions, make_placement, shaped_params
-from avd_jax.models.functional import Denoiser, make_denoiser
+from avd_jax.models.functional import Denoiser, denoiser, make_denoiser
 from avd_jax.models.interpolator import Interpolator, InterpolatorConfig
+from avd_jax.models.low_bit import KINDS, low_bit
 from avd_jax.models.umt5 import UMT5Config, UMT5Encoder
-from avd_jax.models.wan_dit import WanDiTConfig
+from avd_jax.models.wan_dit import WanDiT, WanDiTConfig
 from avd_jax.models.wan_vae import WanVAE, WanVAEConfig, computing_in
-from avd_jax.parallel.mesh import filled_up, placed, replicated
+from avd_jax.parallel.mesh import filled_up, make_mesh, placed, replicated
 from avd_jax.training.method import BatchField, Frozen, Trained
 
 TEXTS_AT_ONCE = 8  # that scripts/encode.py gives to the text encoder
@@ -80,7 +81,8 @@ def programs(
 
     `teacher_sample`, `student_sample`, `student_sample_half_rate` and `vae_decode` make the sample videos of a run;
     `text_encode` is umT5-XXL on one device, and `vae_encode` makes a clip of the run's data; `forward` is one
-    evaluation of the transformer on one example with half-precision weights.
+    evaluation of the transformer on one example with half-precision weights; `generate_int8` and `generate_fp8` make
+    one video of the student on one device with weights of 8 bits (`generate.py --weights_dtype`).
 
     Args:
       config: of `config.FIELDS`.
@@ -105,7 +107,8 @@ def programs(
     found["vae_encode"] = partial(_vae_encode, max(sizes.shapes, key=math.prod), mesh)
     if model.text_dim == UMT5Config().dim:
         found["text_encode"] = partial(_text_encode, mesh)
-    return found | {"forward": partial(_forward, config, shape, model, mesh)}
+    found["forward"] = partial(_forward, config, shape, model, mesh)
+    return found | {f"generate_{kind}": partial(_generate, config, student, model, kind, mesh) for kind in KINDS}
 
 
 def _samples(config, model: WanDiTConfig, mesh: Mesh) -> tuple:
@@ -191,3 +194,19 @@ def _forward(config, shape: LatentsShape, model, mesh) -> Program:
     args = shaped_params(network.abstract_params(), mesh), latents, times
     conditions = abstract_conditions(1, model, "bfloat16", everywhere)
     return Program("forward", jax.jit(lambda params, *inputs: network(params, *inputs)), (*args, conditions))
+
+
+def _generate(config, student: Student, model, kind: str, mesh) -> Program:
+    """Return the program of one video of the student with weights of 8 bits, on one device."""
+    own = make_mesh(devices=mesh.devices.flat[:1])
+    placement, dtype = make_placement(config.attention, own), jnp.bfloat16
+
+    def build() -> WanDiT:
+        return WanDiT(model, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype, placement=placement)
+
+    network, _ = denoiser(low_bit(build, kind)[0])
+    sampler = StudentSampler(network, student.shape, timesteps=student.timesteps)
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1))
+    conditions = abstract_conditions(1, model, "float32", replicated(own))
+    args = *placed((network.abstract_params(), keys), replicated(own)), conditions
+    return Program(f"generate_{kind}", sampler.rest, args)

@@ -93,7 +93,7 @@ def add_adapters(network: nnx.Module, adapters: Adapters, rngs: nnx.Rngs) -> Non
     Raises:
       UserError: a target that no layer has, or a rank that is larger than a matrix.
     """
-    layers = dict(_projections(network))
+    layers = dict(projections(network))
     chosen = dict.fromkeys(name for target in adapters.targets for name in _named(target, layers))
     if not chosen:
         raise UserError("targets=() names no layer; take some of " + ", ".join(TARGETS))
@@ -127,7 +127,8 @@ def product(a: Array, b: Array, *, scale: float, shape: tuple[int, ...]) -> Arra
     return (scale * made).reshape(shape)
 
 
-def _projections(network: nnx.Module) -> Iterator[tuple[str, Projection]]:
+def projections(network: nnx.Module) -> Iterator[tuple[str, Projection]]:
+    """Yield (dotted name, layer) of every linear layer."""
     for path, module in nnx.iter_modules(network):
         if isinstance(module, Projection):
             yield ".".join(map(str, path)), module

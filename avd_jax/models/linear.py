@@ -90,6 +90,7 @@ class Projection(nnx.Module):
       kernel, bias: weights, in any dtype.
       dtype: of the product.
       input_axes: how many of the kernel's first axes are summed over.
+      scale: of each output, if the kernel is in 8 bits (`models/low_bit.py`), or None.
       adapter: a correction of low rank (`models/adapters.py`), or None.
     """
 
@@ -101,11 +102,17 @@ class Projection(nnx.Module):
         self.kernel = nnx.Param(init(rngs.params(), shape, param_dtype))
         self.bias = nnx.Param(jnp.zeros(shape[self.input_axes :], param_dtype))
         self.dtype = dtype
-        self.adapter = nnx.data(None)
+        self.scale = self.adapter = nnx.data(None)
 
     def apply(self, equation: str, x: Array) -> Array:
         """Return `project(equation, x, ...)` with the layer's weights, and what its adapter adds."""
-        y = project(equation, x, self.kernel[...], self.bias[...], self.dtype)
+        if self.scale is None:
+            y = project(equation, x, self.kernel[...], self.bias[...], self.dtype)
+        else:
+            # Else the TPU compiler widens the kernels of all layers at once, before the loop over them.
+            kernel = jax.lax.optimization_barrier(self.kernel[...])
+            y = project(equation, x, kernel, None, self.dtype) * _along(equation, self.scale[...])
+            y = (y + _along(equation, self.bias[...])).astype(self.dtype)
         return y if self.adapter is None else y + self.adapter(equation, x, dtype=self.dtype)
 
 

@@ -1,7 +1,7 @@
 """NVIDIA GPUs that are not there, as devices to compile for: XLA's CUDA compiler needs neither GPU nor driver.
 
 What the compiler would ask a GPU is told by a description, XLA's `GpuTargetConfigProto` as text. The numbers of a GPU
-are those of XLA's own `xla/backends/gpu/target_config/specs`, those of the L40S from CUDA's deviceQuery.
+are those of XLA's own `xla/backends/gpu/target_config/specs`; L40S and RTX 4090 are from CUDA's deviceQuery.
 """
 
 import importlib.util
@@ -72,6 +72,12 @@ GPUS = {
         **{"capability": (8, 9), "accelerated": False, "cores": 142, "fpus": 128, "threads": 1536, "links": 0},
         **{"shared_memory": 102400, "l2_cache": 100663296, "gigahertz": 2.52},
         **{"memory": 47803596800, "bandwidth": 864000000000},
+    ),
+    "rtx4090": Gpu(
+        "NVIDIA GeForce RTX 4090",
+        **{"capability": (8, 9), "accelerated": False, "cores": 128, "fpus": 128, "threads": 1536, "links": 0},
+        **{"shared_memory": 102400, "l2_cache": 75497472, "gigahertz": 2.52},
+        **{"memory": 25393692672, "bandwidth": 1008096000000},
     ),
 }
 
