@@ -9,6 +9,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from avd_jax import methods
+from avd_jax.convert.adapters import named_adapters, spelled
 from avd_jax.diffusion.student import HALF_RATE_POSITIONS
 from avd_jax.errors import UserError, closest, report_user_errors
 from avd_jax.fields import Fields, check_names, describe, flags_parser
@@ -149,6 +150,7 @@ def define_sampling() -> tuple[tuple[str, ...], Callable[[], dict]]:
     given = (
         flags.DEFINE_enum("solver", None, SOLVERS, "Default: student with a --checkpoint, else unipc."),
         define_which(),
+        define_lora(),
         flags.DEFINE_integer("steps", None, "Steps of unipc. Default: 50. Or fewer of a student that serves them."),
         flags.DEFINE_float("shift", None, "Timestep shift of unipc. Default: 5."),
         flags.DEFINE_float("guidance_scale", None, "Guidance of unipc, Wan's convention. Default: 5."),
@@ -174,6 +176,29 @@ def define_which() -> flags.FlagHolder:
     flag = flags.DEFINE_string(
         "which", None, "Network, where there are several: ema of a run, or its name in a file. Default: generator."
     )
+    flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[flag.name])  # --help shows it as the script's
+    return flag
+
+
+class _LoraParser(flags.ArgumentParser):
+    """Reads a flag that names adapters."""
+
+    syntactic_help = "adapters, FILE[:STRENGTH] separated by commas"
+
+    def parse(self, argument: str) -> str:
+        try:
+            return ",".join(spelled(named_adapters(argument)))
+        except UserError as error:
+            raise UserError(f"--lora {error}") from None
+
+    def flag_type(self) -> str:
+        return "string"
+
+
+def define_lora() -> flags.FlagHolder[str]:
+    """Define --lora, as every script has it that makes or writes something of a transformer."""
+    what = "LoRAs to merge into the transformer, FILE[:STRENGTH] separated by commas (docs/adapters.md)."
+    flag = flags.DEFINE(_LoraParser(), "lora", None, what)
     flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[flag.name])  # --help shows it as the script's
     return flag
 

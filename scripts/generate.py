@@ -55,11 +55,11 @@ def main() -> None:
     notes: list[str] = []
     given = given_decisive()
     if FROM_JSON.value:
-        unused = [name for name in DECISIVE if given[name] is not None]
+        unused = [name for name in DECISIVE if given[name] is not None and name != "lora"]
         unused += [flag.name for flag in (PROMPT, PROMPTS, SEED, SAMPLES) if flag.present]
         if unused:
             raise UserError(f"--{unused[0]}: --from_json takes it from {FROM_JSON.value}; leave it out")
-        paths = {"weights": WEIGHTS.value, "checkpoint": CHECKPOINT.value}
+        paths = {"weights": WEIGHTS.value, "checkpoint": CHECKPOINT.value, "lora": given["lora"]}
         settings, *jobs, fingerprints = from_record_file(FROM_JSON.value, **paths)
     else:
         asked = {"prompt": PROMPT.value, "prompts": PROMPTS.value, "seeds": SEED.value, "samples": SAMPLES.value}

@@ -13,7 +13,8 @@ from absl import flags
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from avd_jax import command_line
-from avd_jax.convert.shipping import write_json, write_text_encoder
+from avd_jax.convert.saving import write_json
+from avd_jax.convert.shipping import write_text_encoder
 from avd_jax.data import shapes_world
 from avd_jax.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from avd_jax.fields import config_from

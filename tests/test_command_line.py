@@ -14,6 +14,7 @@ from avd_jax.fields import flags_parser
 SCRIPTS = sorted((Path(__file__).parents[1] / "scripts").glob("*.py"))
 # The flags and fields of text that are no path.
 TEXT_FLAGS = {"push", "beam_args", "topology", "prompt", "negative_prompt", "coordinator", "name", "shard", "sizes"}
+TEXT_FLAGS |= {"rank"}  # a number, or "full"
 TEXT_FLAGS |= {"compare", "host"}  # NAME=FOLDER, whose folder goes through local_path; and a name of a machine
 TEXT_FIELDS = {"method", "model", "checkpoint.best_metric", "which"}
 FIELDS = {f"{name}.{field}": row for name in methods.names() for field, row in methods.get(name).fields.items()} | {

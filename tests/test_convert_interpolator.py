@@ -14,8 +14,8 @@ from flax import nnx
 
 from avd_jax import convert
 from avd_jax.convert.architectures import INTERPOLATOR
+from avd_jax.convert.exports import write_interpolator
 from avd_jax.convert.interpolator_rules import PREFIX
-from avd_jax.convert.saving import write_interpolator
 from avd_jax.convert.shipping import write_interpolator as ship
 from avd_jax.convert.weights import open_weights
 from avd_jax.errors import UserError

@@ -14,6 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from convert_cases import write_all
 from generation_cases import DIT, STUDENT, UMT5_SIZES, write_dit, write_weights
 
 from avd_jax.data.video import read_video
@@ -159,6 +160,17 @@ def test_fingerprints_do_not_depend_on_the_layout_but_on_the_weights(settings, f
     ]
     assert found[0] == expected
     assert {name for name in expected if found[1][name] != expected[name]} == {"transformer"}
+
+
+def test_adapters_are_merged_and_make_other_files(settings, tmp_path):
+    pair = {"lora_up": np.ones((DIT.dim, 1)), "lora_down": np.ones((1, DIT.dim))}
+    tensors = {f"diffusion_model.blocks.0.cross_attn.v.{end}.weight": a.astype(np.float32) for end, a in pair.items()}
+    write_all(tmp_path / "loras", tensors, stem="style")
+    loras = ["", *(f"{tmp_path}/loras/style.safetensors:{strength}" for strength in ("0.5", "1"))]
+    plans = [run.make_plan(replace(settings, lora=lora), JOBS[:1], tmp_path / "out") for lora in loras]
+    assert len({plan.videos[JOBS[0]].name for plan in plans}) == 3
+    none, half, _ = (plan.parts.transformer.array("blocks.cross_attn.v.kernel") for plan in plans)
+    np.testing.assert_allclose(half, none + 0.5, rtol=1e-6)
 
 
 @pytest.mark.parametrize(

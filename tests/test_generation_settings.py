@@ -166,6 +166,22 @@ def test_a_record_gives_the_settings_back(tmp_path, student, plain, checkpoint):
     assert moved == replace(settings, weights="new")
 
 
+def test_adapters_are_in_the_settings_and_one_of_a_student_makes_its_teacher_the_student(tmp_path, student, plain):
+    lora = Path(student) / "x.safetensors"
+    lora.touch()
+    settings = resolve(Options(weights=plain, lora=f" {lora},b.safetensors:0.5"))
+    assert (settings.solver, settings.timesteps, settings.frames) == ("student", (1000.0, 750.0, 400.0), 5)
+    assert settings.lora == f"{lora}:1,b.safetensors:0.5"
+    assert settings.digest({"transformer": "1"}) == replace(settings, lora="moved:1").digest({"transformer": "1"})
+    path = written(tmp_path, to_record(settings, Job("a", 0)) | {"fingerprints": {"vae": "1"}})
+    assert from_record_file(path, weights=None, checkpoint=None)[0] == settings
+    assert from_record_file(path, weights=None, checkpoint=None, lora="c:1")[0] == replace(settings, lora="c:1")
+    assert resolve(Options(weights=plain, lora="style.safetensors")).solver == "unipc"
+    assert resolve(Options(weights=plain, checkpoint=student, lora="style.safetensors")).solver == "student"
+    with pytest.raises(UserError, match="the strength 'much' is no number"):
+        resolve(Options(weights=plain, lora="style.safetensors:much"))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -36,7 +36,7 @@ ALLOWED = {
     },
     "experiments": {"fields", "convert", "parallel", "data", "evaluation", "generation", "training", "methods"},
     "serving": {"convert", "parallel", "data", "evaluation", "generation", "experiments"},
-    "command_line": {"fields", "models", "diffusion", "parallel", "generation", "training", "methods"},
+    "command_line": {"fields", "models", "convert", "diffusion", "parallel", "generation", "training", "methods"},
 }
 FRAMEWORKS = {"torch", "tensorflow", "diffusers", "transformers"}
 

@@ -130,6 +130,64 @@ def test_one_of_several_networks(tmp_path):
     same_tensors(cases.read_all(out / cases.WEIGHTS), content["generator_ema"])
 
 
+def test_a_student_as_a_lora(training_run, tmp_path):
+    """The run does not say what it started from, as one does that scripts/train.py made."""
+    out = tmp_path / "lora"
+    arguments = ("--layout=lora", "--rank=2", "--lora_style=kohya", f"--teacher={cases.NATIVE}", "--dtype=float16")
+    done = run("--checkpoint", training_run / "checkpoints" / "10", "--dst", out, *arguments)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["rank 2", "rank 16", "rank full", str(out)]
+    assert lines[2].startswith("rank full: leaves out 0.0000 of the difference from the teacher")
+    stored = cases.read_all(out / "wan2.1_t2v_4step_lora_rank2.safetensors")
+    assert stored["lora_unet_blocks_0_ffn_0.lora_down.weight"].shape == (2, 24)
+    assert stored["lora_unet_blocks_0_ffn_0.lora_up.weight"].dtype == np.float16
+    assert stored["lora_unet_blocks_0_ffn_0.alpha"] == 2
+
+
+# Command lines in one process, each with the end of its error.
+MESSAGES = """
+import json, runpy, sys
+from absl import flags
+from avd_jax.errors import UserError
+
+script = runpy.run_path(sys.argv[1])
+for arguments in json.loads(sys.argv[2]):
+    for name in flags.FLAGS:
+        flags.FLAGS[name].unparse()
+    try:
+        flags.FLAGS(["export.py", *arguments])
+        script["main"]()
+    except UserError as error:
+        print(error)
+"""
+
+
+def test_what_is_refused(training_run, tmp_path):
+    (tmp_path / "style.safetensors").write_bytes(b"")
+    checkpoint = f"--checkpoint={training_run}"
+    refused = {
+        "--rank: only goes with --layout lora; leave it out": ["--layout=native", "--rank=4"],
+        "--teacher: only goes with --layout lora; leave it out": ["--layout=comfyui", "--teacher=x"],
+        "--dtype fp8: only goes with --layout comfyui, whose reader": ["--layout=native", "--dtype=fp8"],
+        "--dtype keep: does not go with --layout lora": ["--layout=lora", "--dtype=keep"],
+        "--rank many: give a whole number from 1 on, or full": ["--layout=lora", "--rank=many"],
+        f"--teacher is missing: {training_run} does not say": ["--layout=lora"],
+        f"{tmp_path}/stile.safetensors: no such LoRA": ["--layout=native", f"--lora={tmp_path}/stile.safetensors"],
+        "--lora x:much: the strength 'much' is no number": ["--layout=native", "--lora=x:much"],
+    }
+    lines = [[checkpoint, f"--dst={tmp_path / 'out'}", *arguments] for arguments in refused.values()]
+    command = [sys.executable, "-c", MESSAGES, str(ROOT / "scripts" / "export.py"), json.dumps(lines)]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    said = done.stdout.splitlines()
+    assert len(said) == len(refused)
+    for line, message in zip(said, refused, strict=True):
+        assert line.startswith(message)
+    assert not (tmp_path / "out").exists()
+
+
 SCRIPTS = ("convert", "export", "generate", "encode", "evaluate", "interpolate", "train", "pretrain")
 
 

@@ -86,7 +86,7 @@ class LinearNetwork:
 def use_linear_network(setattr: Callable) -> None:
     """Let distillations take a linear network in place of the transformer; `setattr` is that of a MonkeyPatch."""
 
-    def load_params(path, dtype, mesh, memory="device", *, which=""):
+    def load_params(config, dtype, mesh, memory="device"):
         return jax.tree.map(lambda leaf: jax.device_put(np.asarray(leaf), replicated(mesh)), linear_params())
 
     for made_in in (adapters, distillation):

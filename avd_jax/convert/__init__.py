@@ -1,5 +1,6 @@
 """Conversion between PyTorch's checkpoints and ours, in both directions."""
 
+from avd_jax.convert.exports import LAYOUTS, export_dit, export_lora
 from avd_jax.convert.layouts import student_settings, training_settings
 from avd_jax.convert.loading import (
     dit_config,
@@ -15,7 +16,7 @@ from avd_jax.convert.loading import (
     open_raft,
     open_vit,
 )
-from avd_jax.convert.saving import LAYOUTS, check_writable, export_dit, save_orbax, save_tokenizer
+from avd_jax.convert.saving import check_writable, save_orbax, save_tokenizer
 from avd_jax.convert.state import flat_state, from_flat
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "check_writable",
     "dit_config",
     "export_dit",
+    "export_lora",
     "find_components",
     "flat_state",
     "from_flat",

@@ -8,6 +8,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
+from avd_jax.convert.adapted import with_adapters
 from avd_jax.convert.architectures import (
     ARCHITECTURES,
     INTERPOLATOR,
@@ -44,6 +45,7 @@ def load_dit(
     dtype=jnp.float32,
     key: str = DEFAULT,
     *,
+    lora: str = "",
     remat: str = "none",
     sharding: Sharding | None = None,
 ) -> WanDiT:
@@ -55,6 +57,7 @@ def load_dit(
       dtype: of the stored parameters and of the computation.
       key: which network, if there are several: its name in the file, or "generator", "ema" or "critic" of a training
         run. By default the generator, or the only one there, whatever its name.
+      lora: adapters that are merged in, `FILE[:STRENGTH]` separated by commas (docs/adapters.md).
       remat: what the backward pass keeps, see `WanDiT`.
       sharding: `(dotted path, shape) -> jax.sharding.Sharding`; each process then reads leaf by leaf what its own
         devices hold. Default: whole on the default device.
@@ -62,7 +65,7 @@ def load_dit(
     Raises:
       UserError: one line that names the file, key or field, and what to do.
     """
-    return load_module(open_weights(path, WAN_DIT, key), dtype, sharding, remat=remat)
+    return load_module(with_adapters(open_weights(path, WAN_DIT, key), lora), dtype, sharding, remat=remat)
 
 
 def dit_config(path: str | Path, key: str = DEFAULT) -> WanDiTConfig:

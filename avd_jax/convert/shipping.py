@@ -1,6 +1,5 @@
 """Writing what was trained here as a folder in diffusers' layout: safetensors and config.json, a folder a component."""
 
-import json
 from pathlib import Path
 
 import jax
@@ -12,7 +11,7 @@ from avd_jax.convert import dit_rules, interpolator_rules, umt5_rules, vae_rules
 from avd_jax.convert.architectures import INTERPOLATOR, UMT5, WAN_DIT, WAN_VAE, Architecture
 from avd_jax.convert.engine import source_shapes, tensors_to_torch
 from avd_jax.convert.safetensors_io import write_safetensors
-from avd_jax.convert.saving import MAX_SHARD_BYTES
+from avd_jax.convert.saving import MAX_SHARD_BYTES, write_json
 from avd_jax.convert.state import flat_state
 from avd_jax.models.interpolator import Interpolator
 from avd_jax.models.umt5 import UMT5Encoder
@@ -55,8 +54,3 @@ def _write(architecture: Architecture, module: nnx.Module, config: dict, folder:
     stream = tensors_to_torch(rules, iter(arrays.items()))
     write_safetensors(component, tensors, stream, stem=stem, max_shard_bytes=MAX_SHARD_BYTES)
     write_json(component / "config.json", config)
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Write a JSON object as the files beside weights are written: indented, keys in order."""
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

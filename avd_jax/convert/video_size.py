@@ -5,7 +5,7 @@ from pathlib import Path
 
 from avd_jax.convert.architectures import WAN_DIT
 from avd_jax.convert.layouts import read_json
-from avd_jax.convert.shipping import write_json
+from avd_jax.convert.saving import write_json
 from avd_jax.errors import UserError
 from avd_jax.paths import any_path
 

@@ -12,7 +12,7 @@ from flax import nnx
 
 from avd_jax.convert import orbax_io
 from avd_jax.convert.architectures import WAN_DIT, Architecture, in_native_names, matching_keys
-from avd_jax.convert.engine import leaf_from_torch, read_shards, resolve, source_shapes
+from avd_jax.convert.engine import leaf_from_torch, read_shards, resolve, rules_of, source_shapes
 from avd_jax.convert.files import TensorFile, is_matrix, open_files, tensors_of
 from avd_jax.convert.hub import fetched
 from avd_jax.convert.layouts import OrbaxTree, TorchFiles, find_weights, read_json
@@ -45,6 +45,9 @@ class Weights(Protocol):
 
     def arrays(self, dtype=None) -> Iterator[tuple[str, np.ndarray]]:
         """Yield (path, array) in the order of `leaves`, in `dtype`; few are held at a time."""
+
+    def layers(self, path: str) -> Iterator[np.ndarray]:
+        """Yield a leaf's layers in order, or the leaf itself if its layers are not stacked."""
 
     def sharded(self, dtype, sharding: Sharding, paths: Iterable[str] | None = None) -> dict[str, jax.Array]:
         """Return path -> array in `dtype`, laid out as `sharding(path, shape)` says; of `paths` alone, if given."""
@@ -130,16 +133,22 @@ class OrbaxWeights:
 
     def array(self, path: str, dtype=None) -> np.ndarray:
         """Return one leaf in `dtype`."""
-        leaves = _cast({path: self.leaves[path]}, dtype)
+        leaves = cast_leaves({path: self.leaves[path]}, dtype)
         return next(orbax_io.read_arrays(self._folder, leaves))[1]
 
     def arrays(self, dtype=None) -> Iterator[tuple[str, np.ndarray]]:
         """Yield (path, array) in the order of `leaves`, in `dtype`; few are held at a time."""
-        yield from orbax_io.read_arrays(self._folder, _cast(self.leaves, dtype))
+        yield from orbax_io.read_arrays(self._folder, cast_leaves(self.leaves, dtype))
+
+    def layers(self, path: str) -> Iterator[np.ndarray]:
+        """Yield a leaf's layers in order, or the leaf itself if its layers are not stacked."""
+        leaf = self.array(path)
+        rule, _ = rules_of(self.architecture.native_rules(self.config), path)[0]
+        yield from leaf if rule.stacked else [leaf]
 
     def sharded(self, dtype, sharding: Sharding, paths: Iterable[str] | None = None) -> dict[str, jax.Array]:
         """Return path -> array in `dtype`, laid out as `sharding(path, shape)` says; of `paths` alone, if given."""
-        return orbax_io.read_sharded(self._folder, _cast(_only(paths, self.leaves), dtype), sharding)
+        return orbax_io.read_sharded(self._folder, cast_leaves(_only(paths, self.leaves), dtype), sharding)
 
 
 class TorchWeights:
@@ -175,18 +184,23 @@ class TorchWeights:
 
     def array(self, path: str, dtype=None) -> np.ndarray:
         """Return one leaf in `dtype`."""
-        return leaf_from_torch(self._pieces[path], _cast({path: self.leaves[path]}, dtype)[path], self._read)
+        return leaf_from_torch(self._pieces[path], cast_leaves({path: self.leaves[path]}, dtype)[path], self._read)
 
     def arrays(self, dtype=None) -> Iterator[tuple[str, np.ndarray]]:
         """Yield (path, array) in the order of `leaves`, in `dtype`; few are held at a time."""
         for path in self.leaves:
             yield path, self.array(path, dtype)
 
+    def layers(self, path: str) -> Iterator[np.ndarray]:
+        """Yield a leaf's layers in order, or the leaf itself if its layers are not stacked."""
+        for piece in self._pieces[path]:
+            yield piece.rule.to_flax(self._read(piece.key, None))
+
     def sharded(self, dtype, sharding: Sharding, paths: Iterable[str] | None = None) -> dict[str, jax.Array]:
         """Return path -> array in `dtype`, laid out as `sharding(path, shape)` says; of `paths` alone, if given."""
         return {
             path: _sharded_leaf(self._pieces[path], leaf, self._read, sharding(path, leaf.shape))
-            for path, leaf in _cast(_only(paths, self.leaves), dtype).items()
+            for path, leaf in cast_leaves(_only(paths, self.leaves), dtype).items()
         }
 
     def _read(self, key: str, rows: tuple[int, int] | None) -> np.ndarray:
@@ -220,11 +234,13 @@ def _only(paths: Iterable[str] | None, leaves: dict) -> dict:
     return leaves if paths is None else {path: leaves[path] for path in paths}
 
 
-def _cast(leaves: dict[str, jax.ShapeDtypeStruct], dtype) -> dict[str, jax.ShapeDtypeStruct]:
+def cast_leaves(leaves: dict[str, jax.ShapeDtypeStruct], dtype) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return the leaves in `dtype`: one for all, path -> dtype, or None for their own."""
     if dtype is None:
         return leaves
     dtypes = dtype if isinstance(dtype, Mapping) else dict.fromkeys(leaves, dtype)
     return {path: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtypes[path])) for path, leaf in leaves.items()}
+
 
 
 def _is_causal(found: TorchFiles, files: list[TensorFile]) -> bool:

@@ -10,8 +10,10 @@ from dataclasses import asdict, dataclass, fields, replace
 import jax
 from beartype.door import is_bearable
 
+from avd_jax.convert.adapted import student_with
+from avd_jax.convert.adapters import named_adapters, spelled
 from avd_jax.convert.architectures import WAN_VAE
-from avd_jax.convert.layouts import read_json, student_settings
+from avd_jax.convert.layouts import read_json
 from avd_jax.convert.loading import open_interpolator_of
 from avd_jax.convert.networks import DEFAULT
 from avd_jax.convert.video_size import video_size
@@ -48,6 +50,8 @@ class Options:
       weights: VAE, text encoder, tokenizer, and the transformer if there is no checkpoint.
       checkpoint: a student transformer: training run, export, or AVD's model.pt.
       which: network of a training run or of a file that holds several, as `key` of `convert.load_dit`.
+      lora: adapters that are merged into the transformer, as in `convert.load_dit`. One that an export made of a
+        student makes its teacher that student.
       solver: one of SOLVERS.
       steps: of the unipc solver, or how many of its first steps a student is to make that serves fewer (rCM).
       shift, guidance_scale, negative_prompt: of the unipc solver only.
@@ -62,6 +66,7 @@ class Options:
     weights: str | None = None
     checkpoint: str | None = None
     which: str | None = None
+    lora: str | None = None
     solver: str | None = None
     steps: int | None = None
     shift: float | None = None
@@ -104,6 +109,7 @@ class Settings:
     half_rate_steps: int = 0
     half_rate_positions: str | None = None
     weights_dtype: str | None = None
+    lora: str = ""
 
     def __post_init__(self):
         for name in ("frames", "height", "width", "steps"):
@@ -126,9 +132,9 @@ class Settings:
     def digest(self, fingerprints: Mapping[str, str]) -> str:
         """Return the short hash in file names.
 
-        Where the weights lie does not count, only what is in them: `fingerprints`, one a component.
+        Where the weights lie does not count, only what is in them, with the adapters: `fingerprints`, one a component.
         """
-        left_out = ["weights", "checkpoint"]
+        left_out = ["weights", "checkpoint", "lora"]
         if not self.half_rate_steps:  # as if there were no such steps
             left_out += ["half_rate_steps", "half_rate_positions"]
         if self.weights_dtype is None:
@@ -161,11 +167,12 @@ def resolve(options: Options, *, note: Callable[[str], object] = print) -> Setti
     weights = weights_path(options.weights)
     checkpoint = weights_path(options.checkpoint) if options.checkpoint else None
     options = replace(options, weights=weights, checkpoint=checkpoint)
-    source = checkpoint or weights
-    student = student_settings(source)
+    source, lora = checkpoint or weights, ",".join(spelled(named_adapters(options.lora or "")))
+    student = student_with(source, lora)
     if student is not None:
         _check_student(source, student)
-    solver = options.solver or ("student" if options.checkpoint else "unipc")
+    is_student = bool(options.checkpoint) or (lora and student is not None)
+    solver = options.solver or ("student" if is_student else "unipc")
     made_for = video_size(checkpoint) or video_size(weights)
     size = WAN_SIZE | made_for | {name: value for name, value in (student or {}).items() if name in WAN_SIZE}
     size |= {name: getattr(options, name) for name in WAN_SIZE if getattr(options, name) is not None}
@@ -177,6 +184,7 @@ def resolve(options: Options, *, note: Callable[[str], object] = print) -> Setti
         "weights": options.weights,
         "checkpoint": options.checkpoint,
         "which": options.which or DEFAULT,
+        "lora": lora,
         "solver": solver,
         "dtype": dtype,
         "weights_dtype": options.weights_dtype,
@@ -245,12 +253,15 @@ def to_record(settings: Settings, job: Job) -> dict:
     return {"prompt": job.prompt, "seed": job.seed, "settings": asdict(settings)}
 
 
-def from_record_file(path: str, *, weights: str | None, checkpoint: str | None) -> tuple[Settings, Job, dict]:
+def from_record_file(
+    path: str, *, weights: str | None, checkpoint: str | None, lora: str | None = None
+) -> tuple[Settings, Job, dict]:
     """Read the JSON file beside a video.
 
     Args:
       path: the file.
       weights, checkpoint: where they lie now, if not where the file says.
+      lora: likewise, with the strengths that they have.
 
     Returns:
       Its settings, its prompt and seed, and the fingerprints of the weights that made it.
@@ -262,10 +273,11 @@ def from_record_file(path: str, *, weights: str | None, checkpoint: str | None) 
     hints = typing.get_type_hints(Settings) | {"timesteps": list[Number]}  # JSON has no tuples
     expected = {"prompt": str, "seed": int, "settings": dict, "fingerprints": dict[str, str]}
     _check_entries(path, record, expected)
-    older = {"half_rate_steps": 0, "half_rate_positions": None, "weights_dtype": None}  # which had none of these
+    # Those that the records of older versions lack.
+    older = {"half_rate_steps": 0, "half_rate_positions": None, "weights_dtype": None, "lora": ""}
     entries = older | record["settings"]
     moved = {"weights": weights, "checkpoint": checkpoint}
-    entries |= {name: weights_path(value) for name, value in moved.items() if value}
+    entries |= {name: weights_path(value) for name, value in moved.items() if value} | ({"lora": lora} if lora else {})
     _check_entries(path, entries, hints)
     for name in ("shift", "guidance_scale", "negative_prompt"):
         if (entries[name] is None) != (entries["solver"] == "student"):

@@ -3,6 +3,7 @@
 import hashlib
 from dataclasses import dataclass
 
+from avd_jax.convert.adapted import with_adapters
 from avd_jax.convert.architectures import UMT5, WAN_DIT, WAN_VAE
 from avd_jax.convert.fingerprint import fingerprint
 from avd_jax.convert.loading import load_tokenizer, open_interpolator_of
@@ -39,7 +40,7 @@ def open_parts(settings: Settings) -> Parts:
     """
     source = settings.checkpoint or settings.weights
     parts = Parts(
-        transformer=open_weights(source, WAN_DIT, settings.which),
+        transformer=with_adapters(open_weights(source, WAN_DIT, settings.which), settings.lora),
         vae=open_weights(settings.weights, WAN_VAE, ""),
         text_encoder=open_weights(settings.weights, UMT5, ""),
         tokenizer=load_tokenizer(settings.weights),

@@ -85,13 +85,13 @@ def teacher_network(config, model: WanDiTConfig, mesh) -> Denoiser:
 
 def start(config, mesh, shardings) -> dict:
     """Return the teacher's weights in float32, which generator and fake_score start from."""
-    return transformers.load_params(config.init_from, "float32", mesh, which=config.which)
+    return transformers.load_params(config, "float32", mesh)
 
 
 def teacher_parts(config, model: WanDiTConfig, teacher: Denoiser, mesh) -> dict[str, Frozen]:
     """Return the `teacher`'s parameters and the `negative` conditions that its guidance subtracts."""
     memory = config.teacher_memory
-    load = partial(transformers.load_params, config.init_from, config.teacher_dtype, mesh, memory, which=config.which)
+    load = partial(transformers.load_params, config, config.teacher_dtype, mesh, memory)
     return {
         "teacher": Frozen(transformers.shaped_params(teacher.abstract_params(), mesh, memory), load),
         "negative": transformers.negative_conditions(config.data.prompts or config.data.latents, model, mesh),
@@ -129,5 +129,5 @@ def _anywhere(path: str) -> str:
 
 def inputs(config) -> dict[str, str]:
     """Return config field -> what identifies the weights or the set that its path leads to."""
-    found = {"init_from": transformers.transformer_fingerprint(config.init_from, config.which)}
+    found = {"init_from": transformers.transformer_fingerprint(config)}
     return found | transformers.set_fingerprints(config.data.latents, config.data.prompts)

@@ -2,7 +2,7 @@
 
 from avd_jax.fields import Field, Fields, all_local, at_least, band, finite, not_negative, one_of, positive, weights
 from avd_jax.methods.adapters import ADAPTER_FIELDS
-from avd_jax.methods.transformers import ATTENTION_FIELDS, DTYPES, REMAT, WHICH_FIELDS, sets
+from avd_jax.methods.transformers import ATTENTION_FIELDS, DTYPES, LORA_FIELDS, REMAT, WHICH_FIELDS, sets
 from avd_jax.models.vae_tiles import MEMORY_GIB
 from avd_jax.models.wan_dit import REMAT_POLICIES, WAN_MODELS
 from avd_jax.parallel.memory import MEMORIES
@@ -18,6 +18,7 @@ DISTILLATION_FIELDS: Fields = {
         changeable=True,
     ),
     **WHICH_FIELDS,
+    **LORA_FIELDS,
     "model": Field("", f"what aot_compile.py compiles if init_from is empty: {', '.join(WAN_MODELS)}"),
     "data.latents": Field(
         "",

@@ -116,7 +116,7 @@ class SampleWriter:
     def _teacher_latents(self, teacher: Denoiser, parts: Mapping[str, Frozen], frozen: Mapping) -> np.ndarray:
         config, sample, shape = self._config, self._config.sample, self._info.latents_shape
         made_with = [config.init_from, config.teacher_dtype, config.guidance_scale, self._captions]
-        made_with += [sample.teacher_steps, sample.teacher_shift, shape]
+        made_with += [sample.teacher_steps, sample.teacher_shift, shape, *filter(None, [config.init_lora])]
         digest = hashlib.sha256(json.dumps(made_with).encode()).hexdigest()[:12]
         path = self._folder / f"teacher_latents_{digest}.npy"  # other settings, other latents
         if from_first(path.exists()):

@@ -11,6 +11,8 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from avd_jax import convert
+from avd_jax.convert.adapted import with_adapters
+from avd_jax.convert.adapters import named_adapters
 from avd_jax.convert.architectures import WAN_DIT
 from avd_jax.convert.fingerprint import fingerprint
 from avd_jax.convert.networks import DEFAULT
@@ -34,6 +36,14 @@ from avd_jax.training.method import BatchField, Frozen
 WHICH_FIELDS: Fields = {
     "which": Field(
         "", "network of init_from, where there are several: ema of a run, or its name in a file", changeable=True
+    ),
+}
+LORA_FIELDS: Fields = {
+    "init_lora": Field(
+        "",
+        "style LoRAs merged into init_from, FILE[:STRENGTH] separated by commas (docs/adapters.md)",
+        lambda value: refusal(value, named_adapters),
+        changeable=True,
     ),
 }
 DTYPES = one_of(("float32", "bfloat16"))
@@ -84,13 +94,18 @@ def batch_mesh(sizes: Mapping[str, int], batch_size: int, devices=None) -> Mesh:
     return mesh
 
 
-def load_params(path: str, dtype: str, mesh: Mesh, memory: str = "device", *, which: str = "") -> Params:
-    """Read a transformer's parameters into their shards; `memory` is where its layers wait.
+def load_params(config, dtype: str, mesh: Mesh, memory: str = "device") -> Params:
+    """Read the parameters of the transformer that a config names, with its adapters, into their shards.
 
-    `which` names it, if `path` has several; "" for the usual one.
+    Args:
+      config: has init_from, which and init_lora.
+      dtype: of the parameters.
+      mesh: of the devices.
+      memory: where its layers wait.
     """
     sharding = partial(parameter_sharding, mesh=mesh, memory=memory)
-    dit = convert.load_dit(path, jnp.dtype(dtype), which or DEFAULT, sharding=sharding)
+    named = {"key": config.which or DEFAULT, "lora": config.init_lora}
+    dit = convert.load_dit(config.init_from, jnp.dtype(dtype), **named, sharding=sharding)
     return nnx.to_pure_dict(nnx.state(dit))
 
 
@@ -104,9 +119,10 @@ def shaped_params(abstract: Params, mesh: Mesh, memory: str = "device") -> Param
     return jax.tree_util.tree_map_with_path(shaped, abstract)
 
 
-def transformer_fingerprint(path: str, which: str) -> str:
-    """Return what identifies the weights of a transformer; `which` as in `load_params`."""
-    return fingerprint(open_weights(path, WAN_DIT, which or DEFAULT))
+def transformer_fingerprint(config) -> str:
+    """Return what identifies the weights that `load_params` reads."""
+    weights = open_weights(config.init_from, WAN_DIT, config.which or DEFAULT)
+    return fingerprint(with_adapters(weights, config.init_lora))
 
 
 def architecture(model: WanDiTConfig) -> dict:

@@ -2,7 +2,7 @@
 
 from avd_jax.errors import UserError
 from avd_jax.fields import Field, Fields, at_least, check_values, one_of, require, share, weights, with_defaults
-from avd_jax.methods.transformers import ATTENTION_FIELDS, DTYPES, REMAT, WHICH_FIELDS, sets
+from avd_jax.methods.transformers import ATTENTION_FIELDS, DTYPES, LORA_FIELDS, REMAT, WHICH_FIELDS, sets
 from avd_jax.models.wan_dit import REMAT_POLICIES
 from avd_jax.training.config import MESH_FIELDS, RUN_FIELDS, SCHEDULE_FIELDS
 
@@ -14,6 +14,7 @@ FIELDS: Fields = {
         "", "weights to fine-tune, in any layout; empty: a new model of the sizes below", weights, changeable=True
     ),
     **WHICH_FIELDS,
+    **LORA_FIELDS,
     "model.dim": Field(128, "width of the tokens, without init_from", at_least(1)),
     "model.ffn_dim": Field(512, "hidden width of the feed-forward layers, without init_from", at_least(1)),
     "model.num_heads": Field(4, "attention heads, without init_from", at_least(1)),

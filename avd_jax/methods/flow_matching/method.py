@@ -151,7 +151,7 @@ def _model_config(config) -> WanDiTConfig:
 
 def _start(config, model: WanDiTConfig, mesh, shardings) -> Params:
     if config.init_from:
-        return transformers.load_params(config.init_from, "float32", mesh, which=config.which)
+        return transformers.load_params(config, "float32", mesh)
 
     def new():
         return nnx.to_pure_dict(nnx.state(WanDiT(model, rngs=nnx.Rngs(config.seed))))
@@ -162,5 +162,5 @@ def _start(config, model: WanDiTConfig, mesh, shardings) -> Params:
 def _inputs(config) -> dict[str, str]:
     found = transformers.set_fingerprints(config.data.latents)
     if config.init_from:
-        found["init_from"] = transformers.transformer_fingerprint(config.init_from, config.which)
+        found["init_from"] = transformers.transformer_fingerprint(config)
     return found
