@@ -79,7 +79,7 @@ _SAMPLE_NATIVE = """\
 Sample with a loop of its own, since Wan's solvers are for many steps:
 
 ```python
-x = torch.randn(16, 21, 60, 104)
+x = {start}torch.randn(16, 21, 60, 104)
 for t, t_next in zip({timesteps}, {following}):
     velocity = transformer([x], t=torch.tensor([t]), context=[prompt_embeds], seq_len=32760)[0]
     x0 = x - t / 1000 * velocity
@@ -173,9 +173,11 @@ def _how_to_sample(layout: str, timesteps: list[float], base: str | None) -> str
     if layout in ("comfyui", "lora, comfyui", "lora, kohya"):
         return _SAMPLE_COMFYUI.format(sigmas=", ".join(f"{sigma:g}" for sigma in [*sigmas, 0.0]))
     if layout == "native":
-        return _SAMPLE_NATIVE.format(timesteps=timesteps, following=[*timesteps[1:], 0.0])
+        start = f"{sigmas[0]:g} * " if sigmas[0] < 1 else ""
+        return _SAMPLE_NATIVE.format(timesteps=timesteps, following=[*timesteps[1:], 0.0], start=start)
     of_lora = layout != "diffusers"
-    return _SAMPLE_DIFFUSERS.format(
+    weaker = f"Its first noise level is {sigmas[0]:g}: pass noise times that as `latents`.\n\n" if sigmas[0] < 1 else ""
+    return weaker + _SAMPLE_DIFFUSERS.format(
         pipeline="The pipeline is made so, before the lines above. " if of_lora else "",
         transformer="" if of_lora else "transformer=transformer, ",
         sigmas=sigmas,

@@ -1,10 +1,10 @@
 """The transformer against diffusers' WanTransformer3DModel, live: velocity both ways, and sampling from an export."""
 
 import functools
-import itertools
 import json
 
 import diffusers
+import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
@@ -14,7 +14,7 @@ from flax import nnx
 
 from avd_jax import convert
 from avd_jax.convert.architectures import WAN_DIT
-from avd_jax.diffusion.flow import add_noise
+from avd_jax.diffusion.student import initial_noise, renoise, student_sample
 
 STUDENT = {"timesteps": [1000.0, 900.0, 757.0, 522.0], "shift": 5.0, "guidance_scale": 5.0, "num_steps": 4}
 
@@ -113,8 +113,8 @@ def test_an_export_loads_in_diffusers_and_predicts_the_same(model, exported):
         assert torch.equal(loaded.state_dict()[name], tensor), name
 
 
-def test_sampling_from_an_export_as_its_model_card_says(exported):
-    """diffusers' whole pipeline on the card's scheduler makes the rollout of docs/method.md."""
+def test_sampling_from_an_export_as_its_model_card_says(exported, monkeypatch):
+    """diffusers' whole pipeline on the card's scheduler, given our noise, makes the video of our own sampler."""
     card = (exported / "README.md").read_text()
     sigmas = json.loads(card.split("sigmas=")[1].split(")")[0])
     transformer = diffusers.WanTransformer3DModel.from_pretrained(exported, subfolder="transformer")
@@ -124,20 +124,26 @@ def test_sampling_from_an_export_as_its_model_card_says(exported):
         tokenizer=None, text_encoder=None, transformer=transformer, vae=None, scheduler=scheduler
     )
     _, _, prompt_embeds = inputs(4, (1, 3, 8, 6))
+    shape, keys = (3, 8, 6, 16), jax.random.split(jax.random.key(7), 1)
+
+    def as_torch(array):
+        return torch.from_numpy(np.moveaxis(np.asarray(array), -1, 1).copy())
+
+    pure = jnp.full(1, 1000.0)  # as strong as noise gets
+    noises = [as_torch(renoise(jnp.zeros((1, *shape)), keys, step=i, timesteps=pure)) for i in range(len(sigmas))]
+    steps = iter(noises)
+    monkeypatch.setattr(
+        "diffusers.schedulers.scheduling_flow_match_euler_discrete.randn_tensor", lambda *_, **__: next(steps)
+    )
     arguments = {"height": 64, "width": 48, "num_frames": 9, "guidance_scale": 1.0, "output_type": "latent"}
-    torch.manual_seed(7)  # the pipeline hands its generator to the first draw only
+    start = initial_noise(keys, shape)
     result = pipeline(
-        prompt_embeds=torch.from_numpy(prompt_embeds), num_inference_steps=len(sigmas), **arguments
+        prompt_embeds=torch.from_numpy(prompt_embeds),
+        num_inference_steps=len(sigmas),
+        latents=as_torch(start),
+        **arguments,
     ).frames
-    torch.manual_seed(7)
-
-    def draw():
-        return np.moveaxis(torch.randn(1, 16, 3, 8, 6).numpy(), 1, -1)
-
-    dit = nnx.jit(convert.load_dit(exported))
-    timesteps = np.array([*convert.student_settings(exported)["timesteps"], 0.0], np.float32)
-    x = draw()
-    for now, following in itertools.pairwise(timesteps):
-        x0 = x - now / 1000 * dit(x, now[None], prompt_embeds)
-        x = add_noise(x0=x0, noise=draw(), sigmas=following[None] / 1000)
-    assert relative_error(np.moveaxis(np.asarray(x), -1, 1), result.numpy()) < 1e-3
+    assert next(steps, None) is None
+    dit, timesteps = nnx.jit(convert.load_dit(exported)), convert.student_settings(exported)["timesteps"]
+    ours = student_sample(lambda xt, times: dit(xt, times, prompt_embeds), start, keys, timesteps=timesteps)
+    assert relative_error(as_torch(ours).numpy(), result.numpy()) < 1e-4
