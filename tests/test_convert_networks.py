@@ -277,7 +277,7 @@ def test_a_lora_in_every_spelling(keys, native, tmp_path):
             with pytest.raises(UserError) as caught:
                 load(path)
             assert str(caught.value).startswith(f"{path}: is a LoRA (")
-            assert "merge it into its base model first" in str(caught.value)
+            assert "give its base model here, and the LoRA as --lora" in str(caught.value)
 
 
 def causal(folder, native, how):

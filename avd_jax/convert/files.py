@@ -19,7 +19,8 @@ SAFETENSORS = (".safetensors", ".sft")
 PICKLED = (".pth", ".pt", ".bin", ".ckpt")
 # What downloaders append to the name of a file, or of the notes beside it, until it is whole.
 UNFINISHED = (".aria2", ".incomplete", ".part", ".partial", ".crdownload", ".download", ".!qB", ".!ut")
-# What messages say of a file in that format.
+# What messages say of a file of a kind.
+LORA = "give its base model here, and the LoRA as --lora, or as init_lora of a config"
 GGUF = "is a GGUF file, whose weights are quantised; get the bf16 or fp16 .safetensors of the model"
 # So many zero bytes in a row, from a multiple of that many on, are a hole that a downloader left; so are fewer if they
 # are all of a matrix. Unused rows of an embedding, the longest zeros that trained weights might have, are fewer.

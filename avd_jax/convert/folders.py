@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from avd_jax.convert.architectures import UMT5, WAN_DIT, WAN_VAE, Architecture
-from avd_jax.convert.files import GGUF, PICKLED, SAFETENSORS, check_complete, open_file
+from avd_jax.convert.files import GGUF, LORA, PICKLED, SAFETENSORS, check_complete, open_file
 from avd_jax.convert.networks import holds
 from avd_jax.errors import UserError
 
@@ -129,7 +129,7 @@ def check_nothing_else(folder: Path, architecture: Architecture) -> None:
         return
     part = "t5" if architecture is UMT5 else ""
     for file in sorted(file for pattern in _ADAPTERS for file in folder.glob(pattern) if part in file.name.lower()):
-        raise UserError(f"{file}: is a LoRA, which changes a model and is none; merge it into its base model first")
+        raise UserError(f"{file}: is a LoRA, which changes a model and is none; {LORA}")
     for file in sorted(file for file in folder.iterdir() if part in file.name.lower() and not file.is_dir()):
         if file.suffix.lower() == ".gguf":
             raise UserError(f"{file}: {GGUF}")

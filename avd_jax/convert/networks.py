@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from avd_jax.convert.architectures import ARCHITECTURES, SCORING, Architecture
-from avd_jax.convert.files import NotHereError, Stored, TensorFile, is_matrix
+from avd_jax.convert.files import LORA, NotHereError, Stored, TensorFile, is_matrix
 from avd_jax.errors import UserError, closest, note
 
 DEFAULT = "generator"
@@ -197,10 +197,7 @@ def _choose(counts: Mapping[str, int], key: str, name: str, strict: bool) -> str
 def _check_adapter(tensors: Mapping[str, Stored], name: str) -> None:
     marked = next((key for key in tensors if _ADAPTER.search(key)), None)
     if marked is not None:
-        raise UserError(
-            f"{name}: is a LoRA ({marked}), which changes a model and is none; merge it into its base model first, "
-            "and give the merged weights"
-        )
+        raise UserError(f"{name}: is a LoRA ({marked}), which changes a model and is none; {LORA}")
 
 
 def _check_other(keys: Iterable[str], architecture: Architecture, name: str) -> None:
