@@ -2,8 +2,9 @@
 
     python benchmarks/lora_extraction.py --folder /tmp/lora
 
-The first call makes FOLDER/teacher and FOLDER/student in Wan's own layout, 2.8 GB each in bfloat16. Then scripts/export.py
-runs as a user would type it, in a process of its own, and its peak of anonymous memory is printed (see full_size.py).
+The first call makes FOLDER/teacher and FOLDER/student in Wan's own layout, 2.8 GB each in bfloat16. Then
+scripts/export.py runs as a user would type it, in a process of its own, and its peak of anonymous memory is printed
+(see full_size.py).
 The student is the teacher with random numbers added, so its errors say nothing of a trained one's.
 """
 
@@ -14,7 +15,7 @@ import jax
 import ml_dtypes
 import numpy as np
 from absl import flags
-from full_size import measure, native_shapes, random_blocks
+from full_size import FOLDER, measure, native_shapes, random_blocks
 
 from avd_jax import command_line
 from avd_jax.convert import dit_rules
@@ -22,7 +23,6 @@ from avd_jax.convert.architectures import WAN_DIT
 from avd_jax.convert.safetensors_io import write_safetensors
 from avd_jax.models.wan_dit import WAN_1_3B
 
-FOLDER = command_line.path_flag("folder", None, "For weights and results; both are kept.")
 RANKS = flags.DEFINE_list("ranks", ["32", "64"], "Ranks to write, separated by commas.")
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 

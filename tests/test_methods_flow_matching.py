@@ -179,6 +179,7 @@ def test_wrong_values_are_named(tmp_path, latents_dir):
         ("prompt_dropout", 1.5, "prompt_dropout"),
         ("data.latents", "", "data.latents is empty"),
         ("timestep.min", 1001.0, "timestep.min"),
+        ("init_lora", "a.safetensors", "init_lora='a.safetensors' goes with init_from"),
     ):
         config = tiny_config(latents_dir)
         config.update_from_flattened_dict({field: value})

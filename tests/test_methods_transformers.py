@@ -19,10 +19,14 @@ def test_adapters_are_part_of_the_weights_and_of_what_identifies_them(tmp_path):
     cases.write_all(tmp_path, tensors, stem="style")
     config = config_dict.ConfigDict({"init_from": str(cases.NATIVE), "which": "", "init_lora": ""})
     mesh = make_mesh(devices=jax.devices()[:1])
-    plain, fingerprint = transformers.load_params(config, "float32", mesh), transformers.transformer_fingerprint(config)
+    plain, fingerprints = transformers.load_params(config, "float32", mesh), transformers.weights_fingerprints(config)
+    assert fingerprints.keys() == {"init_from"}
     config.init_lora = f"{tmp_path}/style.safetensors:0.5"
     merged = flat_state(transformers.load_params(config, "float32", mesh))
-    assert transformers.transformer_fingerprint(config) != fingerprint
+    found = transformers.weights_fingerprints(config)
+    assert found.items() > fingerprints.items()
+    config.init_lora = f"{tmp_path}/style.safetensors:0.25"
+    assert transformers.weights_fingerprints(config)["init_lora"] != found["init_lora"]
     for path, array in flat_state(plain).items():
         change = merged[path] - array
         if path == "blocks.cross_attn.v.kernel":

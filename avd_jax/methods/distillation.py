@@ -129,5 +129,5 @@ def _anywhere(path: str) -> str:
 
 def inputs(config) -> dict[str, str]:
     """Return config field -> what identifies the weights or the set that its path leads to."""
-    found = {"init_from": transformers.transformer_fingerprint(config)}
+    found = transformers.weights_fingerprints(config)
     return found | transformers.set_fingerprints(config.data.latents, config.data.prompts)

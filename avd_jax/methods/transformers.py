@@ -119,10 +119,14 @@ def shaped_params(abstract: Params, mesh: Mesh, memory: str = "device") -> Param
     return jax.tree_util.tree_map_with_path(shaped, abstract)
 
 
-def transformer_fingerprint(config) -> str:
-    """Return what identifies the weights that `load_params` reads."""
+def weights_fingerprints(config) -> dict[str, str]:
+    """Return config field -> what identifies what `load_params` reads of it: the weights, and the adapters if any."""
     weights = open_weights(config.init_from, WAN_DIT, config.which or DEFAULT)
-    return fingerprint(with_adapters(weights, config.init_lora))
+    found = {"init_from": fingerprint(weights)}
+    if named_adapters(config.init_lora):
+        adapters = with_adapters(weights, config.init_lora).adapters
+        found["init_lora"] = " ".join(adapter.fingerprint for adapter in adapters)
+    return found
 
 
 def architecture(model: WanDiTConfig) -> dict:

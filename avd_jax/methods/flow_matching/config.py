@@ -45,6 +45,8 @@ def validate_values(config) -> None:
     """Check every value (UserError names the field)."""
     flat = check_values(config, FIELDS)
     low, high = flat["timestep.min"], flat["timestep.max"]
+    without = flat["init_lora"] and not flat["init_from"]
+    require("init_lora", flat["init_lora"], "goes with init_from, whose weights it changes" if without else None)
     require("timestep.min", low, None if 0 <= low <= high <= 1000 else "and timestep.max must rise in 0..1000")
 
 

@@ -162,5 +162,5 @@ def _start(config, model: WanDiTConfig, mesh, shardings) -> Params:
 def _inputs(config) -> dict[str, str]:
     found = transformers.set_fingerprints(config.data.latents)
     if config.init_from:
-        found["init_from"] = transformers.transformer_fingerprint(config)
+        found |= transformers.weights_fingerprints(config)
     return found
