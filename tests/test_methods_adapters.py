@@ -8,16 +8,20 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from convert_cases import write_all
 from flax import nnx
 from jax.sharding import NamedSharding
 from training_cases import DIT, make_config, use_devices, write_inputs, write_weights
 
 from avd_jax import convert
 from avd_jax.capacity.program import expected_flops
+from avd_jax.convert.adapted import with_adapters
+from avd_jax.convert.architectures import WAN_DIT
 from avd_jax.convert.state import flat_state
+from avd_jax.convert.weights import open_weights
 from avd_jax.errors import UserError
 from avd_jax.fields import config_from
-from avd_jax.methods import avd, rcm
+from avd_jax.methods import avd, distillation, rcm
 from avd_jax.methods.observer import DistillationObserver
 from avd_jax.models.adapters import product
 from avd_jax.parallel.mesh import make_mesh
@@ -118,6 +122,34 @@ def test_the_base_may_move_but_not_be_another(run, tmp_path):
     (moved / "base").symlink_to(run.base)
     found, expected = (flat_state(nnx.state(convert.load_dit(path))) for path in (moved, run.workdir))
     assert all(np.array_equal(found[path], expected[path]) for path in expected)
+
+
+def test_style_adapters_are_part_of_the_base(run, tmp_path):
+    """As `init_lora` merges them, here written into a run's record afterwards; and such a run is a LoRA itself."""
+    moved = shutil.copytree(run.workdir, tmp_path / "run")
+    file = moved / "checkpoints" / "2" / "meta" / "metadata"
+    meta = json.loads(file.read_text())
+    change = np.full((24,), 0.25, np.float32)
+    write_all(tmp_path, {"diffusion_model.blocks.0.self_attn.v.diff_b": change}, stem="style")
+    lora = f"{tmp_path}/style.safetensors:2"
+    config = make_config(**run.settings | {"init_lora": lora})
+    meta["base"] = distillation.record(config, DIT, None)["base"]
+    assert meta["base"] == {"path": run.base, "which": "", "lora": lora}
+    file.write_text(json.dumps(meta))
+    with pytest.raises(UserError, match="was trained over other contents of"):
+        convert.load_dit(moved)
+    (adapter,) = with_adapters(open_weights(run.base, WAN_DIT), lora).adapters
+    meta["inputs"]["init_lora"] = adapter.fingerprint
+    file.write_text(json.dumps(meta))
+    plain, styled = (flat_state(nnx.state(convert.load_dit(path))) for path in (run.workdir, moved))
+    for path, array in plain.items():
+        expected = 0.5 if path == "blocks.self_attn.v.bias" else 0.0
+        np.testing.assert_allclose((styled[path] - array)[:1], expected, atol=1e-6, err_msg=path)
+
+    convert.export_lora(moved, tmp_path / "lora", rank=0, style="comfyui", dtype=np.float32, teacher=run.base)
+    merged = flat_state(nnx.state(convert.load_dit(run.base, lora=str(tmp_path / "lora"))))
+    for path, array in styled.items():
+        np.testing.assert_allclose(merged[path], array, atol=1e-5, err_msg=path)
 
 
 def assembly(recipe, inputs, **fields):

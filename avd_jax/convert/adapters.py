@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -117,7 +117,7 @@ def named_adapters(text: str) -> list[tuple[Path, float]]:
     return found
 
 
-def spelled(adapters: list[tuple[Path, float]]) -> list[str]:
+def spelled(adapters: Iterable[tuple[str | Path, float]]) -> list[str]:
     """Return adapters in the words of `named_adapters`, each `FILE:STRENGTH`."""
     return [f"{path}:{strength:g}" for path, strength in adapters]
 

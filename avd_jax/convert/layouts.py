@@ -265,7 +265,9 @@ def _checkpoint_item(step: Path, key: str) -> OrbaxTree:
         raise UserError(f"{step}: holds no {key!r}, but {', '.join(items) or 'nothing'}{closest(key, items)}")
     adapters = (meta.get("architecture") or {}).get("adapters")
     if adapters is not None and item.removesuffix("_ema") in adapters["networks"]:
-        adapters = adapters | meta["base"] | {"fingerprint": meta["inputs"]["init_from"]}
+        inputs = meta["inputs"]
+        prints = {"fingerprint": inputs["init_from"], "lora_fingerprint": inputs.get("init_lora")}
+        adapters = adapters | meta["base"] | prints
     else:
         adapters = None
     return OrbaxTree(step / item, _record(step), step / "meta" / "metadata", several_networks=True, adapters=adapters)

@@ -12,6 +12,7 @@ import numpy as np
 
 from avd_jax.convert import orbax_io
 from avd_jax.convert.architectures import Architecture
+from avd_jax.convert.engine import rules_of
 from avd_jax.convert.layouts import OrbaxTree
 from avd_jax.convert.networks import DEFAULT
 from avd_jax.errors import UserError
@@ -63,6 +64,15 @@ class OnBase:
         for path, array in self._base.arrays(self._dtypes_of_base(dtype)):
             yield path, self._changed(path, array, dtype)
 
+    def layers(self, path: str) -> Iterator[np.ndarray]:
+        """Yield a leaf's layers in order, or the leaf itself if its layers are not stacked."""
+        if path not in self._pairs:
+            yield from self._base.layers(path)
+            return
+        rule, _ = rules_of(self.architecture.native_rules(self.config), path)[0]
+        whole = self.array(path)
+        yield from whole if rule.stacked else [whole]
+
     def sharded(self, dtype, sharding, paths: Iterable[str] | None = None) -> dict[str, jax.Array]:
         """Return path -> array in `dtype`, laid out as `sharding(path, shape)` says; of `paths` alone, if given."""
         arrays, dtypes = {}, self._dtypes_of_base(dtype)
@@ -92,7 +102,8 @@ class OnBase:
 
 
 def _open_base(tree: OrbaxTree, architecture: Architecture):
-    """Open the weights that adapters were trained over (UserError if they are not there, or are others)."""
+    """Open the weights that adapters were trained over, style adapters merged (UserError if they are others)."""
+    from avd_jax.convert.adapted import with_adapters
     from avd_jax.convert.fingerprint import fingerprint  # these read weights, of which adapters are one kind
     from avd_jax.convert.weights import open_weights
 
@@ -110,7 +121,12 @@ def _open_base(tree: OrbaxTree, architecture: Architecture):
             f"{run}: has adapters over other weights than those in {path}; link {moved} to those that its training "
             f"began with ({named})"
         )
-    return base
+    styled = with_adapters(base, tree.adapters.get("lora", ""))
+    if styled is base:
+        return base
+    if " ".join(adapter.fingerprint for adapter in styled.adapters) != tree.adapters["lora_fingerprint"]:
+        raise UserError(f"{run}: was trained over other contents of {tree.adapters['lora']}; put those back")
+    return styled
 
 
 def _added(base: jax.Array, a: np.ndarray, b: np.ndarray, scale: float, dtype: np.dtype) -> jax.Array:

@@ -242,7 +242,6 @@ def cast_leaves(leaves: dict[str, jax.ShapeDtypeStruct], dtype) -> dict[str, jax
     return {path: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtypes[path])) for path, leaf in leaves.items()}
 
 
-
 def _is_causal(found: TorchFiles, files: list[TensorFile]) -> bool:
     entries = {}
     if found.config is not None:

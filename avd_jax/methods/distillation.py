@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from functools import partial
 
 from avd_jax import convert
+from avd_jax.convert.adapters import named_adapters, spelled
 from avd_jax.convert.networks import DEFAULT
 from avd_jax.data.latents import LatentsInfo
 from avd_jax.data.leakage import read_texts
@@ -107,6 +108,8 @@ def record(config, model: WanDiTConfig, info: LatentsInfo | None, **sampling) ->
     if config.lora.rank:
         found["architecture"]["adapters"] = adapters.record(config)
         found["base"] = {"path": _anywhere(config.init_from), "which": config.which}
+        if styles := named_adapters(config.init_lora):
+            found["base"]["lora"] = ",".join(spelled([(_anywhere(str(path)), strength) for path, strength in styles]))
     if info is None:
         return found
     student = {
