@@ -13,7 +13,7 @@ from avd_jax import command_line
 from avd_jax.experiments.runs_page import write_comparison
 from avd_jax.paths import local_path
 
-OUT = command_line.path_flag("out", None, "The page, an .html file.")
+OUT = command_line.disk_flag("out", None, "The page, an .html file.")
 
 
 def main(folders: list[str]) -> None:

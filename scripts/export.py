@@ -15,10 +15,10 @@ from absl import flags
 from avd_jax import command_line, convert
 from avd_jax.convert.adapter_keys import STYLES
 from avd_jax.convert.extraction import FULL
-from avd_jax.convert.hub import push
+from avd_jax.convert.hub import check_push, push
 from avd_jax.convert.networks import DEFAULT
 from avd_jax.errors import UserError
-from avd_jax.paths import any_path, hub_name
+from avd_jax.paths import any_path
 
 DTYPES = ["keep", "float32", "bfloat16", "float16", "fp8"]
 
@@ -52,8 +52,8 @@ def main() -> None:
         raise UserError("--dtype fp8: only goes with --layout comfyui, whose reader knows its scales; give another")
     if dtype == "keep" and layout in ("comfyui", "lora"):
         raise UserError(f"--dtype keep: does not go with --layout {layout}; give another, or leave it out")
-    if PUSH.value and hub_name(PUSH.value) is None:
-        raise UserError(f"--push={PUSH.value}: write hf://ORG/NAME or hf://ORG/NAME@BRANCH")
+    if PUSH.value:
+        check_push(DST.value, PUSH.value)
     shared = {"key": WHICH.value or DEFAULT, "lora": LORA.value or "", "overwrite": OVERWRITE.value}
     if layout == "lora":
         more = {"rank": rank(), "style": STYLE.value, "teacher": TEACHER.value or "", "dtype": dtype or "bfloat16"}

@@ -127,3 +127,16 @@ def test_an_export_is_published_with_its_card(server, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_stub")
     assert ours.push(folder, "hf://me/student") == f"{server.url}/me/student"
     assert server.pushed["me/student"] == {"README.md": b"the card", "config.json": b"{}", "": "main"}
+
+
+@pytest.mark.parametrize(
+    ("folder", "target", "said"),
+    [
+        ("student", "me/student", "--push=me/student: write hf://ORG/NAME"),
+        ("gs://bucket/student", "hf://me/student", "gs://bucket/student is in a bucket; give a local --dst"),
+    ],
+)
+def test_what_cannot_be_published_is_known_before_it_is_exported(folder, target, said):
+    with pytest.raises(UserError, match=said):
+        ours.check_push(folder, target)
+    ours.check_push("student", "hf://me/student@main")

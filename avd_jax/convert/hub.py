@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from avd_jax.errors import UserError
-from avd_jax.paths import any_path, hub_name, local_path
+from avd_jax.paths import any_path, hub_name, is_bucket, local_path
 
 # Sizes, indices and settings; small, and what says which layout it is.
 _ALWAYS = ("*.json",)
@@ -53,6 +53,14 @@ def _snapshot(repo: str, revision: str | None, component: str | None) -> Path:
     if revision is None:
         _commits.setdefault(repo, Path(folder).name)
     return Path(folder)
+
+
+def check_push(folder: str | os.PathLike, target: str) -> None:
+    """Raise a UserError if `push` would refuse its arguments, before anything is written to the folder."""
+    if hub_name(target) is None:
+        raise UserError(f"--push={target}: write hf://ORG/NAME or hf://ORG/NAME@BRANCH")
+    if is_bucket(folder):
+        raise UserError(f"--push publishes from a disk, and {folder} is in a bucket; give a local --dst")
 
 
 def push(folder: str | os.PathLike, target: str) -> str:
