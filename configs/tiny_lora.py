@@ -5,7 +5,7 @@
     python scripts/evaluate.py --checkpoint runs/tiny_lora --weights weights/tiny --count 48 --batch_size 8 \
         --out runs/tiny_lora
 
-Everything but the adapters and their rates is as in configs/tiny.py. docs/adapters.md explains them and has figures.
+Everything but the adapters and their rates is as in configs/tiny.py. docs/lora.md explains them and has figures.
 """
 
 import runpy

@@ -6,7 +6,7 @@
 Generator, fake_score and teacher share one bfloat16 copy of the weights, 29 GB; what is trained of each of the two is
 307 million numbers beside it. Data as for configs/wan13b.py. Hardware: docs/pods.md has what it takes of a v5e:4x4, of
 8 x H100, and, with `--config.model=1.3B --config.batch_size=1`, of one card with 24 GB. The rates are ten times the
-paper's, as adapters want them, and have not been tuned at this size. Expected result: unknown; docs/adapters.md
+paper's, as adapters want them, and have not been tuned at this size. Expected result: unknown; docs/lora.md
 compares adapters with whole weights in the small world.
 """
 

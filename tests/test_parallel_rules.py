@@ -79,6 +79,7 @@ def test_the_layer_axis_stays_whole():
 def test_every_rule_is_used():
     params = joined(state(WAN_1_3B, 64).networks["generator"].params, state(WAN_1_3B).networks["generator"].params)
     paths = [f".{dotted(keys)}" for keys, _ in jax.tree_util.tree_leaves_with_path(params)]
+    paths.append(".blocks.ffn_0.values")
     interpolator = nnx.eval_shape(lambda: Interpolator(InterpolatorConfig(), nnx.Rngs(0)))
     paths += [f".{path}" for path in flat_state(nnx.state(interpolator))]
     for pattern, _ in RULES:

@@ -32,7 +32,9 @@ def load_low_bit(weights: Weights, dtype, kind: str, sharding: Sharding) -> WanD
 
     for path, array in weights.arrays({path: dtypes[path] for path in weights.leaves}):
         if path in kernels:
-            array, scale = rounded(array, kernels[path], kind)
+            values, scale = rounded(array, kernels[path], kind)
+            put(path.replace(".kernel", ".values"), values)
             put(path.replace(".kernel", ".scale"), scale)
-        put(path, array)
+        else:
+            put(path, array)
     return nnx.merge(graphdef, from_flat(state, arrays))

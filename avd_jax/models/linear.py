@@ -90,7 +90,8 @@ class Projection(nnx.Module):
       kernel, bias: weights, in any dtype.
       dtype: of the product.
       input_axes: how many of the kernel's first axes are summed over.
-      scale: of each output, if the kernel is in 8 bits (`models/low_bit.py`), or None.
+      values, scale: stand for the kernel, which is None, if it is in 8 bits (`models/low_bit.py`): values [in out] and
+        the scale of each output.
       adapter: a correction of low rank (`models/adapters.py`), or None.
     """
 
@@ -102,18 +103,25 @@ class Projection(nnx.Module):
         self.kernel = nnx.Param(init(rngs.params(), shape, param_dtype))
         self.bias = nnx.Param(jnp.zeros(shape[self.input_axes :], param_dtype))
         self.dtype = dtype
-        self.scale = self.adapter = nnx.data(None)
+        self.values = self.scale = self.adapter = nnx.data(None)
 
     def apply(self, equation: str, x: Array) -> Array:
         """Return `project(equation, x, ...)` with the layer's weights, and what its adapter adds."""
-        if self.scale is None:
+        if self.values is None:
             y = project(equation, x, self.kernel[...], self.bias[...], self.dtype)
         else:
-            # Else the TPU compiler widens the kernels of all layers at once, before the loop over them.
-            kernel = jax.lax.optimization_barrier(self.kernel[...])
-            y = project(equation, x, kernel, None, self.dtype) * _along(equation, self.scale[...])
-            y = (y + _along(equation, self.bias[...])).astype(self.dtype)
+            y = self._from_values(equation, x)
         return y if self.adapter is None else y + self.adapter(equation, x, dtype=self.dtype)
+
+    def _from_values(self, equation: str, x: Array) -> Array:
+        axes = equation.split("->")[0].split(",")
+        sizes = dict(zip(axes[0], x.shape, strict=True))
+        inputs = (sizes[axis] for axis in axes[1][: self.input_axes])
+        # Else the TPU compiler works on the values of all layers at once, before the loop over them.
+        values = jax.lax.optimization_barrier(self.values[...])
+        kernel = values.reshape(*inputs, *self.scale.shape)
+        y = project(equation, x, kernel, None, self.dtype) * _along(equation, self.scale[...])
+        return (y + _along(equation, self.bias[...])).astype(self.dtype)
 
 
 class Linear(Projection):

@@ -7,6 +7,7 @@ what they are with bfloat16 weights, and no layer's weights are ever held wide b
 it is: embeddings, norms, modulation and head are 3 % of the parameters, and rounding them costs most.
 """
 
+import math
 import re
 from collections.abc import Callable
 
@@ -38,7 +39,7 @@ def check_device(kind: str, device: jax.Device) -> None:
 
 
 def rounded(kernel: np.ndarray, input_axes: int, kind: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return (values, scale) of stacked kernels.
+    """Return values [layers in out] and scale [layers outputs...] of stacked kernels.
 
     Args:
       kernel: [layers, inputs..., outputs...], in any dtype.
@@ -46,22 +47,24 @@ def rounded(kernel: np.ndarray, input_axes: int, kind: str) -> tuple[np.ndarray,
       kind: a key of KINDS.
     """
     dtype, largest = KINDS[kind]
-    values = np.empty(kernel.shape, dtype)
-    scale = np.empty((kernel.shape[0], *kernel.shape[1 + input_axes :]), np.float32)
+    layers, outputs = kernel.shape[0], kernel.shape[1 + input_axes :]
+    kernel = kernel.reshape(layers, -1, math.prod(outputs))
+    values, scale = np.empty(kernel.shape, dtype), np.empty((layers, kernel.shape[2]), np.float32)
     for layer, weights in enumerate(kernel):  # one at a time: all in float32 would be four times what is kept
         weights = weights.astype(np.float32)
-        most = np.max(np.abs(weights), axis=tuple(range(input_axes)))
+        most = np.max(np.abs(weights), axis=0)
         scale[layer] = np.where(most > 0, most, 1) / largest
         scaled = weights / scale[layer]
         values[layer] = np.rint(scaled) if kind == "int8" else scaled
-    return values, scale
+    return values, scale.reshape(layers, *outputs)
 
 
 def low_bit(build: Callable[[], WanDiT], kind: str) -> tuple[WanDiT, dict[str, int]]:
     """Return the transformer that `build` makes, without arrays, as it is with 8 bits, and what of it is rounded.
 
     Returns:
-      The module, and dotted path of each kernel that is rounded -> its input axes; beside it is a leaf `scale`.
+      The module, and dotted path of each kernel that is rounded -> its input axes. In its place are leaves `values`, a
+      matrix, since a TPU pads heads, and `scale`.
     """
     kernels = {}
 
@@ -69,8 +72,12 @@ def low_bit(build: Callable[[], WanDiT], kind: str) -> tuple[WanDiT, dict[str, i
         dit = build()
         for name, layer in projections(dit):
             if name.startswith(f"{BLOCKS}."):
-                layer.kernel = nnx.Param(jnp.zeros(layer.kernel.shape, KINDS[kind][0]))
+                layers, outputs = layer.bias.shape[0], math.prod(layer.bias.shape[1:])
+                layer.values = nnx.Param(
+                    jnp.zeros((layers, layer.kernel.size // layers // outputs, outputs), KINDS[kind][0])
+                )
                 layer.scale = nnx.Param(jnp.zeros(layer.bias.shape, jnp.float32))
+                layer.kernel = nnx.data(None)
                 kernels[f"{name}.kernel"] = layer.input_axes
         return dit
 
