@@ -19,6 +19,7 @@ from avd_jax.convert.interpolator_rules import PREFIX
 from avd_jax.convert.shipping import write_interpolator as ship
 from avd_jax.convert.weights import open_weights
 from avd_jax.errors import UserError
+from avd_jax.models.interpolator import Interpolator, InterpolatorConfig
 
 FILE = "diffusion_pytorch_model.safetensors"
 
@@ -215,3 +216,12 @@ def test_missing_keys_and_other_networks(tensors, tmp_path):
         convert.load_interpolator(cases.NATIVE / cases.WEIGHTS)
     with pytest.raises(UserError, match="no interpolator here; expected interpolator/"):
         convert.load_interpolator(cases.DIFFUSERS)
+
+
+def test_what_was_trained_here_is_written_into_a_bucket(bucket):
+    made = Interpolator(InterpolatorConfig(4, (8, 8, 8)), nnx.Rngs(0))
+    for _ in range(2):  # a run that resumes writes it again
+        ship(made, bucket)
+    found = convert.load_interpolator(bucket)
+    for path, leaf in convert.flat_state(nnx.state(found)).items():
+        np.testing.assert_array_equal(leaf, convert.flat_state(nnx.state(made))[path])

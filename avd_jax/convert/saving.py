@@ -96,6 +96,18 @@ def complete_folder(folder: Path, *, overwrite: bool, ours: Callable[[Path], boo
         _remove(temporary)
 
 
+@contextlib.contextmanager
+def opened_folder(folder: Path) -> Iterator[Path]:
+    """Yield where to write the files of a folder: itself, which is made, or a local one that becomes it in a bucket."""
+    if is_bucket(folder):
+        with tempfile.TemporaryDirectory() as staging:
+            yield Path(staging)
+            _upload(Path(staging), folder)
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    yield folder
+
+
 def _upload(source: Path, folder: Path) -> None:
     """Copy a folder into a bucket; what says what the folder is comes last, and goes first if it is replaced."""
     files = sorted(

@@ -11,7 +11,7 @@ from avd_jax.convert import dit_rules, interpolator_rules, umt5_rules, vae_rules
 from avd_jax.convert.architectures import INTERPOLATOR, UMT5, WAN_DIT, WAN_VAE, Architecture
 from avd_jax.convert.engine import source_shapes, tensors_to_torch
 from avd_jax.convert.safetensors_io import write_safetensors
-from avd_jax.convert.saving import MAX_SHARD_BYTES, write_json
+from avd_jax.convert.saving import MAX_SHARD_BYTES, opened_folder, write_json
 from avd_jax.convert.state import flat_state
 from avd_jax.models.interpolator import Interpolator
 from avd_jax.models.umt5 import UMT5Encoder
@@ -49,8 +49,7 @@ def _write(architecture: Architecture, module: nnx.Module, config: dict, folder:
         leaf = jax.ShapeDtypeStruct(array.shape, array.dtype)
         for name, shape in source_shapes(rules, {path: leaf}):
             tensors[name] = jax.ShapeDtypeStruct(shape, array.dtype)
-    component = any_path(folder) / architecture.component
-    component.mkdir(parents=True, exist_ok=True)
     stream = tensors_to_torch(rules, iter(arrays.items()))
-    write_safetensors(component, tensors, stream, stem=stem, max_shard_bytes=MAX_SHARD_BYTES)
-    write_json(component / "config.json", config)
+    with opened_folder(any_path(folder) / architecture.component) as component:
+        write_safetensors(component, tensors, stream, stem=stem, max_shard_bytes=MAX_SHARD_BYTES)
+        write_json(component / "config.json", config)
