@@ -115,7 +115,7 @@ for _protocol in FileSystem.protocol:
 def _named(url: str, query: dict) -> tuple[str, str]:
     """Return the bucket of a request, and in words what it is about."""
     bucket = re.search(r"/b/([^/?]+)", url)
-    key = re.search(r"/o/([^?]+)", url)
+    key = re.search(r"/o/([^?]+)", url) or re.search(r"/o\?(?:.*&)?name=([^&]+)", url)
     body = query.get("json")
     said = unquote(key[1]) if key else query.get("name") or (body.get("name") if isinstance(body, dict) else None)
     said = said or query.get("prefix") or ""
@@ -167,12 +167,13 @@ def _is_401(error: Exception) -> bool:
 
 
 def _explained(error: Exception, name: str, bucket: str) -> UserError:
-    said = " ".join(str(getattr(error, "message", "") or error).split())[:200] or type(error).__name__
+    said = re.sub(r"(Forbidden: )?https?://\S+", "", str(getattr(error, "message", "") or error))
+    said = " ".join(said.split())[:200] or type(error).__name__
     status = int(error.code) if isinstance(error, HttpError) and str(error.code).isdigit() else 0
     if isinstance(error, google.auth.exceptions.GoogleAuthError):
         status = 401
     elif str(error).startswith("Forbidden"):
-        status, said = 403, said.partition(" ")[2].partition(" ")[2] or said
+        status = 403
     elif is_retriable(error) or isinstance(error, TimeoutError):
         status = status if status == 401 else 503
     return _told(status, name, bucket, said)

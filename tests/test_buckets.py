@@ -4,6 +4,7 @@ import io
 import re
 import threading
 
+import fsspec
 import numpy as np
 import pytest
 
@@ -119,10 +120,16 @@ def test_one_that_stays_away_is_one_line(bucket, bucket_server, monkeypatch):
 def test_no_rights(bucket, bucket_server, monkeypatch):
     failing(monkeypatch, bucket_server, status=403, message="me@x does not have storage.objects.get access")
     said = rf"{bucket}/x: the account has no right .*storage.objects.get.* roles/storage.objectUser"
-    for call in ((bucket / "x").exists, (bucket / "x").read_bytes, lambda: (bucket / "x").write_text("")):
+    resumed = f"{bucket_server.url}/upload/storage/v1/b/bucket/o?uploadType=resumable&name={bucket.name}/x&upload_id=y"
+    again = fsspec.filesystem("gcs", finalize_on_close=True)
+    for call in (
+        *((bucket / "x").exists, (bucket / "x").read_bytes, lambda: (bucket / "x").write_text("")),
+        lambda: again.call("PUT", resumed, data=b"z"),
+    ):
         with pytest.raises(UserError, match=said) as error:
             call()
         assert "\n" not in str(error.value)
+        assert "http" not in str(error.value)
 
 
 def test_no_credentials(bucket, bucket_server, monkeypatch):
