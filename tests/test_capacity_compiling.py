@@ -58,7 +58,7 @@ def test_a_programs_report():
     assert set(written) == {
         *("program", "topology", "mesh", "batch_size", "argument_gib", "temporary_gib", "total_gib", "limit_gib"),
         *("fits", "code_mib", "flops", "kernel_flops", "cycles", "seconds", "collective_gib", "trace_seconds"),
-        *("host_gib", "resident_gib", "resident_host_gib", "compile_seconds", "error", "assumed_trips"),
+        *("host_gib", "resident_gib", "resident_host_gib", "compile_seconds", "error", "assumed_trips", "loops"),
     }
     assert report.as_text().startswith("rollout on here, mesh data=1 x fsdp=4 x seq=2, batch 4: fits\n")
 

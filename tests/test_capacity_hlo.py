@@ -2,7 +2,7 @@
 
 import pytest
 
-from avd_jax.capacity.hlo import cudnn_workspace, profile
+from avd_jax.capacity.hlo import Loop, cudnn_workspace, profile
 
 HLO = """HloModule jit_step, is_scheduled=true
 
@@ -124,6 +124,10 @@ def test_trips_follow_from_conditions_loops_inside_loops_too(old, new, cycles, u
     assert old in NESTED
     found = profile(NESTED.replace(old, new) if old else NESTED, dynamic_trips=1.5)
     assert (found.cycles, found.unknown_loops) == (round(cycles), unknown)
+
+
+def test_a_loops_trip_is_told_apart_from_the_loops_inside_it():
+    assert profile(NESTED).loops == (Loop(1, INNER * 100), Loop(100, 0))
 
 
 def test_the_workspace_of_cudnns_largest_backward_pass():

@@ -24,6 +24,7 @@ EFFICIENCY = 0.5
 # Triton, the former needs more memory on 8 x H100: 12.2 and 11.9 GiB for a step of the 1.3B model, 70.0 and 69.9 of the
 # 14B model.
 _GPU_OPTIONS = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
+_LOOPS = 6  # that a report lists: those over layers, of forward and backward passes
 _GIVEN = r"([\d.]+)([KMGT])"
 _ALL_OF_IT = re.compile(rf"Used {_GIVEN} of")
 _TEMPORARIES = re.compile(rf"memory required for HLO temporaries \({_GIVEN}\) exceeds")
@@ -43,6 +44,7 @@ class Report:
       cycles: the compiler's estimate without attention kernels and collectives, loops as often as they run.
       assumed_trips: of the loops whose length the compiled text does not say, see `expected_trips`; None without any.
       collective_gib: kind -> GiB.
+      loops: million cycles of a trip of the largest loops, those in loops inside them apart.
       seconds: an estimate, see `estimated_seconds`; None if too little is known.
       fits: whether it compiled, within the limit.
       error: the compiler's message if memory did not suffice; then only the total is known.
@@ -67,6 +69,7 @@ class Report:
     resident_host_gib: float = 0.0
     seconds: float | None = None
     collective_gib: dict[str, float] = field(default_factory=dict)
+    loops: list[tuple[float, float]] = field(default_factory=list)
     trace_seconds: float = 0.0
     compile_seconds: float = 0.0
     error: str = ""
@@ -88,11 +91,13 @@ class Report:
         assumed = f", and {self.assumed_trips:g} trips of loops of unknown length" if self.assumed_trips else ""
         code = f", code {self.code_mib:.0f} MiB" if self.code_mib else ""
         host = f"; {self.host_gib:.2f} GiB of its host's" if self.host_gib else ""
+        trips = ", ".join(f"{own:.1f}" + (f" + {inside:.1f}" if inside else "") for own, inside in self.loops)
         lines += [
             f"  memory      {self.total_gib:.2f} GiB a device of {self.limit_gib:.2f}: "
             f"arguments {self.argument_gib:.2f}, temporaries {self.temporary_gib:.2f}{code}{host}",
             f"  work        {self.flops:.3e} FLOPs on all devices, of which attention kernels {self.kernel_flops:.3e}; "
             f"{cycles} a device (without attention kernels and collectives{assumed})",
+            *([f"  loops       {trips} (million cycles a trip, + those in loops inside)"] if trips else []),
             f"  collectives {moved} (GiB a device)",
             *([f"  estimate    {self.seconds:.2f} s (docs/pods.md)"] if self.seconds else []),
             f"  compiled in {self.compile_seconds:.0f} s, after {self.trace_seconds:.0f} s of tracing",
@@ -164,6 +169,7 @@ def compile_program(program: Program, *, mesh: Mesh, batch_size: int, topology: 
         cycles=found.cycles or None,
         assumed_trips=trips if found.unknown_loops else None,
         collective_gib=collectives,
+        loops=[(one.cycles / 1e6, one.cycles_inside / 1e6) for one in found.loops[:_LOOPS] if one.cycles],
         seconds=estimated_seconds(
             find_kind(device.device_kind),
             cycles=found.cycles or None,

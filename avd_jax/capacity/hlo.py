@@ -22,6 +22,14 @@ _NO_ESTIMATE = 1 << 60  # the compiler writes huge numbers if it has none
 
 
 @dataclass(frozen=True)
+class Loop:
+    """Cycles of one trip of a loop: its own, and those of the loops inside it."""
+
+    cycles: float
+    cycles_inside: float
+
+
+@dataclass(frozen=True)
 class Profile:
     """What `profile` finds, a device.
 
@@ -29,11 +37,13 @@ class Profile:
       collective_bytes: kind of collective -> bytes, of the larger of what goes in and what comes out.
       cycles: the sum of the compiler's estimates, 0 if it made none.
       unknown_loops: how many loops ran for `dynamic_trips`.
+      loops: all of them, the largest trip first.
     """
 
     collective_bytes: dict[str, int]
     cycles: int
     unknown_loops: int
+    loops: tuple[Loop, ...]
 
 
 def profile(text: str, *, dynamic_trips: float = 1) -> Profile:
@@ -45,31 +55,39 @@ def profile(text: str, *, dynamic_trips: float = 1) -> Profile:
     """
     computations, entry = parse(text)
     collectives: Counter = Counter()
-    cycles, unknown = 0.0, set()
+    unknown, loops = set(), []
 
-    def visit(name: str, times: float, in_fusion: bool, given: Given) -> None:
-        nonlocal cycles
+    def visit(name: str, times: float, in_fusion: bool, given: Given) -> tuple[float, float]:
+        """Return the cycles of one run of a computation, its own and those of its loops."""
+        own = inside = 0.0
         within = computations.get(name, {})
         for instruction in within.values():
             kind = instruction.operation.removesuffix("-start")
             if kind in COLLECTIVES:
                 collectives[kind] += times * _bytes_moved(instruction, within)
+                continue
             estimate = _CYCLES.search(instruction.rest)
             if estimate and not in_fusion and int(estimate[1]) < _NO_ESTIMATE:
-                cycles += times * int(estimate[1])
-            trips, inside = times, given
+                own += int(estimate[1])
             if instruction.operation == "while":
-                known, inside = loop(instruction, computations, within, given)
-                trips *= dynamic_trips if known is None else known
+                known, carried = loop(instruction, computations, within, given)
+                trips = dynamic_trips if known is None else known
                 if known is None:
                     unknown.add(id(instruction))
+                parts = [visit(called, times * trips, in_fusion, carried) for called in called_by(instruction)]
+                loops.append(Loop(*(sum(part) for part in zip(*parts, strict=True))))
+                inside += trips * (loops[-1].cycles + loops[-1].cycles_inside)
+                continue
             # The estimate of a fusion covers what it calls.
-            fused = in_fusion or instruction.operation == "fusion"
-            for called in () if kind in COLLECTIVES else called_by(instruction):
-                visit(called, trips, fused, inside)
+            for called in called_by(instruction):
+                part = visit(called, times, in_fusion or instruction.operation == "fusion", given)
+                own, inside = own + part[0], inside + part[1]
+        return own, inside
 
-    visit(entry, 1, False, {})
-    return Profile({kind: round(size) for kind, size in sorted(collectives.items())}, round(cycles), len(unknown))
+    cycles = sum(visit(entry, 1, False, {}))
+    loops.sort(key=lambda found: -found.cycles - found.cycles_inside)
+    moved = {kind: round(size) for kind, size in sorted(collectives.items())}
+    return Profile(moved, round(cycles), len(unknown), tuple(loops))
 
 
 def cudnn_workspace(text: str) -> int:
