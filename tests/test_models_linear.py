@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from avd_jax.models.linear import Linear, project
+from avd_jax.models.linear import Linear, gated_project, project
 
 EQUATIONS = {
     "bnd,dhk->bhnk": ((2, 5, 6), (6, 3, 4), (3, 4)),
@@ -63,6 +63,53 @@ def test_gradients_of_weights_are_summed_in_float32_with_half_precision_products
     assert kernel_gradient.dtype == bias_gradient.dtype == jnp.float32
     # Rounded once more, each would be off by more than that.
     assert np.abs(exact.astype(jnp.bfloat16).astype(np.float64) - exact).max() > 1e-2
+
+
+GATED = [equation for equation in EQUATIONS if equation.endswith("bnd")] + ["bnd,df->bnf"]
+
+
+@pytest.mark.parametrize("equation", GATED)
+@pytest.mark.parametrize("arguments", [(0, 1, 2, 3), (0,), (1, 3)])
+def test_a_gated_product_has_the_derivatives_of_a_product_and_a_gate(equation, arguments):
+    """All of them, as in training, and some: those of a tangent along the input, or of frozen weights."""
+    given = [*arrays(equation), np.random.default_rng(1).standard_normal((2, EQUATIONS[equation][2][0]), np.float32)]
+    moving = [given[i] for i in arguments]
+    found = []
+    for function in (
+        lambda *given: gated_project(equation, *given, jnp.float32),
+        lambda *given: plain(equation, *given[:3]) * given[3][:, None],
+    ):
+
+        def of_some(*moving, function=function):
+            named = dict(zip(arguments, moving, strict=True))
+            return function(*(named.get(i, x) for i, x in enumerate(given)))
+
+        output, back = jax.vjp(of_some, *moving)
+        change = jax.jvp(of_some, moving, [leaf + 1 for leaf in moving])[1]
+        found.append((output, change, back(output)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), *found)
+
+
+def test_a_gated_products_gradients_are_summed_in_float32_with_half_precision_products():
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((2, 300, 3)).astype(jnp.bfloat16)
+    kernel, bias = (
+        rng.standard_normal((3, 3), np.float32).astype(jnp.bfloat16).astype(np.float32),
+        np.ones(3, np.float32),
+    )
+    gate, slope = rng.standard_normal((2, 3), np.float32), rng.standard_normal((2, 300, 3)).astype(jnp.bfloat16)
+    run = lambda *given: gated_project("bnf,fd->bnd", *given, jnp.bfloat16)  # noqa: E731
+    output, back = jax.vjp(run, jnp.asarray(x), kernel, bias, gate)
+    assert output.dtype == jnp.float32
+    x, slope = (leaf.astype(np.float64) for leaf in (x, slope))
+    expected = (
+        np.einsum("bnf,bnd,bd->fd", x, slope, gate),
+        np.einsum("bnd,bd->d", slope, gate),
+        np.einsum("bnd,bnd->bd", slope, x @ kernel + bias),
+    )
+    for one, other in zip(back(jnp.asarray(slope, jnp.float32))[1:], expected, strict=True):
+        assert one.dtype == jnp.float32
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=2e-4)
 
 
 def test_weights_in_half_precision_keep_their_dtype():

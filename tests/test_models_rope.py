@@ -87,3 +87,12 @@ def test_the_gradient_turns_back():
     np.testing.assert_allclose(rope.rotate(x, cos, sin), formula(x), atol=1e-6)
     gradient = jax.grad(lambda x: jnp.sum(rope.rotate(x, cos, sin) * weights))(x)
     np.testing.assert_allclose(gradient, jax.linear_transpose(formula, x)(weights)[0], atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_form_for_matrix_units_is_the_same_and_so_is_its_gradient(dtype):
+    x, slope = np.random.default_rng(0).standard_normal((2, 2, 3, 30, 12)).astype(dtype)
+    table = rope.rotation(3, 2, 5, 12)
+    found, expected = (jax.vjp(lambda x, t=t: rope.rotate(x, *t), x) for t in (rope.for_matrix_units(table), table))
+    np.testing.assert_array_equal(found[0], expected[0])
+    np.testing.assert_array_equal(found[1](slope)[0], expected[1](slope)[0])

@@ -12,6 +12,7 @@ from flax import nnx
 from avd_jax.errors import UserError
 from avd_jax.models import wan_dit
 from avd_jax.models.functional import make_denoiser
+from avd_jax.models.placement import Placement
 from avd_jax.models.wan_dit import REMAT_POLICIES, WAN_1_3B, WAN_14B, WanDiT, WanDiTConfig, timestep_features
 
 TINY = WanDiTConfig(
@@ -118,6 +119,20 @@ def test_remat_changes_no_gradient(remat):
         gradients(remat),
         gradients("none"),
     )
+
+
+def test_the_forms_that_suit_tpus_have_the_same_values_and_gradients(monkeypatch):
+    usual = run(*inputs()), gradients("block")
+    monkeypatch.setattr(Placement, "on_tpu", True)
+    network = make_denoiser(TINY, dtype="float32", param_dtype="float32", remat="block", placement=Placement("xla"))
+
+    def loss(params):
+        velocity = network.module(params)(*inputs())
+        return jnp.mean(velocity**2), velocity
+
+    found, velocity = jax.jit(jax.grad(loss, has_aux=True))(params())
+    np.testing.assert_allclose(velocity, usual[0], rtol=1e-4, atol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), found, usual[1])
 
 
 def test_gradient_is_the_difference_quotient():

@@ -69,6 +69,69 @@ def _project_jvp(equation, dtype, primals, tangents):
 _project.defjvp(_project_jvp, symbolic_zeros=True)
 
 
+def gated_project(equation: str, x: Array, kernel: Array, bias: Array, gate: Array, dtype) -> Array:
+    """Return `project(equation, x, kernel, bias, dtype) * gate`, in float32, without computing it again for gradients.
+
+    The gate's gradient follows from the kernel's, as long as that is apart for each example: with P = x^T slope it is
+    the sum over the inputs of kernel * P, and the kernel's is P * gate.
+
+    Args:
+      equation: such as "bnf,fd->bnd", the result [B N D].
+      x, kernel, bias, dtype: as in `project`.
+      gate: [B D].
+    """
+    return _gated(equation, jnp.dtype(dtype), x, kernel, bias, gate)
+
+
+def _plainly_gated(equation, dtype, x, kernel, bias, gate):
+    # A product of its own: else the TPU compiler makes the float32 stream part of it.
+    product = jax.lax.optimization_barrier(_project(equation, dtype, x, kernel, bias))
+    return product.astype(jnp.float32) * gate[:, None]
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _gated(equation, dtype, x, kernel, bias, gate):
+    return _plainly_gated(equation, dtype, x, kernel, bias, gate)
+
+
+def _gated_jvp(equation, dtype, primals, tangents):
+    moving = [type(tangent) is not SymbolicZero for tangent in tangents]
+
+    def plain(*moved):
+        given = iter(moved)
+        return _plainly_gated(equation, dtype, *(next(given) if m else x for m, x in zip(moving, primals, strict=True)))
+
+    def change(_, tangents):
+        return jax.jvp(plain, primals, tangents)[1]
+
+    def gradients(kept, slope):
+        x, kernel, bias, gate = kept
+        (x_axes, kernel_axes), axes = equation.split("->")[0].split(","), equation.split("->")[1]
+        inputs = tuple(range(1, kernel.ndim))  # the kernel's axes but the last, behind the batch
+        total = jnp.sum(slope, axis=1)
+        # Written once, in the dtype of the products; they would be slower with the float32 slope as an operand.
+        bare = slope.astype(dtype), (slope * gate[:, None]).astype(dtype)
+        bare, gated = jax.lax.optimization_barrier(bare)
+        kernel16 = jax.lax.optimization_barrier(kernel.astype(dtype))  # else it is gathered in float32 for the sum
+        apart = einsum(
+            f"{x_axes},{axes}->{axes[0]}{kernel_axes}", x.astype(dtype), bare, preferred_element_type=jnp.float32
+        )
+        return (
+            einsum(f"{axes},{kernel_axes}->{x_axes}", gated, kernel16).astype(x.dtype),
+            jnp.sum(apart * jnp.expand_dims(gate, inputs), axis=0).astype(kernel.dtype),
+            jnp.sum(total * gate, axis=0).astype(bias.dtype),
+            jnp.sum(apart * kernel16.astype(jnp.float32), axis=inputs) + bias.astype(jnp.float32) * total,
+        )
+
+    if not all(moving):
+        return jax.jvp(plain, *([x for m, x in zip(moving, side, strict=True) if m] for side in (primals, tangents)))
+    output = _gated(equation, dtype, *primals)
+    return output, linear_call(change, gradients, tuple(primals), tuple(tangents))
+
+
+_gated.defjvp(_gated_jvp, symbolic_zeros=True)
+
+
 def einsum(equation: str, one: Array, other: Array, **options) -> Array:
     """Return `jnp.einsum` of two arrays of a dtype; of float32 with all its digits."""
     exact = one.dtype == jnp.float32
@@ -105,13 +168,19 @@ class Projection(nnx.Module):
         self.dtype = dtype
         self.values = self.scale = self.adapter = nnx.data(None)
 
-    def apply(self, equation: str, x: Array) -> Array:
-        """Return `project(equation, x, ...)` with the layer's weights, and what its adapter adds."""
+    def apply(self, equation: str, x: Array, gate: Array | None = None) -> Array:
+        """Return `project(equation, x, ...)` with the layer's weights, and what its adapter adds.
+
+        With a gate [B D], of a result [B N D], times that in float32.
+        """
+        if gate is not None and self.values is None and self.adapter is None:
+            return gated_project(equation, x, self.kernel[...], self.bias[...], gate, self.dtype)
         if self.values is None:
             y = project(equation, x, self.kernel[...], self.bias[...], self.dtype)
         else:
             y = self._from_values(equation, x)
-        return y if self.adapter is None else y + self.adapter(equation, x, dtype=self.dtype)
+        y = y if self.adapter is None else y + self.adapter(equation, x, dtype=self.dtype)
+        return y if gate is None else jax.lax.optimization_barrier(y).astype(jnp.float32) * gate[:, None]
 
     def _from_values(self, equation: str, x: Array) -> Array:
         axes = equation.split("->")[0].split(",")
@@ -130,7 +199,7 @@ class Linear(Projection):
     def __init__(self, in_dim: int, out_dim: int, *, rngs: nnx.Rngs, dtype, param_dtype):
         super().__init__((in_dim, out_dim), rngs=rngs, dtype=dtype, param_dtype=param_dtype)
 
-    def __call__(self, x: Array) -> Array:
-        """Return [... F] for x [... D]."""
+    def __call__(self, x: Array, *, gate: Array | None = None) -> Array:
+        """Return [... F] for x [... D]; with a gate [B F], and x [B N D], times that in float32."""
         axes = "abceg"[: x.ndim - 1]
-        return self.apply(f"{axes}d,df->{axes}f", x)
+        return self.apply(f"{axes}d,df->{axes}f", x, gate)

@@ -87,11 +87,21 @@ class Placement:
         """Into how many parts the tokens are cut."""
         return self.mesh.shape[self.sequence_axis] if self.mesh is not None and self.sequence_axis else 1
 
+    @property
+    def device(self) -> jax.Device:
+        """One of the devices; they are alike."""
+        return jax.devices()[0] if self.mesh is None else self.mesh.devices.flat[0]
+
+    @property
+    def on_tpu(self) -> bool:
+        """Whether they are TPUs, where layers take the forms that suit matrix units."""
+        return self.device.platform == "tpu"
+
     def kernel_for(self, dtype) -> str:
         """Return the kernel that serves arrays of `dtype`; never 'auto'."""
         if self.kernel != "auto":
             return self.kernel
-        device = jax.devices()[0] if self.mesh is None else self.mesh.devices.flat[0]
+        device = self.device
         if device.platform == "tpu":
             return "splash" if _SMALL_VMEM.search(device.device_kind) else "pipelined"
         half_precision = dtype in (jax.numpy.bfloat16, jax.numpy.float16)

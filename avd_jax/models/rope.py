@@ -11,6 +11,7 @@ from einops import rearrange
 from jax.custom_derivatives import linear_call
 from jaxtyping import Float
 
+from avd_jax.models.linear import einsum
 from avd_jax.shapes import Array, Heads, typechecked
 
 THETA = 10_000.0
@@ -49,15 +50,35 @@ def rotation(frames: int, height: int, width: int, head_dim: int, *, frame_strid
     return grid(np.cos), grid(np.sin)
 
 
+def for_matrix_units(rotation: Rotation) -> tuple[Float[Array, "tokens head_dim"], Float[Array, "tokens head_dim"]]:
+    """Return tables as wide as a head, with which `rotate` swaps the halves of each head by a product.
+
+    On a TPU any other way moves channels between lanes. The compiler then prefers tokens in the lanes for all that
+    comes before and after, and the projections and the attention kernels pay for it with copies.
+    """
+    cos, sin = rotation
+    return jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
+
+
 @typechecked
-def rotate(x: Heads, cos: Float[Array, "tokens half"], sin: Float[Array, "tokens half"]) -> Heads:
-    """Rotate the pairs (i, i + K/2) of queries or keys [B H N K] by the angles of their tokens, in float32."""
+def rotate(x: Heads, cos: Float[Array, "tokens width"], sin: Float[Array, "tokens width"]) -> Heads:
+    """Rotate the pairs (i, i + K/2) of queries or keys [B H N K] by the angles of their tokens, in float32.
+
+    Args:
+      x: queries or keys.
+      cos, sin: from `rotation`, or from `for_matrix_units`: the same result, bit for bit.
+    """
     return _rotate(x, cos, sin)
 
 
 @jax.custom_jvp
 def _rotate(x, cos, sin):
     x32 = x.astype(jnp.float32)  # bf16 angles would blur neighbouring positions
+    if cos.shape[-1] == x.shape[-1]:
+        # Each sum of the product has one term, so it is exact.
+        swap = jnp.asarray(np.roll(np.eye(x.shape[-1]), x.shape[-1] // 2, axis=1), x.dtype)
+        swapped = einsum("bhnk,kj->bhnj", x, swap).astype(jnp.float32)
+        return (x32 * cos + swapped * sin).astype(x.dtype)
     # Reversing an axis of two halves becomes part of the loop that computes the rest; joining two results would not.
     halves = rearrange(x32, "b h n (two half) -> b h n two half", two=2)
     rotated = halves * cos[:, None] + halves[..., ::-1, :] * jnp.stack([-sin, sin], axis=1)

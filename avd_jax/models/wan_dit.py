@@ -18,8 +18,11 @@ from avd_jax.errors import UserError
 from avd_jax.models import rope
 from avd_jax.models.attention import attention, check_heads, keep_attention
 from avd_jax.models.linear import Linear, Projection
+from avd_jax.models.norms import layer_norm, rms_norm
 from avd_jax.models.placement import Placement, fetched
 from avd_jax.shapes import Array, Heads, Latents, PromptEmbeds, Timesteps, Tokens, typechecked
+
+Gate = Float[Array, "batch dim"]
 
 REMAT_POLICIES = {
     "none": None,  # keep every activation
@@ -82,9 +85,9 @@ class ProjectFromHeads(Projection):
         shape = (config.num_heads, config.head_dim, config.dim)
         super().__init__(shape, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
 
-    def __call__(self, x: Heads) -> Tokens:
-        """Project, summing over heads."""
-        return self.apply("bhnk,hkd->bnd", x)
+    def __call__(self, x: Heads, *, gate: Gate | None = None) -> Tokens:
+        """Project, summing over heads; with a gate [B D], times that in float32."""
+        return self.apply("bhnk,hkd->bnd", x, gate)
 
 
 class HeadsRMSNorm(nnx.Module):
@@ -95,10 +98,8 @@ class HeadsRMSNorm(nnx.Module):
         self.eps = config.eps
 
     def __call__(self, x: Heads) -> Heads:
-        """Normalise in float32 (a mean of squares over 1536 bf16 values loses its digits)."""
-        x32 = x.astype(jnp.float32)
-        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=(1, 3), keepdims=True) + self.eps)
-        return (x32 * inverse * self.scale[...][:, None, :]).astype(x.dtype)
+        """Normalise."""
+        return rms_norm(x, scale=self.scale[...], eps=self.eps)
 
 
 class Attention(nnx.Module):
@@ -118,24 +119,21 @@ class Attention(nnx.Module):
         placement: Placement,
         rotation: rope.Rotation | None = None,
         valid_keys: int | None = None,
+        gate: Gate | None = None,
     ) -> Tokens:
         """Attend from `x` [B N D] to `context` [B M D], of which the first `valid_keys` count.
 
-        `rotation` (self-attention only) carries the positions.
+        `rotation` (self-attention only) carries the positions. With a `gate` the result is times that, in float32.
         """
         query, key, value = self.norm_q(self.q(x)), self.norm_k(self.k(context)), self.v(context)
         if rotation is not None:
             query, key = rope.rotate(query, *rotation), rope.rotate(key, *rotation)
-        return self.o(attention(query, key, value, placement=placement, valid_keys=valid_keys))
+        return self.o(attention(query, key, value, placement=placement, valid_keys=valid_keys), gate=gate)
 
 
-def modulated_norm(x: Tokens, *, shift: Array, scale: Array, eps: float) -> Tokens:
-    """Layer norm without weights, then `(1 + scale) * x + shift` per example; all float32."""
-    # Both moments in one pass over x; in float32 the difference of squares is exact enough for a residual stream.
-    mean = jnp.mean(x, axis=-1, keepdims=True)
-    variance = jnp.maximum(jnp.mean(jnp.square(x), axis=-1, keepdims=True) - jnp.square(mean), 0)
-    normed = (x - mean) * jax.lax.rsqrt(variance + eps)
-    return normed * (1 + scale[:, None]) + shift[:, None]
+def modulated_norm(x: Tokens, *, shift: Array, scale: Array, eps: float, dtype=jnp.float32) -> Tokens:
+    """Layer norm without weights, then `(1 + scale) * x + shift` per example; float32, the result in `dtype`."""
+    return layer_norm(x, factor=1 + scale, shift=shift, eps=eps, dtype=dtype)
 
 
 class Block(nnx.Module):
@@ -168,15 +166,27 @@ class Block(nnx.Module):
         modulation = self.modulation[...] + timestep_modulation
         shift_attn, scale_attn, gate_attn, shift_ffn, scale_ffn, gate_ffn = jnp.moveaxis(modulation, 1, 0)
         x = x.astype(jnp.float32)
-        normed = modulated_norm(x, shift=shift_attn, scale=scale_attn, eps=self.eps).astype(self.dtype)
-        attended = self.self_attn(normed, normed, placement=placement, rotation=rotation, valid_keys=valid_tokens)
-        x = x + attended.astype(jnp.float32) * gate_attn[:, None]
-        x = x + self.cross_attn(self.norm3(x).astype(self.dtype), context, placement=placement).astype(jnp.float32)
-        normed = modulated_norm(x, shift=shift_ffn, scale=scale_ffn, eps=self.eps).astype(self.dtype)
+        normed = modulated_norm(x, shift=shift_attn, scale=scale_attn, eps=self.eps, dtype=self.dtype)
+        attend = functools.partial(
+            self.self_attn, normed, normed, placement=placement, rotation=rotation, valid_keys=valid_tokens
+        )
+        # Where examples' tokens are cut, each example's gradient of a kernel would be summed over the devices apart.
+        own_gates = placement.on_tpu and placement.sequence_shards == 1
+        x = x + (attend(gate=gate_attn) if own_gates else attend().astype(jnp.float32) * gate_attn[:, None])
+        x = x + self.cross_attn(self._norm3(x), context, placement=placement).astype(jnp.float32)
+        normed = modulated_norm(x, shift=shift_ffn, scale=scale_ffn, eps=self.eps, dtype=self.dtype)
         # Else the TPU compiler makes the float32 stream part of both products, which slows them down by half.
         hidden = jax.nn.gelu(self.ffn_0(jax.lax.optimization_barrier(normed)), approximate=True)
+        if own_gates:
+            return x + self.ffn_2(hidden, gate=gate_ffn)
         added = jax.lax.optimization_barrier(self.ffn_2(hidden))
         return x + added.astype(jnp.float32) * gate_ffn[:, None]
+
+    def _norm3(self, x: Tokens) -> Tokens:
+        factor, shift = (
+            jnp.broadcast_to(leaf[...], (x.shape[0], x.shape[-1])) for leaf in (self.norm3.scale, self.norm3.bias)
+        )
+        return layer_norm(x, factor=factor, shift=shift, eps=self.eps, dtype=self.dtype)
 
 
 class Head(nnx.Module):
@@ -358,6 +368,8 @@ def _apply_blocks(
         y = block(seen, modulation, context, rotation, placement=placement, valid_tokens=valid_tokens)
         return y - seen.astype(jnp.float32)
 
+    if placement.on_tpu:
+        rotation = rope.for_matrix_units(rotation)
     policy = REMAT_POLICIES[remat]
     if policy is not None:
         added_by_block = jax.checkpoint(added_by_block, policy=policy, prevent_cse=False)

@@ -1,0 +1,73 @@
+"""The layer loops of the transformer on one TPU that is not there: the compiler's cycles, forward and backward.
+
+    python benchmarks/layer_loops.py                                  # 1.3B, 32,760 tokens, one device of a v5e
+    python benchmarks/layer_loops.py --topology v5p:2x2x1 --dump_hlo hlo
+
+Two layers of the full width, with the settings of configs/wan13b.py, without a mesh's exchanges: what a training step's
+loops are, in a fraction of the time that the whole step takes to compile. Attention kernels are not contained. Prints
+milliseconds a layer at 1.75 GHz, the largest loop first: the backward pass, remat included, then the forward pass.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags
+from flax import nnx
+
+from avd_jax.capacity.hlo import profile
+from avd_jax.models import wan_dit
+from avd_jax.models.functional import make_denoiser
+from avd_jax.models.placement import AttentionBlocks, Placement
+from avd_jax.parallel.compiler import OPTIONS
+from avd_jax.parallel.mesh import BATCH_AXES, make_mesh, placed, replicated
+from avd_jax.parallel.topology import tpu_devices
+
+TOPOLOGY = flags.DEFINE_string("topology", "v5e:2x2", "of which one device counts")
+MODEL = flags.DEFINE_enum("model", "1.3B", list(wan_dit.WAN_MODELS), "whose width")
+TOKENS = flags.DEFINE_integer("tokens", 32_760, "of one example")
+DUMP_HLO = flags.DEFINE_string("dump_hlo", "", "folder for the compiled text, layer_loops.hlo")
+CYCLES_A_MILLISECOND = 1.75e6  # the clock of a v5p, at which all figures are given
+
+
+def main(_):
+    """Compile the loops and print their cycles."""
+    mesh = make_mesh(devices=tpu_devices(TOPOLOGY.value)[:1])
+    blocks = AttentionBlocks(backward=(512, 2048, 512), fused_backward=False)
+    placement = Placement("auto", mesh=mesh, batch_axes=BATCH_AXES, sequence_axis="seq", blocks=blocks)
+    config = replace(wan_dit.WAN_MODELS[MODEL.value], num_layers=2)
+    network = make_denoiser(config, dtype="bfloat16", param_dtype="float32", remat="block", placement=placement)
+
+    def loss(params, x, modulation, context, rotation):
+        dit = network.module(params)
+        x, *rotation = dit._pad(x, *rotation)
+        y = wan_dit._apply_blocks(
+            *nnx.split(dit.blocks),
+            x,
+            modulation,
+            context,
+            tuple(rotation),
+            dtype=jnp.dtype(jnp.bfloat16),
+            remat="block",
+            placement=placement,
+            valid_tokens=TOKENS.value,
+        )
+        return jnp.mean(y[:, : TOKENS.value] ** 2)
+
+    angles = jax.ShapeDtypeStruct((TOKENS.value, config.head_dim // 2), jnp.float32)
+    shapes = (1, TOKENS.value, config.dim), (1, 6, config.dim), (1, config.text_len, config.dim)
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    args = placed((network.abstract_params(), *arrays, (angles, angles)), replicated(mesh))
+    lowered = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3))).trace(*args).lower(lowering_platforms=("tpu",))
+    text = lowered.compile(compiler_options=dict(OPTIONS["tpu"])).as_text()
+    if DUMP_HLO.value:
+        Path(DUMP_HLO.value).mkdir(parents=True, exist_ok=True)
+        (Path(DUMP_HLO.value) / "layer_loops.hlo").write_text(text)
+    for loop in profile(text).loops[:2]:
+        own, inside = loop.cycles / CYCLES_A_MILLISECOND, loop.cycles_inside / CYCLES_A_MILLISECOND
+        print(f"{own:.2f} ms a layer, and {inside:.2f} in loops inside", flush=True)
+
+
+if __name__ == "__main__":
+    app.run(main)
