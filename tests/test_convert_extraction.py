@@ -53,14 +53,14 @@ def distance(one, other):
 
 def test_a_matrix_is_cut_as_the_best_approximation_is():
     rng = np.random.default_rng(0)
-    left, _ = np.linalg.qr(rng.standard_normal((160, 120)))
-    right, _ = np.linalg.qr(rng.standard_normal((120, 120)))
-    values = (np.arange(1, 121) ** -0.5).astype(np.float32)  # they fall slowly, as a student's do
+    left, _ = np.linalg.qr(rng.standard_normal((96, 64)))
+    right, _ = np.linalg.qr(rng.standard_normal((64, 64)))
+    values = (np.arange(1, 65) ** -0.5).astype(np.float32)  # they fall slowly, as a student's do
     matrix = (left * values @ right.T).astype(np.float32)
-    u, s, vt = leading(matrix, 20)
-    assert (u.shape, s.shape, vt.shape) == ((160, 20), (20,), (20, 120))
-    np.testing.assert_allclose(u.T @ u, np.eye(20), atol=1e-4)
-    best = np.sqrt(np.sum(values[20:] ** 2))
+    u, s, vt = leading(matrix, 12)
+    assert (u.shape, s.shape, vt.shape) == ((96, 12), (12,), (12, 64))
+    np.testing.assert_allclose(u.T @ u, np.eye(12), atol=1e-4)
+    best = np.sqrt(np.sum(values[12:] ** 2))
     assert best <= np.linalg.norm(matrix - u * s @ vt) + 1e-4 <= 1.01 * best + 1e-4
     # What the errors by rank are computed from.
     np.testing.assert_allclose(np.sum(matrix**2) - np.sum(s**2), np.linalg.norm(matrix - u * s @ vt) ** 2, rtol=1e-3)
@@ -151,7 +151,7 @@ def test_an_adapter_is_merged_into_an_export_and_named_in_its_card(student, tmp_
     assert [file.name for file in (tmp_path / "lora").glob("*full*")] == []
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "fp8"])
+@pytest.mark.parametrize("dtype", ["float16", "fp8"])
 def test_comfyuis_one_file(dtype, student, tmp_path):
     assert convert.export_dit(student, tmp_path / "out", layout="comfyui", dtype=dtype) == cases.STUDENT
     file = tmp_path / "out" / "diffusion_models" / f"wan2.1_t2v_4step_{dtype}.safetensors"
@@ -175,7 +175,7 @@ def test_comfyuis_one_file(dtype, student, tmp_path):
             assert stored[key].dtype == ml_dtypes.float8_e4m3fn
             np.testing.assert_allclose(np.abs(stored[key].astype(np.float32)).max(), 448)
     read = leaves(tmp_path / "out")  # scales and all, as the loader for ComfyUI's files reads them
-    assert distance(read, leaves(student)) < {"bfloat16": 2e-3, "float16": 3e-4, "fp8": 3e-2}[dtype]
+    assert distance(read, leaves(student)) < {"float16": 3e-4, "fp8": 3e-2}[dtype]
     card = (tmp_path / "out" / "README.md").read_text()
     for stated in (file.name, "CFG 1", "`1, 0.9, 0.757, 0.522, 0`", "`lcm`", "shift | off"):
         assert stated in card
