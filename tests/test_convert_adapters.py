@@ -153,6 +153,9 @@ def test_whole_differences(style, tmp_path):
         tensors[f"{targets(config)[key].module(style)}.{'diff_b' if key.endswith('.bias') else 'diff'}"] = change
     cases.write_all(tmp_path / "by_hand", native)
     shutil.copy(cases.NATIVE / "config.json", tmp_path / "by_hand")
+    if style == "comfyui":  # as lightx2v writes it
+        for module in ("blocks.1", "head"):
+            tensors[f"diffusion_model.{module}.diff_m"] = tensors.pop(f"diffusion_model.{module}.modulation.diff")
     lora = write_lora(tmp_path, tensors)
     close(leaves(cases.NATIVE, lora), leaves(tmp_path / "by_hand"))
 

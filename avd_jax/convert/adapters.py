@@ -30,6 +30,7 @@ _ENDS = {
     "alpha": r"\.alpha",
     "diff": r"\.diff",
     "diff_b": r"\.diff_b",
+    "diff_m": r"\.diff_m",  # lightx2v's, of the modulation
 }
 _END = re.compile("|".join(f"(?P<{kind}>{end})$" for kind, end in _ENDS.items()))
 _NO_LORA = re.compile(r"(hada|lokr|oft)_|dora_scale|magnitude_vector|lora_mid|\.(a1|a2|b1|b2)\.weight$|boft|vera_")
@@ -182,12 +183,13 @@ def _parts(
                     ".diff_b"
                 )
             raise UserError(f"{name}: {key} is no part of a LoRA; give a LoRA, or the whole model as --checkpoint")
-        base = key[: end.start()]
+        base, kind = key[: end.start()], end.lastgroup
+        if kind == "diff_m":
+            base, kind = f"{base}{'_' if base.startswith('lora_') else '.'}modulation", "diff"
         found = recognise(base, config)
         if found is None:
             raise unknown(name, key, base, config)
         spelling, module, whole = found
-        kind = end.lastgroup
         if spelling is not None:
             spellings.setdefault(spelling, key)
         if tensor.stored_dtype.kind in "iub" and kind != "alpha":
