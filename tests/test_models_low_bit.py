@@ -28,9 +28,9 @@ def test_a_kernel_is_rounded_output_by_output(kind, bound):
     kernel[0, :, 3, 4] = 0
     values, scale = low_bit.rounded(kernel, 1, kind)
     assert values.dtype == low_bit.KINDS[kind][0]
-    assert values.shape == (2, 6, 20)
+    assert values.shape == (2, 20, 6)
     assert scale.shape == (2, 4, 5)
-    back = values.astype(np.float32).reshape(kernel.shape) * scale[:, None]
+    back = values.astype(np.float32).swapaxes(1, 2).reshape(kernel.shape) * scale[:, None]
     largest = np.abs(kernel).max(axis=1, keepdims=True)
     assert np.all(np.abs(back - kernel) <= bound * largest * (1 + 1e-6))
     assert np.all(np.abs(back).max(axis=1) == pytest.approx(largest[:, 0], rel=1e-6))
@@ -61,8 +61,9 @@ def test_a_network_computes_with_what_is_left_of_its_weights():
         for path in kernels:
             values, scale = (flat[path.replace("kernel", name)] for name in ("values", "scale"))
             assert values.dtype == low_bit.KINDS[kind][0]
-            layers = scale.shape[0]
-            back[path] = (values.astype(jnp.float32) * scale.reshape(layers, 1, -1)).reshape(back[path].shape)
+            values = values.swapaxes(1, 2) if path.endswith((".q.kernel", ".k.kernel", ".v.kernel")) else values
+            wide = values.astype(jnp.float32) * scale.reshape(scale.shape[0], 1, -1)
+            back[path] = wide.reshape(back[path].shape)
         assert all(np.array_equal(flat[path], back[path]) for path in back if path not in kernels)
         leaves, structure = jax.tree_util.tree_flatten_with_path(params)
         order = [".".join(key.key for key in keys) for keys, _ in leaves]

@@ -153,8 +153,8 @@ class Projection(nnx.Module):
       kernel, bias: weights, in any dtype.
       dtype: of the product.
       input_axes: how many of the kernel's first axes are summed over.
-      values, scale: stand for the kernel, which is None, if it is in 8 bits (`models/low_bit.py`): values [in out] and
-        the scale of each output.
+      values, scale: stand for the kernel, which is None, if it is in 8 bits (`models/low_bit.py`): a matrix [in out],
+        or [out in] if the outputs are heads, and the scale of each output.
       adapter: a correction of low rank (`models/adapters.py`), or None.
     """
 
@@ -183,13 +183,16 @@ class Projection(nnx.Module):
         return y if gate is None else jax.lax.optimization_barrier(y).astype(jnp.float32) * gate[:, None]
 
     def _from_values(self, equation: str, x: Array) -> Array:
-        axes = equation.split("->")[0].split(",")
-        sizes = dict(zip(axes[0], x.shape, strict=True))
-        inputs = (sizes[axis] for axis in axes[1][: self.input_axes])
+        (x_axes, kernel_axes), axes = equation.split("->")[0].split(","), equation.split("->")[1]
+        inputs, outputs = kernel_axes[: self.input_axes], kernel_axes[self.input_axes :]
+        if len(outputs) > 1:
+            kernel_axes = outputs + inputs
+        sizes = dict(zip(x_axes, x.shape, strict=True)) | dict(zip(outputs, self.scale.shape, strict=True))
         # Else the TPU compiler works on the values of all layers at once, before the loop over them.
         values = jax.lax.optimization_barrier(self.values[...])
-        kernel = values.reshape(*inputs, *self.scale.shape)
-        y = project(equation, x, kernel, None, self.dtype) * _along(equation, self.scale[...])
+        kernel = values.reshape([sizes[axis] for axis in kernel_axes])
+        y = project(f"{x_axes},{kernel_axes}->{axes}", x, kernel, None, self.dtype)
+        y = y * _along(equation, self.scale[...])
         return (y + _along(equation, self.bias[...])).astype(self.dtype)
 
 

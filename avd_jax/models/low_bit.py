@@ -39,7 +39,7 @@ def check_device(kind: str, device: jax.Device) -> None:
 
 
 def rounded(kernel: np.ndarray, input_axes: int, kind: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return values [layers in out] and scale [layers outputs...] of stacked kernels.
+    """Return values [layers in out], or [layers out in] of heads, and scale [layers outputs...] of stacked kernels.
 
     Args:
       kernel: [layers, inputs..., outputs...], in any dtype.
@@ -56,15 +56,17 @@ def rounded(kernel: np.ndarray, input_axes: int, kind: str) -> tuple[np.ndarray,
         scale[layer] = np.where(most > 0, most, 1) / largest
         scaled = weights / scale[layer]
         values[layer] = np.rint(scaled) if kind == "int8" else scaled
-    return values, scale.reshape(layers, *outputs)
+    heads = len(outputs) > 1
+    return np.ascontiguousarray(values.swapaxes(1, 2)) if heads else values, scale.reshape(layers, *outputs)
 
 
 def low_bit(build: Callable[[], WanDiT], kind: str) -> tuple[WanDiT, dict[str, int]]:
     """Return the transformer that `build` makes, without arrays, as it is with 8 bits, and what of it is rounded.
 
     Returns:
-      The module, and dotted path of each kernel that is rounded -> its input axes. In its place are leaves `values`, a
-      matrix, since a TPU pads heads, and `scale`.
+      The module, and dotted path of each kernel that is rounded -> its input axes. In its place are leaves `values` and
+      `scale`. The values are matrices as the TPU compiler wants them: it pads heads, and turns the kernels of all
+      layers' queries, keys and values in a copy if they are [in out].
     """
     kernels = {}
 
@@ -72,10 +74,10 @@ def low_bit(build: Callable[[], WanDiT], kind: str) -> tuple[WanDiT, dict[str, i
         dit = build()
         for name, layer in projections(dit):
             if name.startswith(f"{BLOCKS}."):
-                layers, outputs = layer.bias.shape[0], math.prod(layer.bias.shape[1:])
-                layer.values = nnx.Param(
-                    jnp.zeros((layers, layer.kernel.size // layers // outputs, outputs), KINDS[kind][0])
-                )
+                layers, *outputs = layer.bias.shape
+                matrix = layer.kernel.size // layers // math.prod(outputs), math.prod(outputs)
+                shape = (layers, *(matrix[::-1] if len(outputs) > 1 else matrix))
+                layer.values = nnx.Param(jnp.zeros(shape, KINDS[kind][0]))
                 layer.scale = nnx.Param(jnp.zeros(layer.bias.shape, jnp.float32))
                 layer.kernel = nnx.data(None)
                 kernels[f"{name}.kernel"] = layer.input_axes

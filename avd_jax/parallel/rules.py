@@ -27,7 +27,7 @@ RULES: tuple[tuple[str, P], ...] = (
         r"\.((enc|dec)\d\.conv|upconv\d)\.kernel$",
         P(None, None, None, PARAMETER_AXES),
     ),  # interpolator
-    (r"\.values$", P(PARAMETER_AXES, None)),  # in out, of a kernel in 8 bits
+    (r"\.values$", P(PARAMETER_AXES, None)),  # of a kernel in 8 bits
     (r"\.adapter\.a$", P(PARAMETER_AXES, None)),  # in rank
     (r"\.adapter\.b$", P(None, PARAMETER_AXES)),  # rank out
     (r"\.(bias|scale|modulation)$", P()),
