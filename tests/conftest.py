@@ -3,6 +3,7 @@
 Set before jax is imported, and inherited by the scripts that tests start.
 """
 
+import gc
 import os
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +22,7 @@ XLA_FLAGS = (
 flags = os.environ.get("XLA_FLAGS", "").split()
 names = {flag.partition("=")[0] for flag in flags}
 os.environ["XLA_FLAGS"] = " ".join([*flags, *(flag for flag in XLA_FLAGS if flag.partition("=")[0] not in names)])
+gc.set_threshold(50_000, 20, 50)  # tracing makes many objects that live; a tenth of the suite's time went into looking
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")

@@ -198,7 +198,7 @@ print("same")
 def test_sharded_loading_gives_each_device_its_part(tmp_path):
     orbax = lay_out("orbax", tmp_path)
     environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4",
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": os.pathsep.join([str(cases.FIXTURES.parent), str(cases.FIXTURES.parents[1])]),
     }

@@ -50,7 +50,8 @@ def get_config():
 
 def environment():
     """One device and, on more than one run of the suite, programs that are compiled already."""
-    return os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0", "PYTHONPATH": str(ROOT)}
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1"
+    return os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
 
 
 def start(command, workdir, *flags):

@@ -64,7 +64,7 @@ def start(settings, workdir, processes=2, apart=False, at=None, **fields):
         paths[-1].write_text(json.dumps({"config": settings | fields, "workdir": str(folder)}))
     count = f"--xla_force_host_platform_device_count={8 // processes}"
     environment = os.environ | {
-        "XLA_FLAGS": f"{count} --xla_backend_optimization_level=0",
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {count}",
         "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
     }
     worker = str(ROOT / "tests" / "host_worker.py")
