@@ -317,3 +317,10 @@ def test_the_page_of_many_clips_stays_small(tmp_path):
     curation.write(rows, summary)
     assert summary["clips"] == 2000 == len(lines(tmp_path / "out" / "clips.jsonl"))
     assert (tmp_path / "out" / "report.html").stat().st_size < 200_000
+
+
+def test_without_the_extra_it_is_one_line_and_nothing_is_begun(tmp_path, monkeypatch):
+    videos = curation_stand_in.write(tmp_path / "videos", fine=VIDEOS["fine"])
+    monkeypatch.setattr("avd_jax.curation.cuts.scenedetect", None)
+    with pytest.raises(UserError, match="^curation needs PySceneDetect, which is not installed: pip install"):
+        curate(videos, tmp_path / "out")

@@ -16,13 +16,17 @@ from avd_jax.errors import UserError
 
 try:
     import scenedetect
-except ImportError as error:
-    raise UserError(
-        "curation needs PySceneDetect, which is not installed: pip install 'scenedetect-headless>=0.7.2'"
-    ) from error
+except ImportError:  # an extra; `check_installed` says so where it is needed
+    scenedetect = None
 
 BRIGHTER = 20  # levels that a flash is, at least
 SAME = 10  # times as much as the scene that goes on behind it has changed
+
+
+def check_installed() -> None:
+    """Raise a UserError if the extra `curation` is not installed."""
+    if scenedetect is None:
+        raise UserError("curation needs PySceneDetect, which is not installed: pip install 'scenedetect-headless>=0.7.2'")
 
 
 @dataclass

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from avd_jax.curation import report, scoring, selection
 from avd_jax.curation.captioning import BLOCKED, ERROR, SUCCESS, TRUNCATED, Captioner, Outcome, ask_all, clip_reader
+from avd_jax.curation.cuts import check_installed
 from avd_jax.curation.held_out import held_out
 from avd_jax.curation.runner import run_pool
 from avd_jax.curation.selection import BEST, STAGES, Row, Verdict
@@ -103,6 +104,7 @@ class Curation:
 
     def analyse(self, run: Callable[[Sequence[Job], Store], None]) -> list[Row]:
         """Analyse the videos that have not been, and return the rows of all clips, by video and time."""
+        check_installed()
         settings, jobs = self._config.analysis.to_dict(), []
         for source in self._sources.values():
             if source.problem:
