@@ -322,5 +322,5 @@ def test_the_page_of_many_clips_stays_small(tmp_path):
 def test_without_the_extra_it_is_one_line_and_nothing_is_begun(tmp_path, monkeypatch):
     videos = curation_stand_in.write(tmp_path / "videos", fine=VIDEOS["fine"])
     monkeypatch.setattr("avd_jax.curation.cuts.scenedetect", None)
-    with pytest.raises(UserError, match="^curation needs PySceneDetect, which is not installed: pip install"):
+    with pytest.raises(UserError, match="curation needs PySceneDetect, which is not installed"):
         curate(videos, tmp_path / "out")

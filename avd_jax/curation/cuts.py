@@ -26,7 +26,9 @@ SAME = 10  # times as much as the scene that goes on behind it has changed
 def check_installed() -> None:
     """Raise a UserError if the extra `curation` is not installed."""
     if scenedetect is None:
-        raise UserError("curation needs PySceneDetect, which is not installed: pip install 'scenedetect-headless>=0.7.2'")
+        raise UserError(
+            "curation needs PySceneDetect, which is not installed: pip install 'scenedetect-headless>=0.7.2'"
+        )
 
 
 @dataclass
