@@ -167,15 +167,12 @@ def test_both_networks_stand_on_the_teacher(inputs):
     one = assembly(avd.RECIPE, inputs, lora__networks="generator")
     parts = {part.name: part.device_gib for part in one.parts()}
     assert parts["generator"] < 0.5 * parts["teacher"] == pytest.approx(0.5 * parts["fake_score"])
-    alone = assembly(avd.RECIPE, inputs, **REGRESSION)
-    assert set(alone.method.frozen) == {"teacher"}
 
 
-@pytest.mark.parametrize("recipe", [avd.RECIPE, rcm.RECIPE], ids=lambda recipe: recipe.name)
-def test_every_method_trains_and_samples_them(recipe, inputs):
-    """By shapes alone; rCM's tangents go through adapters too."""
-    found = assembly(recipe, inputs)
-    for name in ("generator_step", "fake_score_step", "student_sample"):
+def test_rcm_trains_and_samples_them(inputs):
+    """By shapes alone; its tangents go through adapters too."""
+    found = assembly(rcm.RECIPE, inputs)
+    for name in ("generator_step", "student_sample"):
         program = found.program(name)
         assert expected_flops(program) > 0
     whole = program.args[0]

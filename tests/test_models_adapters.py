@@ -21,7 +21,7 @@ EVERYWHERE = Adapters(4, 8.0, (*TARGETS, "text_embedding_0", "time_projection_1"
 
 
 def network(adapters=EVERYWHERE, dtype="float32", model=DIT, **options):
-    return make_denoiser(model, dtype=dtype, param_dtype=dtype, remat="block", adapters=adapters, **options)
+    return make_denoiser(model, dtype=dtype, param_dtype=dtype, adapters=adapters, **{"remat": "none"} | options)
 
 
 def base_params(dtype=jnp.float32):
@@ -77,7 +77,7 @@ def test_trained_adapters_are_what_merged_weights_make():
     base, adapters, given = base_params(), trained_adapters(), inputs()
     run = network(placement=Placement(tangents=True))
     # The gradient is of the network as it is trained: nothing goes backwards through the tangents' attention.
-    learn = network()
+    learn = network(remat="block")
 
     def along(parameters):
         latents, times, conditions = given
