@@ -1,13 +1,13 @@
-"""Distil Wan2.1-T2V-14B into a 4-step student as adapters (LoRA), on one node of 8 GPUs.
+"""Distil Wan2.1-T2V-14B into a 4-step student as adapters (LoRA), on v5e:4x4 or a node of 8 GPUs.
 
     python scripts/train.py --config configs/wan14b_lora.py --config.init_from=/weights/Wan2.1-T2V-14B \
         --config.data.latents=/data/latents --config.data.prompts=/data/prompts --workdir /runs/wan14b_lora
 
 Generator, fake_score and teacher share one bfloat16 copy of the weights, 29 GB; what is trained of each of the two is
-307 million numbers beside it. Data as for configs/wan13b.py. Hardware: docs/pods.md has what it takes of 8 x H100, and,
-with `--config.model=1.3B --config.batch_size=1 --config.accumulation_steps=1`, of one card with 24 GB. The rates are
-ten times the paper's, as adapters want them, and have not been tuned at this size. Expected result: unknown;
-docs/lora.md compares adapters with whole weights in the small world.
+307 million numbers beside it. Data as for configs/wan13b.py. Hardware: docs/pods.md has what each takes, and, with
+`--config.model=1.3B --config.batch_size=1 --config.accumulation_steps=1`, of one card with 24 GB. The rates are ten
+times the paper's, as adapters want them, and have not been tuned at this size. Expected result: unknown. docs/lora.md
+compares adapters with whole weights in the small world.
 """
 
 from avd_jax.methods.avd.config import default_config
