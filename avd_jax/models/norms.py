@@ -8,7 +8,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax.custom_derivatives import linear_call
+from jax.custom_derivatives import SymbolicZero, linear_call
 from jaxtyping import Float
 
 from avd_jax.shapes import Array, Heads, Tokens
@@ -34,7 +34,6 @@ def _moments(x, eps):
     return mean, jax.lax.rsqrt(variance + eps)
 
 
-@_layer_norm.defjvp
 def _layer_norm_jvp(eps, dtype, primals, tangents):
     x, factor, _ = primals
     mean, inverse = _moments(x, eps)
@@ -54,7 +53,10 @@ def _layer_norm_jvp(eps, dtype, primals, tangents):
         second = jnp.mean(weighted * normed, axis=-1, keepdims=True)
         return (weighted - first - normed * second) * inverse, jnp.sum(slope * normed, axis=1), jnp.sum(slope, axis=1)
 
-    return _layer_norm(eps, dtype, *primals), linear_call(change, gradients, (x, factor, mean, inverse), tangents)
+    return _layer_norm(eps, dtype, *primals), _of_moving(change, gradients, (x, factor, mean, inverse), tangents)
+
+
+_layer_norm.defjvp(_layer_norm_jvp, symbolic_zeros=True)
 
 
 def rms_norm(x: Heads, *, scale: Float[Array, "heads head_dim"], eps: float) -> Heads:
@@ -74,7 +76,6 @@ def _inverse(x, eps):
     return jax.lax.rsqrt(jnp.mean(jnp.square(x.astype(jnp.float32)), axis=(1, 3), keepdims=True) + eps)
 
 
-@_rms_norm.defjvp
 def _rms_norm_jvp(eps, primals, tangents):
     x, scale = primals
 
@@ -91,4 +92,22 @@ def _rms_norm_jvp(eps, primals, tangents):
         second = jnp.mean(weighted * normed, axis=(1, 3), keepdims=True)
         return ((weighted - normed * second) * inverse).astype(x.dtype), jnp.sum(slope * normed, axis=(0, 2))
 
-    return _rms_norm(eps, x, scale), linear_call(change, gradients, (x, scale, _inverse(x, eps)), tangents)
+    return _rms_norm(eps, x, scale), _of_moving(change, gradients, (x, scale, _inverse(x, eps)), tangents)
+
+
+_rms_norm.defjvp(_rms_norm_jvp, symbolic_zeros=True)
+
+
+def _of_moving(change, gradients, kept, tangents):
+    """Return `change(kept, tangents)`, with `gradients` of those inputs that move; weights may be frozen."""
+    moving = [i for i, tangent in enumerate(tangents) if type(tangent) is not SymbolicZero]
+
+    def of_some(kept, some):
+        given = dict(zip(moving, some, strict=True))
+        return change(kept, [given.get(i, jnp.zeros(t.shape, t.dtype)) for i, t in enumerate(tangents)])
+
+    def back(kept, slope):
+        found = gradients(kept, slope)
+        return tuple(found[i] for i in moving)
+
+    return linear_call(of_some, back, kept, tuple(tangents[i] for i in moving))
