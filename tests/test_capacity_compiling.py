@@ -89,7 +89,7 @@ def test_what_a_run_holds_anyway_is_told_apart(monkeypatch):
 @pytest.mark.parametrize(
     ("text", "total"),
     [
-        # The two wordings of libtpu 0.0.42.1; the second one does not count the arguments.
+        # The two wordings of libtpu 0.0.42.1; both count the arguments.
         (
             "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 17.50G of 15.75G hbm. Exceeded hbm "
             "capacity by 1.75G.\nTotal hbm usage >= 17.75G",
@@ -98,7 +98,7 @@ def test_what_a_run_holds_anyway_is_told_apart(monkeypatch):
         (
             "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (64.00G) "
             "exceeds available HBM (15.75G).",
-            66.0,
+            64.0,
         ),
         ("RESOURCE_EXHAUSTED: in other words", math.inf),
     ],

@@ -26,8 +26,9 @@ EFFICIENCY = 0.5
 _GPU_OPTIONS = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
 _LOOPS = 6  # that a report lists: those over layers, of forward and backward passes
 _GIVEN = r"([\d.]+)([KMGT])"
-_ALL_OF_IT = re.compile(rf"Used {_GIVEN} of")
-_TEMPORARIES = re.compile(rf"memory required for HLO temporaries \({_GIVEN}\) exceeds")
+# In both ways to say it, the arguments are part of the number: that of the second, which speaks of temporaries, is what a
+# larger device reports as arguments and temporaries together.
+_NEEDED = re.compile(rf"(?:Used |memory required for HLO temporaries \(){_GIVEN}(?: of|\) exceeds)")
 
 
 @dataclass(frozen=True)
@@ -208,16 +209,10 @@ def estimated_seconds(
 
 
 def _does_not_fit(about: dict, argument_gib: float, error: Exception) -> Report:
-    """Return the report that the compiler's message makes; any other error is raised.
-
-    The compiler has two ways to say it, and the second one names only what is needed beside the arguments.
-    """
+    """Return the report that the compiler's message makes; any other error is raised."""
     text = " ".join(str(error).split())
-    whole, temporaries = _ALL_OF_IT.search(text), _TEMPORARIES.search(text)
-    if whole:
-        total = _gib(*whole.groups())
-    elif temporaries:
-        total = argument_gib + _gib(*temporaries.groups())
+    if needed := _NEEDED.search(text):
+        total = _gib(*needed.groups())
     elif "RESOURCE_EXHAUSTED" in text:
         total = float("inf")  # in words that are not known here
     else:
