@@ -26,8 +26,8 @@ EFFICIENCY = 0.5
 _GPU_OPTIONS = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
 _LOOPS = 6  # that a report lists: those over layers, of forward and backward passes
 _GIVEN = r"([\d.]+)([KMGT])"
-# In both ways to say it, the arguments are part of the number: that of the second, which speaks of temporaries, is what a
-# larger device reports as arguments and temporaries together.
+# In both ways to say it, the arguments are part of the number: that of the second, which speaks of temporaries, is what
+# a larger device reports as arguments and temporaries together.
 _NEEDED = re.compile(rf"(?:Used |memory required for HLO temporaries \(){_GIVEN}(?: of|\) exceeds)")
 
 
