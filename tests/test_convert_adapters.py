@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import convert_cases as cases
 import jax
@@ -196,7 +197,9 @@ def test_names_and_strengths():
     ]
     assert named_adapters(",".join(spelled(read))) == read
     assert named_adapters("") == []
-    for wrong in ("a.safetensors:much", "a.safetensors:nan", "a:inf"):
+    exact = [(Path("a"), 0.1 + 0.2), (Path("b"), 1e-7), (Path("c"), 123456.7)]
+    assert named_adapters(",".join(spelled(exact))) == exact
+    for wrong in ("a.safetensors:much", "a.safetensors:nan", "a:inf", "a:1_0", "a:", "a:1e39"):
         with pytest.raises(UserError, match=r"is no number; write FILE:0\.8"):
             named_adapters(wrong)
 
@@ -238,6 +241,12 @@ WRONG = {
         change(**{f"{Q}.lora_up.weight": None, f"{Q}.lora_down.weight": None}),
         f"{Q}.alpha has no matrices beside it",
     ),
+    "a rank of 0": (
+        change(**{f"{Q}.lora_down.weight": np.ones((0, 24)), f"{Q}.lora_up.weight": np.ones((24, 0))}),
+        f"{Q}.lora_down.weight has shape (0, 24), a rank of 0",
+    ),
+    "alpha of a pair": (change(**{f"{Q}.alpha": np.ones(2)}), f"{Q}.alpha has shape (2,); it must be one number"),
+    "no alpha in alpha": (change(**{f"{Q}.alpha": np.ones(0)}), f"{Q}.alpha has shape (0,)"),
     "nothing like it": (
         change(**{"diffusion_model.blocks.0.self_atn.q.diff_b": np.ones(24)}),
         "diffusion_model.blocks.0.self_atn.q.diff_b changes nothing that this model has (did you mean "
@@ -300,6 +309,10 @@ def test_files_that_are_none(tmp_path):
         with pytest.raises(UserError) as caught:
             with_adapters(weights, str(tmp_path / name))
         assert message in str(caught.value)
+    write_lora(tmp_path, lora_tensors("PEFT", alpha=None), "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_bytes(b"\xff")
+    with pytest.raises(UserError, match=r"adapter_config\.json: no settings of a LoRA; restore the file"):
+        with_adapters(weights, str(tmp_path / "adapter_model.safetensors"))
 
 
 def test_values_that_are_not_finite(tmp_path):

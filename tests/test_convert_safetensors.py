@@ -86,6 +86,17 @@ def test_the_writer_holds_one_tensor_at_a_time(tmp_path):
         ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}, "truncated: "),
         ({"a": {"dtype": "F32", "shape": [1]}}, "its header is damaged"),
         (["a"], "its header is damaged"),
+        *(
+            (header, "its header is damaged")
+            for header in (
+                {"__metadata__": "no names"},
+                {"a": {"dtype": ["F32"], "shape": [1], "data_offsets": [0, 4]}},
+                {"a": {"dtype": "F32", "shape": ["1"], "data_offsets": [0, 4]}},
+                {"a": {"dtype": "F32", "shape": [-1, -1], "data_offsets": [0, 4]}},
+                {"a": {"dtype": "F32", "shape": [1], "data_offsets": [-4, 0]}},
+                {"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 2, 4]}},
+            )
+        ),
     ],
 )
 def test_damaged_headers(header, message, tmp_path):

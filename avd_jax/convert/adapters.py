@@ -34,6 +34,8 @@ _ENDS = {
 }
 _END = re.compile("|".join(f"(?P<{kind}>{end})$" for kind, end in _ENDS.items()))
 _NO_LORA = re.compile(r"(hada|lokr|oft)_|dora_scale|magnitude_vector|lora_mid|\.(a1|a2|b1|b2)\.weight$|boft|vera_")
+_NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE | re.ASCII)  # not 1_0, nor nan
+_MOST = 1e30  # a strength is less, so that it is a float32
 _PEFT_CONFIG = "adapter_config.json"
 _DIFFUSERS_METADATA = "lora_adapter_metadata"
 
@@ -108,19 +110,16 @@ def named_adapters(text: str) -> list[tuple[Path, float]]:
         path, colon, strength = part.rpartition(":")
         if not colon or not path or "/" in strength or strength.endswith(SAFETENSORS):
             path, strength = part, "1"
-        try:
-            number = float(strength)
-        except ValueError:
-            number = math.nan
-        if not math.isfinite(number):
+        number = float(strength) if _NUMBER.fullmatch(strength) else math.nan
+        if not abs(number) < _MOST:
             raise UserError(f"{part}: the strength {strength!r} is no number; write FILE:0.8, or FILE alone for 1")
         found.append((any_path(path), number))
     return found
 
 
 def spelled(adapters: Iterable[tuple[str | Path, float]]) -> list[str]:
-    """Return adapters in the words of `named_adapters`, each `FILE:STRENGTH`."""
-    return [f"{path}:{strength:g}" for path, strength in adapters]
+    """Return adapters in the words of `named_adapters`, each `FILE:STRENGTH`, of which it reads the same strength."""
+    return [f"{path}:{repr(float(strength)).removesuffix('.0')}" for path, strength in adapters]
 
 
 def open_adapter(path: Path, strength: float, config: WanDiTConfig) -> Adapter:
@@ -165,7 +164,9 @@ def _files(path: Path) -> tuple[Path, ...]:
             check_complete(file)
         return files
     siblings = [child.name for child in path.parent.iterdir()] if path.parent.is_dir() else []
-    raise UserError(f"{path}: no such LoRA{closest(path.name, siblings)}")
+    raise UserError(
+        f"{path}: no such LoRA{closest(path.name, siblings)}; write FILE:STRENGTH or FILE, several separated by commas"
+    )
 
 
 def _parts(
@@ -224,7 +225,9 @@ def _changes_of(
         rank = down.shape[0]
         scale = scale_of_all(module, rank)
         if "alpha" in found:
-            scale = float(_read(found["alpha"]).reshape(-1)[0]) / rank
+            if math.prod(found["alpha"].shape) != 1:
+                raise UserError(f"{name}: {found['alpha'].key} has shape {found['alpha'].shape}; it must be one number")
+            scale = _read(found["alpha"]).item() / rank
         changes[target.key] = Change(target, down=down, up=up, scale=scale)
     for kind, end in (("diff", ".weight"), ("diff_b", ".bias"), ("up_bias", ".bias")):
         part = found.get(kind)
@@ -243,7 +246,9 @@ def _changes_of(
 def _check_pair(target: Target, down: Stored, up: Stored, name: str) -> None:
     if len(target.shape) < 2:
         raise UserError(f"{name}: {down.key} is a low-rank change of {target.key}, which is no matrix")
-    rank = down.shape[0] if down.shape else 0
+    rank = down.shape[0] if down.shape else 1
+    if not rank:
+        raise UserError(f"{name}: {down.key} has shape {down.shape}, a rank of 0; get the LoRA again")
     if math.prod(down.shape[1:]) != math.prod(target.shape[1:]) or len(down.shape) < 2:
         raise UserError(_misshapen(name, down, target, (rank, *target.shape[1:])))
     if not up.shape or up.shape[0] != target.shape[0]:
@@ -270,7 +275,7 @@ def _scale_of_all(opened: list[SafetensorsFile]):
         beside = file.path.with_name(_PEFT_CONFIG)
         text, name = file.metadata.get(_DIFFUSERS_METADATA), f"{file.path}: {_DIFFUSERS_METADATA}"
         if text is None and beside.is_file() and file.path.name.startswith("adapter_model"):
-            text, name = beside.read_text(encoding="utf-8"), str(beside)
+            text, name = beside.read_bytes(), str(beside)
         if text is None:
             continue
         try:

@@ -10,7 +10,7 @@ import numpy as np
 
 from avd_jax.convert import comfyui, dit_rules, interpolator_rules
 from avd_jax.convert.adapted import student_with, with_adapters
-from avd_jax.convert.adapters import named_adapters
+from avd_jax.convert.adapters import named_adapters, spelled
 from avd_jax.convert.architectures import INTERPOLATOR, WAN_DIT
 from avd_jax.convert.engine import Rule, source_shapes, tensors_to_torch
 from avd_jax.convert.extraction import FULL, Extraction, parameters
@@ -172,7 +172,7 @@ def export_lora(
 
 
 def _spelled(lora: str) -> list[str]:
-    return [f"{path.name}:{strength:g}" for path, strength in named_adapters(lora)]
+    return spelled((path.name, strength) for path, strength in named_adapters(lora))
 
 
 def _open_teacher(student: str | Path, named: str | Path, settings: dict | None) -> Weights:

@@ -57,10 +57,8 @@ class SafetensorsFile:
                     raise ValueError("its header length is not plausible")
                 header = json.loads(file.read(header_bytes))
                 size = file.seek(0, os.SEEK_END)
-            self.metadata = header.pop("__metadata__", None) or {}
-            entries = {
-                key: (entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"]) for key, entry in header.items()
-            }
+            self.metadata = dict(header.pop("__metadata__", None) or {})
+            entries = {key: _entry(entry) for key, entry in header.items()}
         except OSError as error:
             raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
         except (ValueError, KeyError, TypeError, AttributeError):
@@ -108,6 +106,14 @@ class SafetensorsFile:
             return read_values(self.path, np.dtype(np.uint8), min(size, most), self._offsets[key] + max(0, size - most))
         except OSError as error:
             raise UserError(f"{self.path}: cannot read {key}: {error}") from None
+
+
+def _entry(entry: Mapping) -> tuple[str, tuple[int, ...], int, int]:
+    """Return dtype, shape, first byte and last + 1 of a header's entry; a ValueError or the like if it is none."""
+    (begin, end), dtype, shape = entry["data_offsets"], entry["dtype"], tuple(entry["shape"])
+    if not isinstance(dtype, str) or any(type(number) is not int or number < 0 for number in (*shape, begin, end)):
+        raise ValueError("no dtype, or no sizes")
+    return dtype, shape, begin, end
 
 
 def read_index(path: Path) -> dict[str, list[str]]:
