@@ -320,6 +320,25 @@ def test_an_existing_folder_is_replaced_only_when_asked_and_only_if_it_is_ours(t
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
+def test_other_weights_where_an_export_would_lie_are_not_replaced(tmp_path):
+    """ComfyUI's own folder of models has the name that the export's has."""
+    mine = tmp_path / "models" / "diffusion_models" / "wan2.1_t2v_1.3B_fp16.safetensors"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("another's")
+    write = functools.partial(convert.export_dit, cases.NATIVE, tmp_path / "models", layout="comfyui", overwrite=True)
+    with pytest.raises(UserError, match="models: not replaced, since it holds other things"):
+        write()
+    mine.rename(tmp_path / "elsewhere")
+    mine.parent.rmdir()
+    (tmp_path / "models").rmdir()
+    write()
+    write()
+    shutil.copy(tmp_path / "elsewhere", mine.with_name("mine.safetensors"))
+    with pytest.raises(UserError, match="models: not replaced, since it holds other things"):
+        write()
+    assert mine.with_name("mine.safetensors").read_text() == "another's"
+
+
 def test_when_a_write_fails_the_others_are_waited_for(tmp_path, monkeypatch):
     """Else they would end in tracebacks on a loop that is closed."""
     ended = []

@@ -30,6 +30,9 @@ _STEM = "diffusion_pytorch_model"
 _OWN_STEM = "wan2.1_t2v"  # of files that a program's user picks by name
 _SIZES = {WAN_1_3B: "_1.3B", WAN_14B: "_14B"}
 _COMFYUI = "diffusion_models"
+_CARD = "README.md"
+_FOLDERS = (WAN_DIT.component, "scheduler", _COMFYUI, INTERPOLATOR.component)
+_FILES = (_CARD, "config.json", "scheduler_config.json", STUDENT_FILE)  # beside those of weights
 _WHOLE = 2**63  # bytes: what is one file, whatever its size
 
 
@@ -105,7 +108,7 @@ def export_dit(
                 write_json(temporary / "scheduler" / "scheduler_config.json", scheduler_config())
         about = {"student": student, "settings": training_settings(path), "adapters": _spelled(lora)}
         card = model_card(weights.config, layout=layout, file=file, **about)
-        (temporary / "README.md").write_text(card, encoding="utf-8")
+        (temporary / _CARD).write_text(card, encoding="utf-8")
     return student
 
 
@@ -167,7 +170,7 @@ def export_lora(
             rest=f"{rest_name}.safetensors",
             errors={name: error for name, (error, _) in told.items()},
         )
-        (temporary / "README.md").write_text(card, encoding="utf-8")
+        (temporary / _CARD).write_text(card, encoding="utf-8")
     return student, told
 
 
@@ -213,5 +216,9 @@ def _as_torch(weights: Weights, rules: Sequence[Rule], dtype) -> tuple[dict[str,
 
 def _is_export(folder: Path) -> bool:
     """Whether a folder holds what an export writes and nothing else, so that replacing it loses nothing."""
-    names = {"README.md", "config.json", "transformer", "scheduler", _COMFYUI, INTERPOLATOR.component, STUDENT_FILE}
-    return all(child.name in names or child.name.startswith((_STEM, _OWN_STEM)) for child in folder.iterdir())
+    if not (folder / _CARD).is_file():
+        return False
+    found = [child for child in folder.iterdir() if child.name not in _FOLDERS]
+    for inner in (folder / name for name in _FOLDERS):
+        found += inner.iterdir() if inner.is_dir() else ()
+    return all(file.name in _FILES or file.name.startswith((_STEM, _OWN_STEM)) for file in found)
