@@ -80,8 +80,7 @@ def share(value: float) -> str | None:
 
 def band(value: Sequence[float]) -> str | None:
     """Check two bounds around 1."""
-    low, high = value
-    return None if low < 1 < high else "must be two numbers, below and above 1"
+    return None if len(value) == 2 and value[0] < 1 < value[1] else "must be two numbers, below and above 1"
 
 
 def one_of(choices: Iterable[str]) -> Check:
@@ -152,8 +151,18 @@ def check_values(config, fields: Fields) -> dict[str, object]:
     """
     flat = check_names(config, fields)
     for name, value in flat.items():
-        require(name, value, fields[name].check(value))
+        require(name, value, _entries(value, fields[name].default) or fields[name].check(value))
     return flat
+
+
+def _entries(value: object, default: object) -> str | None:
+    """Check that a field of several values has values of the type that its default has."""
+    if not isinstance(default, tuple) or not default:
+        return None
+    kinds = {bool: ("True or False", bool), str: ("names", str), int: ("numbers", int | float)}
+    what, kind = kinds.get(type(default[0]), kinds[int])
+    fit = all(isinstance(entry, kind) and isinstance(entry, bool) == (kind is bool) for entry in value)
+    return None if fit else f"must be {what}, as in {default}"
 
 
 def require(name: str, value: object, wrong: str | None) -> None:

@@ -188,6 +188,7 @@ def test_the_card_of_a_lora(style, student, tmp_path):
     assert "4-step Wan2.1 LoRA" in card
     assert "wan2.1_t2v_4step_lora_rank4.safetensors" in card
     assert ("load_lora_weights" in card) == (style == "diffusers")
+    assert ('subfolder="scheduler"' in card) == (tmp_path / "lora" / "scheduler" / "scheduler_config.json").is_file()
     assert ("`1, 0.9, 0.757, 0.522, 0`" in card) == (style != "diffusers")
     assert "{" not in card.replace("f{", "")
     assert "| 4 | 0." in card

@@ -143,7 +143,7 @@ def test_other_settings_or_weights_are_other_files(settings, folder, tmp_path):
         for changed in (
             settings,
             replace(settings, height=48),
-            replace(settings, timesteps=(1000.0, 400.0)),
+            replace(settings, timesteps=(1000.0, 400.0, 200.0)),
             replace(settings, checkpoint=str(folder / "wan")),
         )
     ]

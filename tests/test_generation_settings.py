@@ -147,9 +147,10 @@ def test_the_digest_follows_what_decides_the_video(plain):
     settings = resolve(Options(weights=plain))
     digest = settings.digest({"vae": "1"})
     assert digest == replace(settings, weights="/elsewhere", checkpoint="moved").digest({"vae": "1"})
-    changes = {"steps": 49, "guidance_scale": 4.0, "negative_prompt": "", "frames": 85, "fps": 8.0, "dtype": "bfloat16"}
+    shorter = replace(settings, steps=49, timesteps=settings.timesteps[:49]).digest({"vae": "1"})
+    changes = {"guidance_scale": 4.0, "negative_prompt": "", "frames": 85, "fps": 8.0, "dtype": "bfloat16"}
     others = {replace(settings, **{name: value}).digest({"vae": "1"}) for name, value in changes.items()}
-    assert len(others | {digest, settings.digest({"vae": "2"})}) == len(changes) + 2
+    assert len(others | {digest, shorter, settings.digest({"vae": "2"})}) == len(changes) + 3
 
 
 def written(tmp_path, record):
@@ -182,6 +183,12 @@ def test_adapters_are_in_the_settings_and_one_of_a_student_makes_its_teacher_the
         resolve(Options(weights=plain, lora="style.safetensors:much"))
 
 
+OF_STUDENT = {
+    **{"solver": "student", "steps": 2, "timesteps": [1000, 500]},
+    **{"shift": None, "guidance_scale": None, "negative_prompt": None},
+}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -192,6 +199,13 @@ def test_adapters_are_in_the_settings_and_one_of_a_student_makes_its_teacher_the
         ({"settings": {"steps": "many"}}, "steps='many' is not of the right type"),
         ({"settings": {"timesteps": 4}}, "timesteps=4 is not of the right type"),
         ({"settings": {"solver": "euler"}}, "--solver euler: give one of student, unipc"),
+        ({"settings": {"steps": 7}}, "--steps 7: there are 50 timesteps"),
+        ({"settings": {"half_rate_steps": 2}}, "--half_rate_steps 2: give 0 to 0"),
+        (
+            {"settings": OF_STUDENT | {"timesteps": [900, 950]}},
+            "timesteps are [900, 950]: give decreasing numbers, at most 1000",
+        ),
+        ({"settings": OF_STUDENT | {"half_rate_steps": -1}}, "--half_rate_steps -1: give 0 to 2"),
         ({"settings": {"solver": "student"}}, "shift=5.0 does not go with solver='student'"),
     ],
 )

@@ -31,7 +31,8 @@ _OWN_STEM = "wan2.1_t2v"  # of files that a program's user picks by name
 _SIZES = {WAN_1_3B: "_1.3B", WAN_14B: "_14B"}
 _COMFYUI = "diffusion_models"
 _CARD = "README.md"
-_FOLDERS = (WAN_DIT.component, "scheduler", _COMFYUI, INTERPOLATOR.component)
+_SCHEDULER = "scheduler"
+_FOLDERS = (WAN_DIT.component, _SCHEDULER, _COMFYUI, INTERPOLATOR.component)
 _FILES = (_CARD, "config.json", "scheduler_config.json", STUDENT_FILE)  # beside those of weights
 _WHOLE = 2**63  # bytes: what is one file, whatever its size
 
@@ -101,11 +102,7 @@ def export_dit(
         if interpolator is not None and not inside:
             of_it = None if layout == "comfyui" else dtype  # no program but this one reads it
             write_interpolator(interpolator, temporary / INTERPOLATOR.component, of_it)
-        if student is not None:
-            write_json(temporary / STUDENT_FILE, student)
-            if layout == "diffusers":
-                (temporary / "scheduler").mkdir()
-                write_json(temporary / "scheduler" / "scheduler_config.json", scheduler_config())
+        _write_student(student, temporary, of_diffusers=layout == "diffusers")
         about = {"student": student, "settings": training_settings(path), "adapters": _spelled(lora)}
         card = model_card(weights.config, layout=layout, file=file, **about)
         (temporary / _CARD).write_text(card, encoding="utf-8")
@@ -153,8 +150,7 @@ def export_lora(
         write_safetensors(leaves=extraction.leaves, tensors=extraction.stream(rest), stem=named, **write)
         if rest:
             write_safetensors(leaves=extraction.rest, tensors=rest.items(), stem=rest_name, **write)
-        if student is not None:
-            write_json(temporary / STUDENT_FILE, student)
+        _write_student(student, temporary, of_diffusers=style == "diffusers")
         errors, size = extraction.errors.relative(), np.dtype(dtype).itemsize
         told = {
             "full" if r == FULL else str(r): (error, size * parameters(weights.config, r))
@@ -172,6 +168,16 @@ def export_lora(
         )
         (temporary / _CARD).write_text(card, encoding="utf-8")
     return student, told
+
+
+def _write_student(student: dict | None, folder: Path, *, of_diffusers: bool) -> None:
+    """Write a student's settings, and the scheduler that the model card reads where diffusers samples it."""
+    if student is None:
+        return
+    write_json(folder / STUDENT_FILE, student)
+    if of_diffusers:
+        (folder / _SCHEDULER).mkdir()
+        write_json(folder / _SCHEDULER / "scheduler_config.json", scheduler_config())
 
 
 def _spelled(lora: str) -> list[str]:

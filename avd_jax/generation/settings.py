@@ -119,6 +119,11 @@ class Settings:
         _check("dtype", self.dtype, self.dtype in DTYPES, f"give one of {', '.join(DTYPES)}")
         kinds = f"give one of {', '.join(KINDS)}, or leave it out"
         _check("weights_dtype", self.weights_dtype, self.weights_dtype in (None, *KINDS), kinds)
+        _check("steps", self.steps, self.steps == len(self.timesteps), f"there are {len(self.timesteps)} timesteps")
+        most = self.steps if self.solver == "student" else 0
+        _check("half_rate_steps", self.half_rate_steps, 0 <= self.half_rate_steps <= most, f"give 0 to {most}")
+        if self.solver == "student":
+            StudentSchedule(self.timesteps)
         if self.half_rate_steps:
             what = f"give one of {', '.join(HALF_RATE_POSITIONS)}"
             _check(
