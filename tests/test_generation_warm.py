@@ -45,7 +45,7 @@ def test_warm_models(folder, tmp_path, monkeypatch):
     assert phases == ["reading the prompt", "reading the weights", "sampling", "decoding"]
 
     # Another seed, and other weights of the same sizes, are the same programs.
-    programs = models._transformers["student"].programs
+    programs = models._transformers["student", None].programs
     (program,) = programs.values()
     assert np.abs(models.make(first, replace(JOB, seed=4)) - pixels).max() > 0.01
     assert len(loaded) == 1
