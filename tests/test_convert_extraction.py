@@ -14,6 +14,7 @@ from avd_jax.convert.adapted import with_adapters
 from avd_jax.convert.adapter_keys import STYLES, module_of
 from avd_jax.convert.architectures import WAN_DIT
 from avd_jax.convert.extraction import FULL
+from avd_jax.convert.fingerprint import fingerprint
 from avd_jax.convert.low_rank import leading
 from avd_jax.convert.weights import open_weights
 from avd_jax.errors import UserError
@@ -136,6 +137,19 @@ def test_what_cannot_be_extracted(student, tmp_path):
         assert not (tmp_path / "lora").exists()
     with pytest.raises(UserError, match="--teacher: has width 128 and 4 blocks, the student width 24 and 2 blocks"):
         convert.export_lora(student, tmp_path / "lora", rank=4, style="comfyui", teacher="weights/tiny")
+
+
+def test_the_teacher_that_a_run_names_must_be_what_it_started_from(tmp_path):
+    run = cases.training_run(tmp_path / "run", steps=(10,))
+    (run / "config.json").write_text(json.dumps({"init_from": str(cases.NATIVE)}))
+    file = run / "checkpoints" / "10" / "meta" / "metadata"
+    meta = json.loads(file.read_text())
+    for began_with in ("another", fingerprint(open_weights(cases.NATIVE, WAN_DIT))):
+        file.write_text(json.dumps(meta | {"inputs": {"init_from": began_with}}))
+        if began_with == "another":
+            with pytest.raises(UserError, match="holds other weights than those that the run started from"):
+                convert.export_lora(run, tmp_path / "lora", rank=4, style="comfyui")
+    convert.export_lora(run, tmp_path / "lora", rank=4, style="comfyui")
 
 
 def test_an_adapter_is_merged_into_an_export_and_named_in_its_card(student, tmp_path):

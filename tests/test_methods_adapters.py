@@ -122,6 +122,13 @@ def test_the_base_may_move_but_not_be_another(run, tmp_path):
     (moved / "base").symlink_to(run.base)
     found, expected = (flat_state(nnx.state(convert.load_dit(path))) for path in (moved, run.workdir))
     assert all(np.array_equal(found[path], expected[path]) for path in expected)
+    config = json.loads((moved / "config.json").read_text())
+    (moved / "config.json").write_text(json.dumps(config | {"init_from": "gone too"}))
+    convert.export_lora(moved, tmp_path / "lora", rank=2, style="comfyui")  # its teacher is the base
+    for damage in ({"base": None}, {"inputs": {}}, {"architecture": meta["architecture"] | {"adapters": {"rank": 4}}}):
+        (step / "meta" / "metadata").write_text(json.dumps(meta | damage))
+        with pytest.raises(UserError, match="metadata: does not say over which weights its adapters are"):
+            convert.load_dit(moved)
 
 
 def test_style_adapters_are_part_of_the_base(run, tmp_path):

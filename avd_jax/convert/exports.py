@@ -14,10 +14,14 @@ from avd_jax.convert.adapters import named_adapters, spelled
 from avd_jax.convert.architectures import INTERPOLATOR, WAN_DIT
 from avd_jax.convert.engine import Rule, source_shapes, tensors_to_torch
 from avd_jax.convert.extraction import FULL, Extraction, parameters
-from avd_jax.convert.layouts import STUDENT_FILE, training_settings
+from avd_jax.convert.fingerprint import fingerprint
+from avd_jax.convert.folders import snapshot_of
+from avd_jax.convert.hub import fetched
+from avd_jax.convert.layouts import STUDENT_FILE, training_settings, training_step
 from avd_jax.convert.loading import open_interpolator_of
 from avd_jax.convert.model_card import model_card, scheduler_config
 from avd_jax.convert.networks import DEFAULT
+from avd_jax.convert.on_base import base_path
 from avd_jax.convert.safetensors_io import write_safetensors
 from avd_jax.convert.saving import MAX_SHARD_BYTES, check_writable, complete_folder, with_dtype, write_json
 from avd_jax.convert.weights import Weights, open_weights
@@ -191,10 +195,17 @@ def _open_teacher(student: str | Path, named: str | Path, settings: dict | None)
         return open_weights(named, WAN_DIT)
     if not recorded.get("init_from"):
         raise UserError(f"--teacher is missing: {student} does not say which weights the student started from")
+    path, base = recorded["init_from"], settings.get("base")
+    if base:  # of adapters, which are read over these
+        path = base_path(training_step(snapshot_of(fetched(student))).parents[1], base["path"])
     try:
-        return open_weights(recorded["init_from"], WAN_DIT, recorded.get("which") or DEFAULT)
+        weights = open_weights(path, WAN_DIT, recorded.get("which") or DEFAULT)
     except UserError as error:
         raise UserError(f"--teacher is missing, and what the run started from is not there: {error}") from None
+    began_with = settings.get("inputs", {}).get("init_from")
+    if began_with is not None and fingerprint(weights) != began_with:
+        raise UserError(f"--teacher is missing, and {path} holds other weights than those that the run started from")
+    return weights
 
 
 def _name(config: WanDiTConfig, student: dict | None) -> str:

@@ -263,13 +263,16 @@ def _checkpoint_item(step: Path, key: str) -> OrbaxTree:
     item = _checkpoint_items(meta.get("main")).get(key, key)
     if item not in items:
         raise UserError(f"{step}: holds no {key!r}, but {', '.join(items) or 'nothing'}{closest(key, items)}")
-    adapters = (meta.get("architecture") or {}).get("adapters")
-    if adapters is not None and item.removesuffix("_ema") in adapters["networks"]:
-        inputs = meta["inputs"]
-        prints = {"fingerprint": inputs["init_from"], "lora_fingerprint": inputs.get("init_lora")}
-        adapters = adapters | meta["base"] | prints
-    else:
-        adapters = None
+    try:
+        adapters = (meta.get("architecture") or {}).get("adapters")
+        if adapters is not None:
+            inputs, own = meta["inputs"], item.removesuffix("_ema") in adapters["networks"]
+            prints = {"fingerprint": inputs["init_from"], "lora_fingerprint": inputs.get("init_lora")}
+            adapters = adapters | meta["base"] | prints if own else None
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(
+            f"{step / 'meta' / 'metadata'}: does not say over which weights its adapters are; use another step"
+        ) from None
     return OrbaxTree(step / item, _record(step), step / "meta" / "metadata", several_networks=True, adapters=adapters)
 
 

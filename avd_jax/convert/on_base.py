@@ -23,6 +23,12 @@ from avd_jax.paths import any_path, hub_name, is_bucket
 LINK = "base"  # of a run: a folder or link that says where the base's weights lie now
 
 
+def base_path(run: Path, named: str) -> str:
+    """Return where the weights lie that a run's adapters stand on: `RUN/base`, else what the run recorded."""
+    moved = run / LINK
+    return str(moved) if moved.exists() else named
+
+
 class OnBase:
     """The weights of a base with the adapters of a training checkpoint (see `Weights` for what they can do)."""
 
@@ -108,18 +114,18 @@ def _open_base(tree: OrbaxTree, architecture: Architecture):
     from avd_jax.convert.weights import open_weights
 
     run = tree.folder.parents[2]
-    named, moved = tree.adapters["path"], run / LINK
-    path = str(moved) if moved.exists() else named
+    named = tree.adapters["path"]
+    path = base_path(run, named)
     if hub_name(path) is None and not any_path(path).exists():
         raise UserError(
-            f"{run}: has adapters over the weights {named}, which are not there; put them back, or link {moved} to "
-            "where they lie now"
+            f"{run}: has adapters over the weights {named}, which are not there; put them back, or link "
+            f"{run / LINK} to where they lie now"
         )
     base = open_weights(path, architecture, tree.adapters["which"] or DEFAULT)
     if fingerprint(base) != tree.adapters["fingerprint"]:
         raise UserError(
-            f"{run}: has adapters over other weights than those in {path}; link {moved} to those that its training "
-            f"began with ({named})"
+            f"{run}: has adapters over other weights than those in {path}; link {run / LINK} to those that its "
+            f"training began with ({named})"
         )
     styled = with_adapters(base, tree.adapters.get("lora", ""))
     if styled is base:
