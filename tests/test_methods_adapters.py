@@ -125,6 +125,8 @@ def test_the_base_may_move_but_not_be_another(run, tmp_path):
     config = json.loads((moved / "config.json").read_text())
     (moved / "config.json").write_text(json.dumps(config | {"init_from": "gone too"}))
     convert.export_lora(moved, tmp_path / "lora", rank=2, style="comfyui")  # its teacher is the base
+    card = (tmp_path / "lora" / "README.md").read_text()
+    assert (card.count('"lora.rank": 4'), str(gone) in card) == (1, False)
     for damage in ({"base": None}, {"inputs": {}}, {"architecture": meta["architecture"] | {"adapters": {"rank": 4}}}):
         (step / "meta" / "metadata").write_text(json.dumps(meta | damage))
         with pytest.raises(UserError, match="metadata: does not say over which weights its adapters are"):

@@ -139,7 +139,10 @@ def model_card(
         rows = ["| rank | left out of the change |", "| --- | --- |"]
         parts += ["## Error", "\n".join(rows + [f"| {rank} | {error:.3f} |" for rank, error in errors.items()])]
     if settings:
-        parts += ["## Training settings", f"```json\n{json.dumps(settings, indent=2, sort_keys=True)}\n```"]
+        # The checkpoint's own settings are told once, and where on a disk its base lay is nobody's business.
+        left_out = {"base", *(["config"] if "settings" in settings else [])}
+        told = {name: value for name, value in settings.items() if name not in left_out}
+        parts += ["## Training settings", f"```json\n{json.dumps(told, indent=2, sort_keys=True)}\n```"]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
