@@ -30,7 +30,7 @@ def encoder_with(tensors, rules, dtype=jnp.float32):
     graph, state, leaves = abstract_leaves(CONFIG, dtype)
     shapes = {key: tensor.shape for key, tensor in tensors.items()}
     pieces = engine.resolve(rules, shapes, leaves, name="test")
-    arrays = dict(engine.leaves_from_torch(pieces, leaves, tensors.__getitem__))
+    arrays = dict(engine.leaves_from_torch(pieces, leaves, lambda key, rows: tensors[key]))
     return nnx.merge(graph, from_flat(state, {path: jnp.asarray(array) for path, array in arrays.items()}))
 
 

@@ -29,7 +29,7 @@ def model_with(tensors, config, rules, dtype=jnp.float32):
     graph, state = nnx.split(abstract)
     leaves = flat_state(state)
     pieces = engine.resolve(rules, {key: value.shape for key, value in tensors.items()}, leaves, name="test")
-    arrays = dict(engine.leaves_from_torch(pieces, leaves, tensors.__getitem__))
+    arrays = dict(engine.leaves_from_torch(pieces, leaves, lambda key, rows: tensors[key]))
     return nnx.merge(graph, from_flat(state, {path: jnp.asarray(array) for path, array in arrays.items()}))
 
 

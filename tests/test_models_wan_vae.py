@@ -46,7 +46,7 @@ def vae_with(tensors, rules):
     graph, state = abstract(CONFIG)
     leaves = flat_state(state)
     pieces = engine.resolve(rules, {key: tensor.shape for key, tensor in tensors.items()}, leaves, name="test")
-    arrays = dict(engine.leaves_from_torch(pieces, leaves, tensors.__getitem__))
+    arrays = dict(engine.leaves_from_torch(pieces, leaves, lambda key, rows: tensors[key]))
     return nnx.merge(graph, from_flat(state, {path: jnp.asarray(array) for path, array in arrays.items()}))
 
 
