@@ -59,5 +59,7 @@ def test_a_gpu_leaves_a_twentieth_to_cuda():
 
 @pytest.mark.parametrize("kind", ["abacus", "NVIDIA H100 PCIe"])
 def test_memory_that_is_not_known(kind):
-    with pytest.raises(UserError, match=f"memory of a {kind} is not known; use one of A100, H100, H200, L40S, RTX4090, v4, v5e"):
+    with pytest.raises(
+        UserError, match=f"memory of a {kind} is not known; use one of A100, H100, H200, L40S, RTX4090, v4, v5e"
+    ):
         memory_gib(kind)

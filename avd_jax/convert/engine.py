@@ -157,6 +157,12 @@ def rules_of(rules: Sequence[Rule], path: str) -> list[tuple[Rule, str]]:
     return found
 
 
+def layers_of(rules: Sequence[Rule], path: str, leaf: np.ndarray) -> Iterator[np.ndarray]:
+    """Yield the layers of a whole leaf in order, or the leaf itself if its layers are not stacked."""
+    rule, _ = rules_of(rules, path)[0]
+    yield from leaf if rule.stacked else [leaf]
+
+
 def leaf_from_torch(pieces: Iterable[Piece], leaf: jax.ShapeDtypeStruct, read: Read) -> np.ndarray:
     """Return one whole leaf, in the leaf's dtype; arguments as in `read_shards`."""
     return read_shards(pieces, leaf, read, [tuple(slice(None) for _ in leaf.shape)])[0]

@@ -12,7 +12,7 @@ import numpy as np
 
 from avd_jax.convert import orbax_io
 from avd_jax.convert.architectures import Architecture
-from avd_jax.convert.engine import rules_of
+from avd_jax.convert.engine import layers_of
 from avd_jax.convert.layouts import OrbaxTree
 from avd_jax.convert.networks import DEFAULT
 from avd_jax.errors import UserError
@@ -75,9 +75,7 @@ class OnBase:
         if path not in self._pairs:
             yield from self._base.layers(path)
             return
-        rule, _ = rules_of(self.architecture.native_rules(self.config), path)[0]
-        whole = self.array(path)
-        yield from whole if rule.stacked else [whole]
+        yield from layers_of(self.architecture.native_rules(self.config), path, self.array(path))
 
     def sharded(self, dtype, sharding, paths: Iterable[str] | None = None) -> dict[str, jax.Array]:
         """Return path -> array in `dtype`, laid out as `sharding(path, shape)` says; of `paths` alone, if given."""

@@ -12,7 +12,7 @@ from flax import nnx
 
 from avd_jax.convert import orbax_io
 from avd_jax.convert.architectures import WAN_DIT, Architecture, in_native_names, matching_keys
-from avd_jax.convert.engine import leaf_from_torch, read_shards, resolve, rules_of, source_shapes
+from avd_jax.convert.engine import layers_of, leaf_from_torch, read_shards, resolve, source_shapes
 from avd_jax.convert.files import TensorFile, is_matrix, open_files, tensors_of
 from avd_jax.convert.hub import fetched
 from avd_jax.convert.layouts import OrbaxTree, TorchFiles, find_weights, read_json
@@ -142,9 +142,7 @@ class OrbaxWeights:
 
     def layers(self, path: str) -> Iterator[np.ndarray]:
         """Yield a leaf's layers in order, or the leaf itself if its layers are not stacked."""
-        leaf = self.array(path)
-        rule, _ = rules_of(self.architecture.native_rules(self.config), path)[0]
-        yield from leaf if rule.stacked else [leaf]
+        yield from layers_of(self.architecture.native_rules(self.config), path, self.array(path))
 
     def sharded(self, dtype, sharding: Sharding, paths: Iterable[str] | None = None) -> dict[str, jax.Array]:
         """Return path -> array in `dtype`, laid out as `sharding(path, shape)` says; of `paths` alone, if given."""
