@@ -95,6 +95,16 @@ def test_a_cell_differs_from_the_full_method_in_what_it_is_about(weights, tmp_pa
     assert cells["tr_ada_seed0"].sampling["half_rate_steps"] == 0
 
 
+def test_the_cheaper_cycle_is_tried_with_every_seed(weights, tmp_path):
+    cells = {cell.name: cell for cell in plan(make_config(weights, cheaper=True), tmp_path, interpolator=False)}
+    for seed in (0, 1):
+        for name in ("dmd", "tr_ada"):
+            same, cheaper = (flatten(cells[f"{name}_seed{seed}"].train) for name in (name, f"cheaper_{name}"))
+            assert {key: value for key, value in cheaper.items() if value != same[key]} == {
+                "fake_score_samples": "a_cycle"
+            }
+
+
 def test_rcm_shares_what_the_others_have_and_serves_every_number_of_steps(weights, tmp_path):
     config = make_config(weights)
     config.rcm.num_steps, config.rcm.optimizer.learning_rate, config.train.guidance_scale = 79, 3e-5, 3.0

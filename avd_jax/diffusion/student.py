@@ -166,6 +166,43 @@ def full_rate_steps(
 
 
 @typechecked
+def all_predictions(
+    velocity_fn: Callable,
+    noise: Latents,
+    keys: Keys,
+    *,
+    timesteps: Sequence[float | int],
+    half_rate: HalfRate | None = None,
+) -> Float[Array, "steps batch frames height width channels"]:
+    """Run all steps of the student, without gradient, and keep each one's x0 prediction.
+
+    Entry `s` is the sample of a rollout that stops at step `s` (Algorithm 1), so one rollout gives samples for all of
+    them.
+
+    Args:
+      velocity_fn, noise, keys, timesteps, half_rate: as in `student_sample`; x0 of a half-rate step is interpolated.
+
+    Returns:
+      [steps B F H W C] in float32 at least.
+    """
+    velocity_fn, noise, first, parts = _constant(velocity_fn), jax.lax.stop_gradient(noise), 0, []
+    noise_after, xt = _noise_after(keys, noise.shape[1:]), _start(noise, timesteps)
+    if half_rate is not None and half_rate.steps:
+        half_rate, first = _without_gradient(half_rate), half_rate.steps
+        _, found = _scan(
+            half_rate.velocity_fn,
+            _start(noise[:, ::2], timesteps),
+            timesteps,
+            (0, first),
+            lambda step: noise_after(step)[:, ::2],
+        )
+        parts.append(jax.lax.map(half_rate.interpolate, found))
+        xt = renoise(parts[0][-1], keys, step=first - 1, timesteps=_timestep_of(noise, (*timesteps, 0.0), first))
+    parts.append(_scan(velocity_fn, xt, timesteps, (first, len(timesteps)), noise_after)[1])
+    return jax.lax.stop_gradient(jnp.concatenate(parts))
+
+
+@typechecked
 def backward_simulation(
     velocity_fn: Callable,
     noise: Latents,
@@ -253,17 +290,29 @@ def _start(noise, timesteps):
 
 def _roll_out(velocity_fn, xt, timesteps, first_step, stop_step, noise_after):
     """Return the input of step `stop_step`, given that of `first_step`; after the last step it is the final x0."""
-    batch = xt.shape[:1]
+    step = _step(velocity_fn, timesteps, xt.shape[:1], noise_after)
+    return jax.lax.fori_loop(first_step, stop_step, lambda i, xt: step(xt, i)[0], at_least_float32(xt))
+
+
+def _scan(velocity_fn, xt, timesteps, steps, noise_after):
+    """Run the steps of a range and return (input of the step after them, all x0 predictions)."""
+    return jax.lax.scan(
+        _step(velocity_fn, timesteps, xt.shape[:1], noise_after), at_least_float32(xt), jnp.arange(*steps)
+    )
+
+
+def _step(velocity_fn, timesteps, batch, noise_after):
+    """Return the function (input of a step, its number) -> (input of the next one, its x0 prediction)."""
     times = jnp.asarray(timesteps, jnp.float32)
     times = jnp.concatenate([times, jnp.zeros_like(times[:1])])
 
-    def step(i, xt):
+    def step(xt, i):
         now, following = jnp.full(batch, times[i]), jnp.full(batch, times[i + 1])
         velocity = velocity_fn(xt, now)
         x0 = x0_from_velocity(xt=xt, velocity=velocity, sigmas=sigma_of_timestep(now))
-        return add_noise(x0=x0, noise=noise_after(i), sigmas=sigma_of_timestep(following))
+        return add_noise(x0=x0, noise=noise_after(i), sigmas=sigma_of_timestep(following)), x0
 
-    return jax.lax.fori_loop(first_step, stop_step, step, at_least_float32(xt))
+    return step
 
 
 def _noise_after(keys, shape):

@@ -17,6 +17,7 @@ from avd_jax.evaluation.suite import summarise
 from avd_jax.experiments.ablation import Result, folder_of
 from avd_jax.experiments.cells import (
     ADAPTIVE,
+    CHEAPER,
     COLLAPSES,
     DMD,
     RCM,
@@ -184,6 +185,7 @@ def _sweeps(config, workdir: Path, by_method: Mapping, numbers: Results, page: P
         (f"Clip thresholds (Fig. 12); the full method's is {loss.temporal_clip:g}", [ADAPTIVE, *clips]),
         (f"k of the adaptive weight (Fig. 13); the full method's is {loss.adaptive_k:g}", [ADAPTIVE, *ks]),
         ("What might make plain DMD collapse", [DMD, ADAPTIVE, *collapses]),
+        ("One rollout a cycle for fake_score", [*CHEAPER, *CHEAPER.values()]),
         ("Style transfer (Fig. 6): 0 is the painted style, 1 the outlines", [REAL, REAL_OUTLINE, ADAPTIVE, STYLE]),
     )
     pieces = []

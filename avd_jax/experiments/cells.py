@@ -2,7 +2,8 @@
 
 The methods are those of the paper's Table 2, each with the losses of the ones before and one more; the clip thresholds
 (Fig. 12), k (Fig. 13) and the style transfer (Fig. 6) change one thing of the full method. What might make plain DMD
-collapse (a longer training, a higher guidance, fewer prompts) is tried with plain DMD and with the full method. rCM
+collapse (a longer training, a higher guidance, fewer prompts) is tried with plain DMD and with the full method, and so
+is fake_score's cheaper cycle, whose updates share one rollout. rCM
 stands beside them, with the settings of the others where both have them; one student of it serves 4, 2 and 1 steps.
 """
 
@@ -47,6 +48,7 @@ FIELDS: Fields = {
     "collapse.num_steps": Field(240, "a longer training, of DMD and of the full method; 0: no such cells", at_least(0)),
     "collapse.guidance_scale": Field(6.0, "a higher guidance of the teacher, for both; 0: no such cells", at_least(0)),
     "collapse.prompts": Field(8, "so few prompts, for both; 0: no such cells", at_least(0)),
+    "cheaper": Field(False, "whether plain DMD and the full method are trained with fake_score_samples='a_cycle', too"),
     "evaluation.captions": Field(100, "held-out captions on which everything is measured", at_least(1)),
     "evaluation.batch_size": Field(10, "videos to sample together", at_least(1)),
     "evaluation.teacher_steps": Field(
@@ -68,6 +70,7 @@ STUDENTS = {  # method -> title, and what it changes in the config of the full m
     ADAPTIVE: ("+TR+AdaLoss", {}),
 }
 RCM_STEPS = {RCM: 4, "rcm_2": 2, "rcm_1": 1}  # method -> steps of the one student
+CHEAPER = {method: f"cheaper_{method}" for method in (DMD, ADAPTIVE)}  # method -> that with a cheaper cycle
 LONG, GUIDED, FEW = "long", "guided", "few"
 COLLAPSES = {LONG: "longer", GUIDED: "more guidance", FEW: "few prompts"}  # what may make DMD collapse, for people
 
@@ -151,6 +154,11 @@ def plan(config, data: Path, *, interpolator: bool) -> list[Cell]:
             cells.append(Cell(VIF_LATER, "+TR+AdaLoss, VIF only when sampling", seed, student=student, sampling=later))
         if config.rcm.num_steps:
             cells += _rcm_cells(config, data, seed)
+        if config.cheaper:
+            for method, name in CHEAPER.items():
+                title, changes = STUDENTS[method]
+                changes = {**changes, "fake_score_samples": "a_cycle"}
+                cells.append(_student(config, data, name, f"{title}, one rollout a cycle", seed, changes))
     for seed in config.sweep_seeds:
         sweep = {clip_method(clip): (f"clip {_clip(clip)}", {"loss.temporal_clip": clip}) for clip in _clips(config)}
         sweep |= {k_method(k): (f"k = {k:g}", {"loss.adaptive_k": k}) for k in _ks(config)}

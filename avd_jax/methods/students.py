@@ -20,6 +20,7 @@ from avd_jax.diffusion.guidance import guided_velocity
 from avd_jax.diffusion.student import (
     HALF_RATE_POSITIONS,
     HalfRate,
+    all_predictions,
     backward_simulation,
     half_rate_simulation,
     initial_noise,
@@ -31,7 +32,7 @@ from avd_jax.training.method import Value
 
 # Streams of an update's key (1 is the examples', see `training.update`), and of an example's.
 STOP = 0
-ROLLOUT, SCORE, REGRESSION, TIMES, CONSISTENCY = range(5)
+ROLLOUT, SCORE, REGRESSION, TIMES, CONSISTENCY, ORDER = range(6)
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,39 @@ class Student:
             return self.interpolator(interpolator, x0)
 
         return jax.lax.cond(stop < half_steps, half_rate, full_rate) if half_steps else full_rate()
+
+    def samples(self, params, conditions, keys, interpolator=None, *, shape, times):
+        """Return the x0 of one rollout through all steps as the samples of `times` updates, each [B F H W C].
+
+        Every example takes them in a random order of its own, and all of them once before any again.
+
+        Args:
+          params, conditions, keys, interpolator: as in `x0`, all of them constants here.
+          shape: (F, H, W, C) of the samples.
+          times: how many updates.
+        """
+        number = len(self.timesteps)
+        rounds = -(-times // number)
+
+        def order(key):
+            drawn = [jax.random.permutation(jax.random.fold_in(key, i), number) for i in range(rounds)]
+            return jnp.concatenate(drawn)[:times]
+
+        orders = jax.vmap(order)(stream(keys, ORDER))
+        keys = stream(keys, ROLLOUT)
+        half_rate = None
+        if self.half_rate_steps:
+            half_velocity = partial(_velocity, self.at_half_rate, params, conditions)
+            half_rate = HalfRate(self.half_rate_steps, half_velocity, partial(self.interpolator, interpolator))
+        found = all_predictions(
+            partial(_velocity, self.network, params, conditions),
+            initial_noise(keys, shape),
+            keys,
+            timesteps=self.timesteps,
+            half_rate=half_rate,
+        )
+        taken = jax.vmap(lambda x0, order: x0[order], in_axes=(1, 0), out_axes=1)(found, orders)
+        return tuple(taken)
 
     def regression(self, params, latents, conditions, keys, stop):
         """Return L_reg of each example at a random timestep of the schedule (Eq. 5), and its `index`, both [B].

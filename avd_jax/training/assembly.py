@@ -1,6 +1,6 @@
 """A method put together for its mesh: state, programs and their inputs, for running and for compiling ahead of time."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
@@ -16,7 +16,7 @@ from avd_jax.parallel.hosts import BatchRows, batch_rows
 from avd_jax.parallel.mesh import batch_sharding, placed, replicated
 from avd_jax.training.method import BatchField, Method, Update
 from avd_jax.training.state import TrainState, abstract_state, ema_item, init_state
-from avd_jax.training.update import Step, fields_of, make_step, passes_of
+from avd_jax.training.update import Step, fields_of, fields_of_shared, make_shared, make_step, passes_of
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,20 @@ class Call:
       update: which.
       step: its compiled program.
       fields: of the batch, that it reads.
+      shared: the compiled program of what all its times share, or None.
+      shared_fields: of the batch, that this reads.
     """
 
     update: Update
     step: Step
     fields: tuple[str, ...]
+    shared: Callable[..., dict] | None = None
+    shared_fields: tuple[str, ...] = ()
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The fields of the batch that either of them reads."""
+        return tuple(dict.fromkeys((*self.fields, *self.shared_fields)))
 
 
 class Assembly:
@@ -60,16 +69,21 @@ class Assembly:
         self.abstract = abstract_state(method)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
 
-        def compiled(update: Update) -> Step:
+        def call(update: Update) -> Call:
             """Jit an update: the old state's memory is reused, the new one is sharded alike, metrics are global."""
-            return jax.jit(
+            options = {"compiler_options": compiler_options(method.mesh)}
+            step = jax.jit(
                 make_step(method, update),
                 donate_argnums=0,
                 out_shardings=(shardings, replicated(method.mesh)),
-                compiler_options=compiler_options(method.mesh),
+                **options,
             )
+            if not update.shared:
+                return Call(update, step, fields_of(method, update))
+            shared = jax.jit(make_shared(method, update), out_shardings=batch_sharding(method.mesh), **options)
+            return Call(update, step, fields_of(method, update), shared, fields_of_shared(method, update))
 
-        self.calls = tuple(Call(update, compiled(update), fields_of(method, update)) for update in updates)
+        self.calls = tuple(call(update) for update in updates)
         self.sizes = method.sizes or {"": method.fields}
 
     @property
@@ -104,7 +118,7 @@ class Assembly:
         starts = {0, *(u.begins for u in updates), *(u.ends for u in updates if u.ends is not None)}
 
         def taken(name: str, cycle: int) -> int:
-            return sum(call.update.times for call in self.calls if name in call.fields and call.update.made_in(cycle))
+            return sum(call.update.batches for call in self.calls if name in call.reads and call.update.made_in(cycle))
 
         fresh = [name for name, field in self.method.fields.items() if field.fresh]
         return {name: max(taken(name, cycle) for cycle in starts) for name in fresh}
@@ -149,10 +163,17 @@ class Assembly:
         taken = dict.fromkeys(self.fresh(), 0)
         number = 0
         for call in calls:
-            for _ in range(call.update.times):
-                inputs = {name: self._put(batch[name], taken.get(name)) for name in call.fields}
-                taken |= {name: count + 1 for name, count in taken.items() if name in call.fields}
-                state, found = call.step(state, frozen, inputs, self.method.key_of(key, number))
+            shared: dict = {}
+            for time in range(call.update.times):
+                own = self.method.key_of(key, number)
+                if time < call.update.batches:
+                    inputs = {name: self._put(batch[name], taken.get(name)) for name in call.reads}
+                    taken |= {name: count + 1 for name, count in taken.items() if name in call.reads}
+                    if call.shared is not None:
+                        shared = call.shared(state, frozen, {name: inputs[name] for name in call.shared_fields}, own)
+                given = {name: inputs[name] for name in call.fields}
+                given |= {name: values[time] for name, values in shared.items()}
+                state, found = call.step(state, frozen, given, own)
                 metrics[call.update.name].append(found)
                 number += 1
         return state, metrics
@@ -164,7 +185,7 @@ class Assembly:
 
     def size_of(self, batch: Mapping) -> str:
         """Return which of the sizes a batch of `Method.batches` has; this host may hold only some of its rows."""
-        read = {name for call in self.calls for name in call.fields} - set(self.fresh())
+        read = {name for call in self.calls for name in call.reads} - set(self.fresh())
         return next(
             size
             for size, fields in self.sizes.items()
@@ -188,6 +209,8 @@ class Assembly:
         for call in self.calls:
             if name == call.update.program:
                 return self._step_program(name, call, size or self.largest)
+            if call.shared is not None and name == call.update.shared_program:
+                return self._shared_program(name, call, size or self.largest)
         if name not in self.method.programs:
             names = self.program_names()
             raise UserError(
@@ -200,7 +223,11 @@ class Assembly:
         return [*self._step_names(), *self.method.programs]
 
     def _step_names(self) -> tuple[str, ...]:
-        return tuple(call.update.program for call in reversed(self.calls))
+        return tuple(
+            name
+            for call in reversed(self.calls)
+            for name in (call.update.program, *([call.update.shared_program] if call.shared is not None else []))
+        )
 
     def stages(self) -> tuple[Stage, ...]:
         """Return what runs in turn: the updates, and what the method says of its other programs."""
@@ -221,8 +248,11 @@ class Assembly:
         found += [part_of(name, part.abstract) for name, part in self.method.frozen.items()]
         # Those of the cycle that runs and of the next one, which the host has dispatched.
         batches = [
-            self._abstract_batch(call, self.largest) for call in self.lasting for _ in range(2 * call.update.times)
+            self._abstract_batch(call, self.largest, call.reads)
+            for call in self.lasting
+            for _ in range(2 * call.update.batches)
         ]
+        batches += [self._abstract_shared(call, self.largest) for call in self.lasting for _ in range(2)]
         found.append(part_of("batches", batches))
         # Orbax copies the state to the host, and writes it from there while the run goes on.
         saved = sum(part.device_gib + part.host_gib for part in self._state_parts())
@@ -236,14 +266,27 @@ class Assembly:
                 yield part_of(ema_item(name), network.ema)
 
     def _step_program(self, name: str, call: Call, size: str) -> Program:
-        frozen = {name: part.abstract for name, part in self.method.frozen.items()}
-        key = placed(jax.eval_shape(lambda: jax.random.key(0)), replicated(self.method.mesh))
-        args = self.abstract, frozen, self._abstract_batch(call, size), key
+        shared = {name: values[0] for name, values in self._abstract_shared(call, size).items()}
+        args = self._abstract_inputs(self._abstract_batch(call, size, call.fields) | shared)
         return Program(name, call.step, args, outcomes=_outcomes(call.update), resident=(0, 1))
 
-    def _abstract_batch(self, call: Call, size: str) -> dict:
-        batch = {name: self.sizes[size][name].abstract for name in call.fields}
-        return placed(batch, batch_sharding(self.method.mesh))
+    def _shared_program(self, name: str, call: Call, size: str) -> Program:
+        args = self._abstract_inputs(self._abstract_batch(call, size, call.shared_fields))
+        return Program(name, call.shared, args, resident=(0, 1))
+
+    def _abstract_inputs(self, batch: dict) -> tuple:
+        frozen = {name: part.abstract for name, part in self.method.frozen.items()}
+        key = placed(jax.eval_shape(lambda: jax.random.key(0)), replicated(self.method.mesh))
+        return self.abstract, frozen, batch, key
+
+    def _abstract_batch(self, call: Call, size: str, fields: Iterable[str]) -> dict:
+        return placed({name: self.sizes[size][name].abstract for name in fields}, batch_sharding(self.method.mesh))
+
+    def _abstract_shared(self, call: Call, size: str) -> dict:
+        if call.shared is None:
+            return {}
+        made = jax.eval_shape(call.shared, *self._shared_program("", call, size).args)
+        return placed(made, batch_sharding(self.method.mesh))
 
 
 def _abstract(fields: Mapping[str, BatchField]) -> list:

@@ -16,7 +16,7 @@ class CycleCost:
     """FLOPs of a cycle over all devices, expected over what is drawn at random; remat's second forward counts again.
 
     Attributes:
-      updates: network -> FLOPs of one update of it.
+      updates: network -> FLOPs of one update of it, with its share of what a cycle makes once for all of them.
       times: network -> how often a cycle updates it.
       examples: in a batch.
       unit: name of the piece of work in which the cost is stated; None if there is none.
@@ -56,6 +56,10 @@ def cycle_cost(assembly: Assembly, size: str | None = None) -> CycleCost:
     """
     calls, method, size = assembly.lasting, assembly.method, size or assembly.largest
     updates = {call.update.network: expected_flops(assembly.program(call.update.program, size)) for call in calls}
+    for call in calls:
+        if call.shared is not None:
+            shared = expected_flops(assembly.program(call.update.shared_program, size))
+            updates[call.update.network] += shared / call.update.times
     times = {call.update.network: call.update.times for call in calls}
     unit, unit_flops = None, 1.0
     if method.unit is not None:

@@ -156,6 +156,9 @@ class Update:
       network: whose parameters it changes.
       terms: of the loss, those of weight 0 included, since their metrics are logged as 0.
       values: what the terms are made of.
+      shared: values that the cycle makes once for all `times`, before the first of them, in a program of their own:
+        without gradient, of nothing that is drawn. A function returns one tree [B ...] for each time. All times are
+        given the same batch.
       watch: values that are only looked at, if what they are made of is computed for a term; no gradient flows.
       reports: names of values that `metrics` and `extras` take.
       draws: what the whole batch shares.
@@ -170,6 +173,7 @@ class Update:
     network: str
     terms: tuple[Term, ...]
     values: tuple[Value, ...] = ()
+    shared: tuple[Value, ...] = ()
     watch: tuple[Value, ...] = ()
     reports: tuple[str, ...] = ()
     draws: tuple[Draw, ...] = ()
@@ -183,6 +187,16 @@ class Update:
     def program(self) -> str:
         """Its program's name."""
         return f"{self.network}_{'step' if self.ends is None else 'warmup_step'}"
+
+    @property
+    def shared_program(self) -> str:
+        """The name of the program that makes what its times share."""
+        return f"{self.network}_samples"
+
+    @property
+    def batches(self) -> int:
+        """How many batches a cycle takes for it."""
+        return 1 if self.shared else self.times
 
     def made_in(self, cycle: int) -> bool:
         """Return whether a cycle, counted from 0, makes it."""

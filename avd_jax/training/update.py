@@ -89,9 +89,44 @@ def make_step(method: Method, update: Update) -> Step:
     return step
 
 
+def make_shared(method: Method, update: Update) -> Callable[[TrainState, Mapping, Mapping, jax.Array], dict]:
+    """Return the function that makes what all times of an update share in a cycle: `Update.shared`, by name.
+
+    It takes what the first of them does: the state, what is frozen, the batch and the key. With accumulation it works
+    on the same parts of the batch, one after another.
+    """
+    parts = method.accumulation_steps or 1
+
+    def shared(state: TrainState, frozen: Mapping, batch: Mapping, key: jax.Array) -> dict:
+        constants = _parameters(method, state, frozen) | frozen | state.extras
+
+        def make(given):
+            part, keys = given
+            inputs = constants | part | {"keys": keys}
+            return {
+                value.name: tuple(value.function(**{name: inputs[name] for name in value.inputs}))
+                for value in update.shared
+            }
+
+        whole = batch, example_keys(key, jnp.arange(jax.tree.leaves(batch)[0].shape[0]))
+        if parts == 1:
+            return make(whole)
+        cut = partial(jax.tree.map, lambda x: rearrange(x, "(b part) ... -> part b ...", part=parts))
+        join = partial(jax.tree.map, lambda x: rearrange(x, "part b ... -> (b part) ..."))
+        return join(jax.lax.map(make, cut(whole)))
+
+    return shared
+
+
 def fields_of(method: Method, update: Update) -> tuple[str, ...]:
     """Return the fields of the batch that an update reads, from what its terms are made of."""
     asked = {name for one in passes_of(update) for name in one.inputs()}
+    return tuple(name for name in method.fields if name in asked)
+
+
+def fields_of_shared(method: Method, update: Update) -> tuple[str, ...]:
+    """Return the fields of the batch that `make_shared` reads."""
+    asked = {name for value in update.shared for name in value.inputs}
     return tuple(name for name in method.fields if name in asked)
 
 

@@ -27,6 +27,8 @@ from avd_jax.methods.distillation_fields import DISTILLATION_FIELDS
 from avd_jax.training.config import RUN_FIELDS
 from avd_jax.training.method import active
 
+FAKE_SCORE_SAMPLES = "an_update", "a_cycle"
+
 FIELDS: Fields = {
     **with_defaults(RUN_FIELDS, method="avd"),
     **DISTILLATION_FIELDS,
@@ -46,6 +48,12 @@ FIELDS: Fields = {
     "score.min_timestep": Field(20.0, "lower bound of these timesteps, of 1000"),
     "score.max_timestep": Field(980.0, "upper bound of these timesteps, of 1000"),
     "fake_score_updates": Field(5, "updates of fake_score before each update of the generator", not_negative),
+    "fake_score_samples": Field(
+        "an_update",
+        "'an_update': each of them makes its own samples, to a random step (Algorithm 1); 'a_cycle': they learn from "
+        "the x0 at all steps of one rollout",
+        one_of(FAKE_SCORE_SAMPLES),
+    ),
     "loss.distribution_matching": Field(
         1.0, "weight of L_KL, Eq. 4; 0 switches the term off", not_negative, recorded=True
     ),

@@ -80,7 +80,11 @@ def generator_update(config, student: Student, teacher: Callable) -> Update:
 
 
 def fake_score_update(config, student: Student) -> Update:
-    """Return fake_score's update: flow matching on the student's samples for `prompts`."""
+    """Return fake_score's update: flow matching on the student's samples for `prompts`.
+
+    With `fake_score_samples` "a_cycle" the samples are made once for all updates of a cycle.
+    """
+    shared = config.fake_score_samples == "a_cycle"
     timesteps = score_timesteps(config)
 
     def loss(fake_score, x0, prompts, keys):
@@ -92,8 +96,9 @@ def fake_score_update(config, student: Student) -> Update:
         name="fake_score",
         network="fake_score",
         terms=(Term("fake_score", 1.0, ("fake_score", "x0", "prompts", "keys"), loss),),
-        values=(_samples(student),),
-        draws=(_stop(student),),
+        values=() if shared else (_samples(student),),
+        shared=(_samples_of_a_cycle(student, config.fake_score_updates),) if shared else (),
+        draws=() if shared else (_stop(student),),
         times=config.fake_score_updates,
     )
 
@@ -114,6 +119,15 @@ def _samples(student: Student) -> Value:
         return student.x0(generator, prompts, keys, stop, interpolator, shape=canvas.shape[2:])
 
     return Value("x0", ("generator", "prompts", "canvas", "keys", "stop", *interpolator), x0)
+
+
+def _samples_of_a_cycle(student: Student, times: int) -> Value:
+    interpolator = ("interpolator",) if student.half_rate_steps else ()
+
+    def x0(generator, prompts, canvas, keys, interpolator=None):
+        return student.samples(generator, prompts, keys, interpolator, shape=canvas.shape[2:], times=times)
+
+    return Value("x0", ("generator", "prompts", "canvas", "keys", *interpolator), x0)
 
 
 def _regression_weight(loss) -> Callable:
