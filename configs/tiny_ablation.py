@@ -4,7 +4,7 @@
 
 Table 2 with three seeds (12 trainings, 15 if weights/tiny holds an interpolator), rCM beside it (3), the cheaper cycle
 (6), seven further clip thresholds (Fig. 12), two further k (Fig. 13) and the style transfer (Fig. 6), each with one
-seed. All trainings have the same budget, but the cheaper cycle's, which have as many cycles. docs/small_world.md has the
+seed. All trainings have the same budget, the cheaper cycle the same number of cycles. docs/small_world.md has the
 outcome, and that with a fake_score that lags, where plain DMD goes wrong.
 Hardware: 2 CPU cores. Open runs/ablation/report.html; it is written anew after every cell.
 """
