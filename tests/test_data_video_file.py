@@ -231,8 +231,6 @@ def test_a_title_that_is_not_utf8(tmp_path):
     data = path.read_bytes()
     assert b"Caf\xc3\xa9" in data
     path.write_bytes(data.replace(b"Caf\xc3\xa9", b"Caf\xe9 "))
-    with pytest.raises(UnicodeDecodeError):
-        av.open(str(path))
     np.testing.assert_allclose(centres(codes(path)), 16 + 8 * np.arange(5), atol=6)
     assert duration(path) == pytest.approx(2.0)
     assert frame_rate_and_size(path) == (25, 96, 96)

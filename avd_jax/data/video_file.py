@@ -25,6 +25,8 @@ STILL = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.st
 COUNTED_PACKETS = 300  # of all video tracks together; a track with one picture by then is a cover
 PREVIEW = 4  # a track with so many times fewer pixels than another is its preview
 # FFmpeg patches over damage by default and tells nobody; with these its decoders stop instead.
+# Titles are not used, so an encoding that is not UTF-8 stops nothing. PyAV 19 takes any and has no such argument.
+_ANY_TITLE = {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "replace"}
 STRICT = {"err_detect": "crccheck+bitstream+buffer+explode"}
 
 
@@ -302,10 +304,9 @@ def _stamp(packet: av.Packet) -> int | None:
 
 
 def _open(path: str | os.PathLike):
-    # Titles are not used, so an encoding that is not UTF-8 stops nothing. FFmpeg would take what stands before a colon
-    # in a relative name for a protocol.
+    # FFmpeg would take what stands before a colon in a relative name for a protocol.
     source = any_path(path).open("rb") if is_bucket(path) else os.path.abspath(path)
-    return av.open(source, metadata_errors="replace")
+    return av.open(source, **_ANY_TITLE)
 
 
 def _shown_stream(container, path: str | os.PathLike) -> int:
