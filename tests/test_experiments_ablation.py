@@ -5,6 +5,8 @@ import json
 import math
 import runpy
 import signal
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -93,6 +95,25 @@ def test_a_cell_differs_from_the_full_method_in_what_it_is_about(weights, tmp_pa
     assert set(changes["full_vif_seed0"]) == {"half_rate.steps", "half_rate.interpolator"}
     assert cells["vif_later_seed1"].student == "tr_ada_seed1"
     assert cells["tr_ada_seed0"].sampling["half_rate_steps"] == 0
+
+
+def test_commands_that_share_a_workdir_encode_in_turn(weights, tmp_path, monkeypatch):
+    begun, both = threading.Event(), []
+
+    def encode(config, data):
+        both.append("begins")
+        begun.set()
+        time.sleep(0.2)
+        both.append("ends")
+
+    monkeypatch.setattr(ablation, "_encode", encode)
+    monkeypatch.setattr(ablation, "_run_cell", lambda *cell: 1)
+    other = threading.Thread(target=run_ablation, args=(make_config(weights), tmp_path), kwargs={"report": print})
+    other.start()
+    assert begun.wait(60)
+    assert run_ablation(make_config(weights), tmp_path, report=print) == 1
+    other.join()
+    assert both == ["begins", "ends"] * 2
 
 
 def test_the_cheaper_cycle_is_tried_with_every_seed(weights, tmp_path):

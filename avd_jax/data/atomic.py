@@ -104,6 +104,18 @@ def only_writer(folder: Path, part: str = "") -> Iterator[Callable[[], None]]:
 
 
 @contextlib.contextmanager
+def one_at_a_time(folder: Path) -> Iterator[None]:
+    """Wait until no other process is in this block for a local folder, which is made if missing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / ".turn"
+    lock = _locked(path, wait=True)
+    try:
+        yield
+    finally:
+        _release(path, lock)
+
+
+@contextlib.contextmanager
 def _only_writer_in_bucket(folder: Path, name: str) -> Iterator[Callable[[], None]]:
     try:
         lock = bucket_lock.Lock(folder / name)
@@ -130,12 +142,13 @@ def _release(path: Path, lock: int) -> None:
     os.close(lock)
 
 
-def _locked(path: Path) -> int:
+def _locked(path: Path, *, wait: bool = False) -> int:
     """Return an open file that is locked and still has this name: who had the lock before may have removed it."""
+    operation = fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB
     while True:
         lock = os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, operation)
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 os.close(lock)

@@ -20,7 +20,7 @@ import jax
 from avd_jax import convert, methods
 from avd_jax.convert.layouts import read_json
 from avd_jax.convert.loading import open_interpolator_of
-from avd_jax.data.atomic import write_text
+from avd_jax.data.atomic import one_at_a_time, write_text
 from avd_jax.data.encode_sets import encode_prompts, encode_shapes_world
 from avd_jax.data.encoding import text_encoder, video_encoder
 from avd_jax.data.video import read_whole_video
@@ -93,7 +93,8 @@ def run_ablation(
     settings = {cell.name: _settings(cell, config, fingerprints) for cell in planned}
     todo = [cell for cell in chosen if not _finished(workdir, cell, settings[cell.name])] if run else []
     if todo:
-        _encode(config, workdir / "data")
+        with one_at_a_time(workdir / "data"):  # another command may run other cells
+            _encode(config, workdir / "data")
     with _shared_programs():
         for number, cell in enumerate(todo, 1):
             print(f"[{number}/{len(todo)}] {cell.name}", flush=True)
@@ -103,7 +104,8 @@ def run_ablation(
                 return status
             print(f"[{number}/{len(todo)}] {cell.name}: {time.monotonic() - started:.0f} s", flush=True)
             jax.clear_caches()  # those in memory are of no use to the next cell
-            report(config, workdir, _results(workdir, planned, settings))
+            with one_at_a_time(workdir):
+                report(config, workdir, _results(workdir, planned, settings))
     results = _results(workdir, planned, settings)
     if not results:
         raise UserError(f"{workdir}: has no finished cell of this config yet; run some")
