@@ -4,7 +4,8 @@
     python benchmarks/on_device.py --config configs/wan13b.py --config.batch_size=1 --programs forward,vae_decode
 
 Arguments are random numbers of the right shapes, so neither weights nor data are needed. Each program runs in a process
-of its own, as a run compiles it: once to warm up, then `--repeats` times, of which the median is printed. `measured` is
+of its own, as a run compiles it: once to warm up, then `--repeats` times, of which the median is printed; if a random
+draw decides how much there is to compute, the mean of the medians of all that it may be. `measured` is
 the most that JAX's allocator gave away, less what the program does not read of its arguments; `compiled` is what the
 compiler says. `scripts/aot_compile.py` says nearly the same without the devices. The peak is of the devices' matrix
 units in bfloat16. docs/figures.md has the figures of one GPU.
@@ -96,16 +97,21 @@ def measure(config, video: dict, name: str, repeats: int) -> dict:
     memory = compiled.memory_analysis()
     on_device = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
     on_device += memory.output_size_in_bytes - memory.alias_size_in_bytes
-    args, seconds = random_arguments(program), []
-    for _ in range(1 + repeats):
-        begin = time.monotonic()
-        result = jax.block_until_ready(compiled(*args))
-        seconds.append(time.monotonic() - begin)
-        if name.endswith("_step"):  # the old state is gone, the new one takes its place
-            args = result[0], *args[1:]
-        del result
+    args, seconds = random_arguments(program), {}
+    for drawn, key in keys_of(assembly, name).items() or {"": None}.items():
+        seconds[drawn] = []
+        for _ in range(1 + repeats):
+            if key is not None:
+                args = *args[:-1], key
+            begin = time.monotonic()
+            result = jax.block_until_ready(compiled(*args))
+            seconds[drawn].append(time.monotonic() - begin)
+            if name.endswith("_step"):  # the old state is gone, the new one takes its place
+                args = result[0], *args[1:]
+            del result
     peak = peak_flops(jax.devices()[0].device_kind)
-    spent, stats = statistics.median(seconds[1:]), jax.local_devices()[0].memory_stats() or {}
+    spent = statistics.mean(statistics.median(each[1:]) for each in seconds.values())
+    stats = jax.local_devices()[0].memory_stats() or {}
     unread = part_of("arguments", program.args).device_gib - memory.argument_size_in_bytes / GIB
     work = expected_flops(program, traced=traced) / assembly.mesh.size
     return {
@@ -118,6 +124,18 @@ def measure(config, video: dict, name: str, repeats: int) -> dict:
         "compiled_gib": on_device / GIB,
         "compile_seconds": compile_seconds,
     }
+
+
+def keys_of(assembly: Assembly, name: str) -> dict[str, jax.Array]:
+    """Return a key for each of the equally likely values of what an update draws, by these values."""
+    (update,) = [call.update for call in assembly.calls if call.update.program == name] or [None]
+    draws = [draw for draw in update.draws if draw.outcomes] if update else []
+    keys: dict[str, jax.Array] = {}
+    for number in range(100 * len(draws)):
+        key = jax.random.key(number)
+        drawn = ", ".join(f"{draw.name} {int(draw.function(key, {}))}" for draw in draws)
+        keys.setdefault(drawn, key)
+    return dict(sorted(keys.items()))
 
 
 def random_arguments(program: Program) -> tuple:
