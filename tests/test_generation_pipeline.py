@@ -11,7 +11,14 @@ from generation_cases import DIT, VAE, InMemory
 from avd_jax.convert.architectures import WAN_DIT
 from avd_jax.convert.weights import load_module
 from avd_jax.errors import UserError
-from avd_jax.generation.pipeline import StudentSampler, latents_shape, make_teacher_sampler, sample_keys
+from avd_jax.generation.pipeline import (
+    StudentSampler,
+    latents_shape,
+    make_teacher_sampler,
+    sample_keys,
+    student_steps,
+    teacher_steps,
+)
 from avd_jax.models.functional import denoiser
 from avd_jax.models.wan_dit import WAN_1_3B
 from avd_jax.models.wan_vae import WanVAEConfig
@@ -79,6 +86,35 @@ def test_guidance_goes_from_negative_to_prompt(scale):
     latents = sample({"scale": 2.0}, sample_keys([0, 1]), BATCH, told(0.25))
     np.testing.assert_allclose(latents[0], 0.5 + scale * (1.0 - 0.5), atol=0.05)
     np.testing.assert_allclose(latents[1], 0.5 + scale * (-2.0 - 0.5), atol=0.05)
+
+
+@pytest.mark.parametrize("solver", ["student", "unipc"])
+@pytest.mark.parametrize("devices", [1, 2])
+def test_steps_are_the_samplers_in_one_program(solver, devices):
+    mesh, calls, made = make_mesh(devices=jax.devices()[:devices]), [], []
+
+    def network(params, latents, timesteps, conditions):
+        calls.append(latents.shape)
+        return jnp.tanh(towards(params, latents, timesteps, conditions))
+
+    keys, texts = jax.device_put((sample_keys([0, 1]), BATCH), batch_sharding(mesh))
+    inputs, how = (keys, texts), {"timesteps": [1000, 700, 300]}
+    whole, cut = StudentSampler, student_steps
+    if solver == "unipc":
+        inputs, how = (*inputs, told(0.25)), {"num_steps": 4, "shift": 5.0, "guidance_scale": 5.0}
+        whole, cut = make_teacher_sampler, teacher_steps
+    params = {"scale": jnp.float32(2.0)}
+    expected = whole(network, SHAPE, **how)(params, *inputs)
+    calls.clear()
+    steps = cut(network, SHAPE, **how, sharding=batch_sharding(mesh)).compiled(params, *inputs)
+    latents = steps(params, *inputs, on_step=made.append)
+    np.testing.assert_allclose(latents, expected, atol=1e-5)
+    assert np.abs(np.asarray(latents)).max() > 0.1
+    assert len(calls) == 1, "one trace for all steps"
+    assert len(made) == steps.count == len(how.get("timesteps", range(4)))
+    np.testing.assert_array_equal(made[-1], latents)
+    assert np.abs(np.asarray(made[0]) - made[1]).max() > 0.01
+    assert len(latents.addressable_shards) == devices
 
 
 def test_one_trace_of_the_network():

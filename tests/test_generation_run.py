@@ -10,6 +10,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -233,10 +234,13 @@ def test_a_full_disk_leaves_no_part_of_a_video(settings, tmp_path, monkeypatch):
 
 
 def test_values_that_are_not_finite_are_no_video(settings, tmp_path, monkeypatch):
-    def sampler(network, shape, *, timesteps, half_rate):
-        return lambda params, keys, conditions: jax.device_put(np.full((2, *shape), np.nan), keys.sharding)
+    def sampler(network, shape, **options):
+        def broken(params, keys, conditions, on_step):
+            return jax.device_put(np.full((2, *shape), np.nan), keys.sharding)
 
-    monkeypatch.setattr(sampling, "StudentSampler", sampler)
+        return SimpleNamespace(compiled=lambda *inputs: broken)
+
+    monkeypatch.setattr(sampling, "student_steps", sampler)
     with pytest.raises(UserError, match=r"'a red ball / rolls', seed 0: not finite"):
         generate(settings, JOBS, tmp_path)
     assert not names(tmp_path)

@@ -49,11 +49,12 @@ def test_warm_models(folder, tmp_path, monkeypatch):
     (program,) = programs.values()
     assert np.abs(models.make(first, replace(JOB, seed=4)) - pixels).max() > 0.01
     assert len(loaded) == 1
-    known = program.rest._cache_size()
+    known = program.step._cache_size()
+    assert known == 1, "all steps are one program"
     second = opened(folder, seed=2)
     assert np.abs(models.make(second, JOB) - pixels).max() > 0.01
     assert (len(loaded), models.has(second), models.has(first)) == (2, True, False)
-    assert (list(programs.values()), program.rest._cache_size()) == ([program], known)
+    assert (list(programs.values()), program.step._cache_size()) == ([program], known)
     models.leave()
     assert not models.has(second)
 

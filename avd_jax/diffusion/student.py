@@ -166,6 +166,20 @@ def full_rate_steps(
 
 
 @typechecked
+def first_input(noise: Latents, *, timesteps: Sequence[float | int]) -> Latents:
+    """Return the input [B F H W C] of the first step, from `initial_noise`: as strong as that step's timestep says."""
+    return at_least_float32(_start(noise, timesteps))
+
+
+@typechecked
+def one_step(
+    velocity_fn: Callable, xt: Latents, keys: Keys, *, timesteps: Sequence[float | int], step: int | Int[Array, ""]
+) -> Latents:
+    """Run a step, whose number may be traced; from its input [B F H W C] to the next one's, at the end to the x0."""
+    return _step(velocity_fn, timesteps, xt.shape[:1], _noise_after(keys, xt.shape[1:]))(xt, step)[0]
+
+
+@typechecked
 def all_predictions(
     velocity_fn: Callable,
     noise: Latents,

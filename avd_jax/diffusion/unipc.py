@@ -69,29 +69,42 @@ def unipc_sample(velocity_fn: Callable, noise: Latents, *, num_steps: int, shift
     Raises:
       UserError: see `unipc_schedule`.
     """
-    timesteps, sigmas = unipc_schedule(num_steps, shift)
-    corrector, predictor = _coefficients(sigmas.astype(np.float64))
-    x = at_least_float32(noise)
-    batch = x.shape[0]
+    solver = UniPC(num_steps, shift)
+    start = solver.start(noise)
+    timesteps, *rest = solver.rows
+    rows = jnp.asarray(timesteps, jnp.float32), *(jnp.asarray(row, start[0].dtype) for row in rest)
+    return jax.lax.scan(lambda carry, row: (solver.step(velocity_fn, carry, row), None), start, rows)[0][0]
 
-    def step(carry, row):
+
+class UniPC:
+    """The solver step by step, for those who do something in between.
+
+    Attributes:
+      rows: what the steps take, a tuple of NumPy arrays with an entry for each step.
+    """
+
+    def __init__(self, num_steps: int, shift: float | int):
+        """Make the table; arguments and errors are those of `unipc_schedule`."""
+        timesteps, sigmas = unipc_schedule(num_steps, shift)
+        corrector, predictor = _coefficients(sigmas.astype(np.float64))
+        self.rows = timesteps, sigmas[:-1], corrector, predictor
+
+    def start(self, noise: Latents) -> tuple[Latents, Latents, Latents, Latents]:
+        """Return what the first step starts from, given noise [B F H W C]; entry 0 is the latents, after each step."""
+        x = at_least_float32(noise)
+        nothing = jnp.zeros_like(x)
+        return x, x, nothing, nothing
+
+    def step(self, velocity_fn: Callable, carry: tuple, row: tuple) -> tuple:
+        """Make a step: `carry` as `start` makes it, `row` the step's entries of `rows`."""
         predicted, corrected, older, previous = carry
         timestep, sigma, correct, predict = row
-        velocity = velocity_fn(predicted, jnp.full((batch,), timestep))
-        current = x0_from_velocity(xt=predicted, velocity=velocity, sigmas=jnp.full((batch,), sigma))
+        batch = predicted.shape[:1]
+        velocity = velocity_fn(predicted, jnp.full(batch, timestep))
+        current = x0_from_velocity(xt=predicted, velocity=velocity, sigmas=jnp.full(batch, sigma))
         corrected = correct[0] * corrected + correct[1] * older + correct[2] * previous + correct[3] * current
         predicted = predict[0] * corrected + predict[1] * previous + predict[2] * current
-        return (predicted, corrected, previous, current), None
-
-    nothing = jnp.zeros_like(x)
-    rows = (
-        jnp.asarray(timesteps, jnp.float32),
-        jnp.asarray(sigmas[:-1], x.dtype),
-        jnp.asarray(corrector, x.dtype),
-        jnp.asarray(predictor, x.dtype),
-    )
-    (latents, *_), _ = jax.lax.scan(step, (x, x, nothing, nothing), rows)
-    return latents
+        return predicted, corrected, previous, current
 
 
 def _coefficients(sigmas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

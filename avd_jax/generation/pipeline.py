@@ -7,11 +7,12 @@ sum in another order for another batch size.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from avd_jax.diffusion.guidance import guided_velocity
@@ -21,12 +22,14 @@ from avd_jax.diffusion.student import (
     Keys,
     StudentSchedule,
     check_half_rate,
+    first_input,
     full_rate_steps,
     half_rate_steps,
     initial_noise,
+    one_step,
     student_sample,
 )
-from avd_jax.diffusion.unipc import unipc_sample, unipc_schedule
+from avd_jax.diffusion.unipc import UniPC, unipc_sample, unipc_schedule
 from avd_jax.errors import UserError
 from avd_jax.models.functional import functional
 from avd_jax.models.wan_dit import WanDiTConfig
@@ -68,6 +71,55 @@ def sample_keys(seeds: Sequence[int] | jax.Array) -> Keys:
     # threefry by name: only its draws are the same alone and in a batch.
     make = partial(jax.random.key, impl="threefry2x32")
     return jax.vmap(make)(jnp.asarray(seeds, jnp.uint32))
+
+
+@dataclass(frozen=True)
+class Steps:
+    """A sampler in steps that the host starts one by one: their program is compiled once, and may be kept on disk.
+
+    What the host does between them, such as counting, is no part of the program.
+
+    Attributes:
+      count: of the steps.
+      start: `(params, *others, keys, conditions...) -> state`, jitted: the noise, or what half-rate steps end in.
+      made: how many of the steps `start` makes.
+      step: `(params, state, number, keys, conditions...) -> state`, jitted, from number `made` on; the first entry of
+        the last state is the latents [B F H W C].
+      others: parameters of other networks that `start` runs.
+      sharding: of the state.
+    """
+
+    count: int
+    start: Callable[..., tuple]
+    made: int
+    step: Callable[..., tuple]
+    others: tuple = ()
+    sharding: jax.sharding.Sharding | None = None
+
+    def compiled(self, params, keys, *conditions) -> "Steps":
+        """Return it with its programs compiled for arguments such as these; shapes of parameters will do."""
+        start = self.start.lower(params, *self.others, keys, *conditions)
+        state = jax.tree.map(lambda leaf: leaf.update(sharding=self.sharding), start.out_info)
+        number = jax.ShapeDtypeStruct((), jnp.int32)
+        step = self.step.lower(params, state, number, keys, *conditions)
+        return replace(self, start=start.compile(), step=step.compile())
+
+    def __call__(self, params, keys, *conditions, on_step: Callable[[jax.Array], object] = lambda latents: None):
+        """Return the latents.
+
+        Args:
+          params: of the network.
+          keys: [B], from `sample_keys`.
+          conditions: of each example, and for the teacher the negative ones.
+          on_step: called with what a step makes once it is dispatched, step by step.
+        """
+        state = self.start(params, *self.others, keys, *conditions)
+        for _ in range(self.made):
+            on_step(state[0])
+        for number in range(self.made, self.count):
+            state = self.step(params, state, np.int32(number), keys, *conditions)
+            on_step(state[0])
+        return state[0]
 
 
 @dataclass(frozen=True)
@@ -150,6 +202,60 @@ class StudentSampler:
         if self.first is None:
             return self.rest(params, keys, conditions)
         return self.rest(params, self.first(params, self.interpolator, keys, conditions), keys, conditions)
+
+
+def student_steps(
+    network: Network,
+    shape: LatentsShape,
+    *,
+    timesteps: Sequence[float | int],
+    half_rate: HalfRateSampling | None = None,
+    sharding: jax.sharding.Sharding | None = None,
+) -> Steps:
+    """Return what `StudentSampler` computes, in steps; `sharding` is that of latents, and the rest as there."""
+    timesteps = StudentSchedule(tuple(timesteps)).timesteps
+    sampler = StudentSampler(network, shape, timesteps=timesteps, half_rate=half_rate)
+
+    def start(params, *others):
+        *interpolator, keys, conditions = others
+        if interpolator:
+            return (sampler.first(params, *interpolator, keys, conditions),)
+        return (first_input(initial_noise(keys, shape), timesteps=timesteps),)
+
+    def step(params, state, number, keys, conditions):
+        velocity_fn = _velocity_fn(network, params, conditions)
+        return (one_step(velocity_fn, *state, keys, timesteps=timesteps, step=number),)
+
+    made, others = (half_rate.steps, (sampler.interpolator,)) if half_rate else (0, ())
+    programs = jax.jit(start, out_shardings=sharding), jax.jit(step, out_shardings=sharding)
+    return Steps(len(timesteps), programs[0], made, programs[1], others, sharding)
+
+
+def teacher_steps(
+    network: Network,
+    shape: LatentsShape,
+    *,
+    num_steps: int,
+    shift: float,
+    guidance_scale: float,
+    sharding: jax.sharding.Sharding | None = None,
+) -> Steps:
+    """Return what `make_teacher_sampler` computes, in steps; `sharding` is that of latents, and the rest as there."""
+    solver = UniPC(num_steps, shift)
+
+    def start(params, keys, conditions, negative_conditions):
+        return solver.start(initial_noise(keys, shape))
+
+    def step(params, state, number, keys, conditions, negative_conditions):
+        guidance = {"negative_conditions": negative_conditions, "scale": guidance_scale}
+
+        def velocity_fn(xt, times):
+            return guided_velocity(partial(network, params, xt, times), conditions=conditions, **guidance)
+
+        return solver.step(velocity_fn, state, tuple(jnp.asarray(row, jnp.float32)[number] for row in solver.rows))
+
+    programs = jax.jit(start, out_shardings=sharding), jax.jit(step, out_shardings=sharding)
+    return Steps(num_steps, programs[0], 0, programs[1], sharding=sharding)
 
 
 def _velocity_fn(network: Network, params, conditions, **options) -> Callable:

@@ -151,7 +151,7 @@ def generate(
       prompt_cache: folder in which the prompts' embeddings are kept for other calls; None or an empty text: nowhere.
       vae_gib: GiB of a device that decoding may take, in as many tiles as that needs.
       on_progress: called with the number of further videos that are done.
-      on_step: called at every denoising step of a batch, `steps` times in all, from another thread.
+      on_step: called after every denoising step of a batch, `steps` times in all, from another thread.
 
     Raises:
       UserError: a folder that cannot be written, a full disk, a size that does not fit into memory, or values that are
@@ -202,7 +202,6 @@ def sample(
     with fitting(what, "give smaller --frames, --height, --width or --batch_size", mesh):
         work = {"mesh": mesh, "size": size, "cache": cache, "on_step": on_step, "vae_gib": vae_gib}
         yield from sample_videos(settings, opened.parts, opened.shape, jobs, **work)
-        jax.effects_barrier()  # the last steps have been counted
 
 
 def write_with_record(video: Path, pixels: np.ndarray, settings: Settings, job: Job, made_with: Mapping) -> None:

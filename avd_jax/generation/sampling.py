@@ -5,10 +5,11 @@ transformer and the decoder do not fit beside each other, a few batches are samp
 decoded, and its parameters are read again for the next ones. All hosts do the same and get the same.
 """
 
+import contextlib
 import functools
 import gc
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +24,10 @@ from avd_jax.generation.low_bit import load_low_bit
 from avd_jax.generation.pipeline import (
     HalfRateSampling,
     LatentsShape,
-    StudentSampler,
-    make_teacher_sampler,
+    Steps,
     sample_keys,
+    student_steps,
+    teacher_steps,
 )
 from avd_jax.generation.prompt_cache import PromptCache
 from avd_jax.generation.settings import Job, Settings
@@ -36,7 +38,7 @@ from avd_jax.models.vae_tiles import MEMORY_GIB
 from avd_jax.parallel.hosts import to_host
 from avd_jax.parallel.memory import is_exhausted
 from avd_jax.parallel.mesh import BATCH_AXES, batch_sharding, make_mesh, replicated
-from avd_jax.parallel.rules import spec_for
+from avd_jax.parallel.rules import spec_for, tree_shardings
 
 SAMPLED_BEFORE_DECODING = 8  # batches, if the transformer has to leave for the decoder; a kill loses so many at most
 
@@ -101,8 +103,7 @@ def sample_videos(
       size: videos of a batch, a multiple of the mesh's batch shards.
       cache: of prompt embeddings, or None.
       vae_gib: what decoding may take of a device, in as many tiles as that needs.
-      on_step: called at every denoising step of a batch, from a thread of JAX's. A program that calls back is not kept
-        in JAX's cache of programs.
+      on_step: called after every denoising step of a batch, from another thread.
 
     Raises:
       UserError: values that are not finite.
@@ -113,24 +114,25 @@ def sample_videos(
     gc.collect()  # the text encoder is larger than the transformer, and its modules are cycles of references
     vae = load_module(parts.vae, jnp.float32, lambda path, leaf: replicated(mesh))
     decode = video_decoder(vae, mesh=mesh, memory_gib=vae_gib)
-    sampler = _Sampler(settings, parts, shape, texts, mesh, size, on_step)
     batches = [list(jobs[i : i + size]) for i in range(0, len(jobs), size)]
     made, crowded = set(), False
-    try:
-        for batch, videos in zip(batches, _side_by_side(sampler, decode, batches), strict=True):
-            for job, pixels in _rows(batch, videos):
-                made.add(job)
-                yield job, pixels
-    except jax.errors.JaxRuntimeError as error:
-        if not is_exhausted(error):
-            raise
-        crowded = True
-    if crowded:  # outside the handler, which holds the arrays of what failed
-        note("the transformer and the decoder do not fit into memory together: they take turns")
-        sampler.leave()
-        batches = [batch for batch in batches if not made.issuperset(batch)]
-        for batch, videos in zip(batches, _in_turns(sampler, decode, batches), strict=True):
-            yield from ((job, pixels) for job, pixels in _rows(batch, videos) if job not in made)
+    with contextlib.closing(Counter(on_step)) as count:
+        sampler = _Sampler(settings, parts, shape, texts, mesh, size, count)
+        try:
+            for batch, videos in zip(batches, _side_by_side(sampler, decode, batches), strict=True):
+                for job, pixels in _rows(batch, videos):
+                    made.add(job)
+                    yield job, pixels
+        except jax.errors.JaxRuntimeError as error:
+            if not is_exhausted(error):
+                raise
+            crowded = True
+        if crowded:  # outside the handler, which holds the arrays of what failed
+            note("the transformer and the decoder do not fit into memory together: they take turns")
+            sampler.leave()
+            batches = [batch for batch in batches if not made.issuperset(batch)]
+            for batch, videos in zip(batches, _in_turns(sampler, decode, batches), strict=True):
+                yield from ((job, pixels) for job, pixels in _rows(batch, videos) if job not in made)
 
 
 def _side_by_side(sampler: "_Sampler", decode: Callable, batches: Sequence[list[Job]]) -> Iterator[jax.Array]:
@@ -166,13 +168,13 @@ class _Sampler:
         texts: dict[str, np.ndarray],
         mesh: Mesh,
         size: int,
-        on_step: Callable[[], object] | None,
+        count: Callable[[jax.Array], object],
     ):
         self._settings, self._parts, self._shape, self._mesh, self._size = settings, parts, shape, mesh, size
         self._params = self._sample = None
         self._negative, self._texts = (), texts
         self._keys = jax.jit(sample_keys, out_shardings=batch_sharding(mesh))
-        self._on_step = on_step
+        self._count = count
 
     def leave(self) -> None:
         """Free the transformer's parameters; the next call loads them again."""
@@ -181,23 +183,34 @@ class _Sampler:
 
     def __call__(self, batch: list[Job]) -> jax.Array:
         """Start to sample a batch, filled up to the batch size."""
-        if self._params is None:
-            self._load()
         rows = batch + batch[-1:] * (self._size - len(batch))
         keys = self._keys(np.asarray([job.seed for job in rows], np.uint32))
         texts = self._conditions(np.stack([self._padded(job.prompt) for job in rows]), batch_sharding(self._mesh))
-        return self._sample(self._params, keys, texts, *self._negative)
+        if self._params is None:
+            self._load(keys, texts)
+        return self._sample(self._params, keys, texts, *self._negative, on_step=self._count)
 
-    def _load(self) -> None:
+    def _load(self, *inputs) -> None:
+        """Load the parameters and, the first time, compile the steps for such inputs meanwhile."""
         settings, parts, mesh = self._settings, self._parts, self._mesh
-        network, self._params = load_transformer(parts, settings, mesh)
         if self._sample is not None:
+            self._params = load_transformer(parts, settings, mesh)[1]
             return
-        if self._on_step is not None:
-            network = counting(network, settings.solver, self._on_step)
-        self._sample = make_sampler(network, settings, parts, self._shape, mesh)
         if settings.solver == "unipc":
             self._negative = (self._conditions(self._padded(settings.negative_prompt), replicated(mesh)),)
+
+        def steps(network: Callable) -> Steps:
+            return make_sampler(network, settings, parts, self._shape, mesh)
+
+        if settings.weights_dtype:  # what is to be stored in few bits shows when it is read
+            network, self._params = load_transformer(parts, settings, mesh)
+            self._sample = steps(network)
+            return
+        network, abstract = abstract_transformer(parts, settings, mesh)
+        with ThreadPoolExecutor(1) as meanwhile:
+            compiled = meanwhile.submit(lambda: steps(network).compiled(abstract, *inputs, *self._negative))
+            self._params = load_transformer(parts, settings, mesh)[1]
+            self._sample = compiled.result()
 
     def _padded(self, text: str) -> np.ndarray:
         return pad_prompt_embeds(self._texts[text], self._parts.transformer.config.text_len)
@@ -217,38 +230,61 @@ def load_transformer(parts: Parts, settings: Settings, mesh: Mesh) -> tuple[Deno
         dit = load_low_bit(parts.transformer, dtype, settings.weights_dtype, sharding)
     else:
         dit = load_module(parts.transformer, dtype, sharding)
-    dit.placement = Placement(mesh=mesh, batch_axes=BATCH_AXES, sequence_axis="seq")
+    dit.placement = _placement(mesh)
     return denoiser(dit)
 
 
-def make_sampler(network: Callable, settings: Settings, parts: Parts, shape: LatentsShape, mesh: Mesh) -> Callable:
-    """Return the program `(params, keys, conditions) -> latents` of a student, or the teacher's, which takes the
-    negative conditions too; see `pipeline`. Nothing is compiled yet.
+def abstract_transformer(parts: Parts, settings: Settings, mesh: Mesh) -> tuple[Denoiser, Params]:
+    """Return the network, and shapes, dtypes and shardings of the parameters that `load_transformer` returns for it.
+
+    Not for parameters of few bits.
     """
+    dit = parts.transformer.architecture.abstract(parts.transformer.config, jnp.dtype(settings.dtype))
+    dit.placement = _placement(mesh)
+    network, params = denoiser(dit)
+    return network, jax.tree.map(lambda leaf, own: leaf.update(sharding=own), params, tree_shardings(params, mesh))
+
+
+def _placement(mesh: Mesh) -> Placement:
+    return Placement(mesh=mesh, batch_axes=BATCH_AXES, sequence_axis="seq")
+
+
+def make_sampler(network: Callable, settings: Settings, parts: Parts, shape: LatentsShape, mesh: Mesh) -> Steps:
+    """Return the sampler of a student, or the teacher's, which takes the negative conditions too; see `pipeline`.
+
+    Nothing is compiled yet.
+    """
+    latents = batch_sharding(mesh)
     if settings.solver != "student":
         guidance = {"shift": settings.shift, "guidance_scale": settings.guidance_scale}
-        return make_teacher_sampler(network, shape, num_steps=settings.steps, **guidance)
+        return teacher_steps(network, shape, num_steps=settings.steps, **guidance, sharding=latents)
     half_rate = None
     if settings.half_rate_steps:
         dtype = jnp.dtype(settings.dtype)
         interpolator = load_module(parts.interpolator, dtype, lambda path, leaf: replicated(mesh))
         half_rate = HalfRateSampling(settings.half_rate_steps, settings.half_rate_positions, interpolator)
-    return StudentSampler(network, shape, timesteps=settings.timesteps, half_rate=half_rate)
+    return student_steps(network, shape, timesteps=settings.timesteps, half_rate=half_rate, sharding=latents)
 
 
-def counting(network: Callable, solver: str, on_step: Callable[[], object]) -> Callable:
-    """Return a network that calls `on_step` once a denoising step, from a thread of JAX's."""
-    passes = itertools.count(1)
+class Counter:
+    """Calls a function once each of some arrays is there, in their order, from a thread of its own."""
 
-    def count() -> None:
-        if next(passes) % (1 if solver == "student" else 2) == 0:  # a step of the teacher has two passes
-            on_step()
+    def __init__(self, function: Callable[[], object] | None):
+        self._function, self._thread = function, ThreadPoolExecutor(1)
 
-    def counted(*inputs, **options):
-        jax.debug.callback(count)
-        return network(*inputs, **options)
+    def __call__(self, array: jax.Array) -> None:
+        """Wait for an array in the background."""
+        if self._function is not None:
+            self._thread.submit(self._wait, array)
 
-    return counted
+    def _wait(self, array: jax.Array) -> None:
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # who uses the array learns of it
+            jax.block_until_ready(array)
+        self._function()
+
+    def close(self) -> None:
+        """Return once all have been counted."""
+        self._thread.shutdown()
 
 
 def text_encoder_of(parts: Parts, dtype: str) -> TextEncoder:

@@ -24,7 +24,6 @@ from avd_jax.generation.prompt_cache import PromptCache, cache_key
 from avd_jax.generation.run import Opened
 from avd_jax.generation.sampling import (
     checked,
-    counting,
     embeddings_of,
     generation_mesh,
     load_transformer,
@@ -70,7 +69,6 @@ class WarmModels:
           vae_gib: GiB of a device that decoding may take.
         """
         self._prompt_cache, self._vae_gib = prompt_cache, vae_gib
-        self._on_step: Callable[[], object] = lambda: None
         self._transformers: dict[tuple[str, str | None], _Transformer] = {}
         self._encoder: TextEncoder | None = None
         self._decode: Callable | None = None
@@ -102,25 +100,24 @@ class WarmModels:
         Args:
           opened: settings and opened weights; one student and one teacher are kept at a time.
           job: prompt and seed.
-          on_step: called at every denoising step, from another thread.
+          on_step: called after every denoising step.
           on_phase: called with what is being done.
 
         Raises:
           UserError: it does not fit into memory, or is not finite.
         """
         settings, mesh = opened.settings, self.mesh(opened)
-        self._on_step = on_step
         what = f"{settings.frames} frames of {settings.height}x{settings.width}"
         with fitting(what, "ask for fewer frames or a smaller picture", mesh):
             try:
-                return self._make(opened, job, mesh, on_phase)
+                return self._make(opened, job, mesh, on_step, on_phase)
             except (MemoryError, jax.errors.JaxRuntimeError) as error:
                 if not is_exhausted(error):
                     raise
             self.leave()  # outside the handler, which holds the arrays of what failed
-            return self._make(opened, job, mesh, on_phase)
+            return self._make(opened, job, mesh, on_step, on_phase)
 
-    def _make(self, opened: Opened, job: Job, mesh: Mesh, on_phase: Callable[[str], object]) -> np.ndarray:
+    def _make(self, opened: Opened, job: Job, mesh: Mesh, on_step: Callable, on_phase: Callable) -> np.ndarray:
         settings, parts, size = opened.settings, opened.parts, filled_up(1, mesh)
         on_phase("reading the prompt")
         texts = embeddings_of(texts_of(settings, [job]), self._cache(opened), lambda: self._encoder_of(opened))
@@ -141,9 +138,12 @@ class WarmModels:
         negative = () if settings.negative_prompt is None else (settings.negative_prompt,)
         inputs = [conditions(text, None, replicated(mesh)) for text in negative]
         on_phase("sampling")
-        latents = sample(transformer.params, keys, conditions(job.prompt, size, share), *inputs)
-        jax.block_until_ready(latents)
-        jax.effects_barrier()  # the last steps have been counted
+
+        def wait(latents: jax.Array) -> None:
+            jax.block_until_ready(latents)
+            on_step()
+
+        latents = sample(transformer.params, keys, conditions(job.prompt, size, share), *inputs, on_step=wait)
         on_phase("decoding")
         return checked(job, to_host(self._decode(latents)[0]))
 
@@ -176,8 +176,7 @@ class WarmModels:
         guidance = (settings.shift, settings.guidance_scale)
         key = (opened.shape, settings.timesteps, settings.steps, *guidance, *half_rate)
         if key not in programs:
-            network = counting(transformer.network, settings.solver, lambda: self._on_step())
-            programs[key] = make_sampler(network, settings, opened.parts, opened.shape, mesh)
+            programs[key] = make_sampler(transformer.network, settings, opened.parts, opened.shape, mesh)
         programs.move_to_end(key)
         while len(programs) > MOST_PROGRAMS:
             programs.popitem(last=False)
