@@ -214,11 +214,12 @@ def define_vae_gib() -> flags.FlagHolder:
 HOSTS = ("coordinator", "num_processes", "process_id")
 
 
-def define_hosts() -> Callable[[], None]:
+def define_hosts() -> Callable[..., None]:
     """Define the flags HOSTS, which tell one of several processes who takes part.
 
     Returns:
-      A function that joins the others, see `hosts.connect`; to be called before anything touches a device.
+      A function that joins the others, see `hosts.connect`, and keeps compiled programs in the folder that it is given,
+      see `keep_programs`; to be called before anything touches a device.
     """
     given = (
         flags.DEFINE_string("coordinator", None, "of several processes: HOST:PORT of process 0"),
@@ -227,7 +228,12 @@ def define_hosts() -> Callable[[], None]:
     )
     for flag in given:
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[flag.name])  # --help shows it as the script's
-    return lambda: connect(**{flag.name: flag.value for flag in given})
+
+    def join(programs: Path | None = None) -> None:
+        connect(**{flag.name: flag.value for flag in given})
+        keep_programs(programs)
+
+    return join
 
 
 def run_training(
@@ -292,9 +298,8 @@ def run_configured(
         if config is None:
             return 0
         check_given((workdir, *required))
-        connect_hosts()
         folder = any_path(workdir.value)
-        keep_programs(folder / "compiled")
+        connect_hosts(folder / "compiled")
         return work(config, folder)
 
     run(leaving_at_once(work_or_explain), parse_flags=flags_parser(fields_of_file))

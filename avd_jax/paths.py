@@ -27,6 +27,11 @@ _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
 os.environ.setdefault("EPATH_USE_TF", "false")
 
 
+def user_cache() -> Path:
+    """Return the user's folder for what can be made again: `$XDG_CACHE_HOME/avd_jax`, `~/.cache/avd_jax` by default."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "avd_jax"
+
+
 def any_path(path: str | os.PathLike) -> Path:
     """Return the path that is meant, local as by `local_path`, or in a bucket (`gs://`).
 

@@ -58,9 +58,8 @@ def settings_of_sets() -> dict[str, Options]:
     """Return what the flags ask to be made: name of a set -> how."""
     student = (student_settings(CHECKPOINT.value) if CHECKPOINT.value else None) or {}
     shared = {"weights": WEIGHTS.value, **{name: student.get(name, WORLD_SIZE[name]) for name in WORLD_SIZE}}
-    guidance = {"guidance_scale": GUIDANCE_SCALE.value, "shift": SHIFT.value}
-    guidance = {name: student.get(name) if value is None else value for name, value in guidance.items()}
-    teacher = {"solver": "unipc", **shared, **guidance}
+    given = {"guidance_scale": GUIDANCE_SCALE.value, "shift": SHIFT.value}
+    teacher = {"solver": "unipc", **shared, **{n: student.get(n) if v is None else v for n, v in given.items()}}
     if not CHECKPOINT.value:
         return {f"teacher, {STEPS.value}x2 steps": Options(**teacher, which=WHICH.value, steps=STEPS.value)}
     options = Options(**shared, checkpoint=CHECKPOINT.value, which=WHICH.value, solver="student")
@@ -74,6 +73,7 @@ def settings_of_sets() -> dict[str, Options]:
 def main() -> None:
     """Make the videos that are asked for, measure, and say where the page is."""
     check_flags()
+    command_line.keep_programs()
     out = any_path(OUT.value)
     if VIDEOS.value:
         sets = {"videos": videos_in(any_path(VIDEOS.value), any_path(CAPTIONS.value) if CAPTIONS.value else None)}

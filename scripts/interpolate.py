@@ -27,6 +27,7 @@ def main() -> None:
     """Open the networks, then double one video after another."""
     if FPS.value is not None and FPS.value <= 0:
         raise UserError(f"--fps {FPS.value}: give a number above 0")
+    command_line.keep_programs()
     found = sources(any_path(SRC.value), fps=FPS.value)
     networks = {"weights": WEIGHTS.value, "checkpoint": CHECKPOINT.value, "which": WHICH.value}
     smoother = Smoother(**networks, vae_gib=VAE_GIB.value)

@@ -62,6 +62,7 @@ def main(more: list[str]) -> None:
 
 def serve_studio() -> None:
     """Serve the page of prompts."""
+    command_line.keep_programs()
     given = {"which": WHICH.value, "guidance_scale": GUIDANCE_SCALE.value, "shift": SHIFT.value}
     student, teacher = models_of(Options(weights=WEIGHTS.value, checkpoint=CHECKPOINT.value, **given))
     models = WarmModels(prompt_cache=Path(PROMPT_CACHE.value) if PROMPT_CACHE.value else None, vae_gib=VAE_GIB.value)

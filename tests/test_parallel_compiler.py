@@ -45,4 +45,13 @@ def test_programs_are_kept_in_the_folder_unless_another_is_named(tmp_path, monke
     keep_programs(tmp_path / "first")
     assert jax.config.jax_compilation_cache_dir == str(tmp_path / "first")
     keep_programs(tmp_path / "second")
+    keep_programs()
     assert jax.config.jax_compilation_cache_dir == str(tmp_path / "first")
+
+
+@pytest.mark.usefixtures("no_cache")
+def test_programs_of_commands_without_a_workdir_are_kept_in_the_users_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    keep_programs()
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "avd_jax" / "programs")

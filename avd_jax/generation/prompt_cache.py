@@ -9,7 +9,6 @@ counts as missing and is written anew.
 import contextlib
 import hashlib
 import json
-import os
 from pathlib import Path
 
 import jax
@@ -21,7 +20,7 @@ from avd_jax.convert.fingerprint import fingerprint
 from avd_jax.convert.weights import Weights
 from avd_jax.data.atomic import replacing
 from avd_jax.data.latents import BFLOAT16
-from avd_jax.paths import state_of
+from avd_jax.paths import state_of, user_cache
 
 # A text encoder that was fine-tuned through low-rank factors may differ in its attention only.
 TELLING_LEAF = "blocks.attn.q.kernel"
@@ -29,7 +28,7 @@ TELLING_LEAF = "blocks.attn.q.kernel"
 
 def default_folder() -> Path:
     """Return where embeddings are kept if the user names no folder: in the cache of the user."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "avd_jax" / "prompts"
+    return user_cache() / "prompts"
 
 
 def cache_key(text_encoder: Weights, *, tokenizer: str, dtype: str) -> str:

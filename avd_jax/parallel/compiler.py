@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from avd_jax.parallel.mesh import replicated
+from avd_jax.paths import user_cache
 
 # Most of them let collectives run beside the arithmetic that does not need them.
 OPTIONS: Mapping[str, Mapping[str, object]] = {
@@ -64,11 +65,15 @@ def _is_known(mesh: Mesh, name: str, value: object) -> bool:
     return True
 
 
-def keep_programs(folder: Path) -> None:
-    """Keep compiled programs in `folder`, so that a resumed run does not compile again.
+def keep_programs(folder: Path | None = None) -> None:
+    """Keep compiled programs, so that a resumed run, or the same command again, does not compile.
 
     `JAX_COMPILATION_CACHE_DIR` names another folder. Programs for a CPU are not kept: they fit this machine only, and
-    the next one may be another.
+    the next one may be another. To be called once hosts have joined, since it asks which devices there are.
+
+    Args:
+      folder: where; None: in the user's cache.
     """
     if jax.default_backend() != "cpu" and not jax.config.jax_compilation_cache_dir:
+        folder = user_cache() / "programs" if folder is None else folder
         jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))
