@@ -40,7 +40,7 @@ os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS", str(int(2 * _SI
 class FileSystem(gcsfs.core.GCSFileSystem):
     """gcsfs' file system without its cache of listings, which never sees what other hosts write."""
 
-    _answered: dict[str, bool] = {}  # noqa: RUF012 - of all of them: bucket -> True once a request to it succeeded
+    _answered: dict[str, bool] = {}  # noqa: RUF012 - of all of them: bucket -> whether it has answered, and not stayed away since
 
     def __init__(self, *args, **options):
         silence = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=_SILENCE)
@@ -81,6 +81,8 @@ class FileSystem(gcsfs.core.GCSFileSystem):
                     or time.monotonic() + pause > until
                     or (_is_401(error) and not self._answered.get(bucket))
                 ):
+                    if passes:  # what a run does at its end need not wait as long again
+                        self._answered[bucket] = False
                     raise _explained(error, name, bucket) from error
             await asyncio.sleep(pause)
         raise AssertionError("the loop above ends by itself")

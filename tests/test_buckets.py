@@ -117,6 +117,25 @@ def test_one_that_stays_away_is_one_line(bucket, bucket_server, monkeypatch):
         (bucket / "x").read_text()
 
 
+def test_after_one_that_stayed_away_the_next_request_is_not_waited_for_as_long(bucket, bucket_server, monkeypatch):
+    (bucket / "x").write_text("")
+    failing(monkeypatch, bucket_server, status=503, message="backend error")
+    monkeypatch.setattr("avd_jax.bucket_requests._PATIENCE_AT_FIRST", 0.0)
+    asked = []
+    for _ in range(2):
+        bucket_server.requests()
+        with pytest.raises(UserError, match="the bucket does not answer"):
+            (bucket / "x").read_text()
+        asked.append(len(bucket_server.requests()))
+    assert asked[0] >= 1
+    assert asked[1] == 1
+    bucket_server.faults()
+    (bucket / "x").read_text()
+    bucket_server.faults({"match": "/b/", "status": 503, "message": "busy", "times": 1})
+    monkeypatch.setattr("avd_jax.bucket_requests._PATIENCE", 60)
+    assert (bucket / "x").read_text() == "", "once it answers, it is waited for again"
+
+
 def test_no_rights(bucket, bucket_server, monkeypatch):
     failing(monkeypatch, bucket_server, status=403, message="me@x does not have storage.objects.get access")
     said = rf"{bucket}/x: the account has no right .*storage.objects.get.* roles/storage.objectUser"
