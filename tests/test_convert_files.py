@@ -2,13 +2,12 @@
 
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import convert_cases as cases
 import ml_dtypes
 import numpy as np
+import processes
 import pytest
 from pth_cases import write_pth
 
@@ -181,7 +180,6 @@ def test_a_script_refuses_in_one_line_and_writes_nothing(arguments, folder, tmp_
     zero_from(folder / cases.WEIGHTS, 0.5)
     script, *rest = arguments.split()
     command = [
-        sys.executable,
         str(ROOT / "scripts" / f"{script}.py"),
         *rest,
         str(folder),
@@ -189,7 +187,7 @@ def test_a_script_refuses_in_one_line_and_writes_nothing(arguments, folder, tmp_
         str(tmp_path / "out"),
     ]
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    done = processes.run(command, env=environment)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
     assert done.stderr.startswith(f"error: {folder / cases.WEIGHTS}: the download is incomplete")
     assert not (tmp_path / "out").exists()

@@ -3,14 +3,13 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 
 import convert_cases as cases
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import processes
 import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
@@ -202,8 +201,8 @@ def test_sharded_loading_gives_each_device_its_part(tmp_path):
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": os.pathsep.join([str(cases.FIXTURES.parent), str(cases.FIXTURES.parents[1])]),
     }
-    command = [sys.executable, "-c", SHARDED, str(cases.NATIVE), str(orbax)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    command = ["-c", SHARDED, str(cases.NATIVE), str(orbax)]
+    done = processes.run(command, env=environment)
     assert done.stdout == "same\n", done.stderr
 
 

@@ -10,6 +10,7 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+import processes
 import pytest
 
 from avd_jax.data import encode_sets, shapes_world
@@ -229,7 +230,7 @@ def test_killed_and_run_again_gives_the_same_set(tmp_path):
 
     def start(delay):
         code = KILLED.format(tests=os.path.dirname(__file__), delay=delay)
-        return subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "killed")])
+        return processes.start(["-c", code, tmp_path / "killed"])
 
     for shard in (0, 2):
         process = start(0.2)

@@ -5,8 +5,6 @@ import importlib.metadata
 import json
 import resource
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +12,7 @@ from types import SimpleNamespace
 
 import jax
 import numpy as np
+import processes
 import pytest
 from convert_cases import write_all
 from generation_cases import DIT, STUDENT, UMT5_SIZES, write_dit, write_weights
@@ -264,7 +263,7 @@ t.generate(settings, t.JOBS, Path(sys.argv[4]))
 
 def test_killed_and_run_again(settings, tmp_path, monkeypatch):
     arguments = [str(Path(__file__).parent), settings.weights, settings.checkpoint, str(tmp_path)]
-    process = subprocess.Popen([sys.executable, "-c", KILLED, *arguments])
+    process = processes.start(["-c", KILLED, *arguments])
     while process.poll() is None and not list(tmp_path.glob("*.mp4")):
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)

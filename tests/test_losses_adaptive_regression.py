@@ -1,11 +1,10 @@
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import processes
 import pytest
 
 from avd_jax.errors import UserError
@@ -111,7 +110,7 @@ def test_devices_share_one_history():
     root = Path(__file__).parents[1]
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(root)}
-    run = subprocess.run([sys.executable, "-c", ON_FOUR_DEVICES], env=environment, capture_output=True, text=True)
+    run = processes.run(["-c", ON_FOUR_DEVICES], env=environment)
     assert run.returncode == 0, run.stderr
     numbers = np.fromstring(run.stdout, sep=" ")
     weights, history = weights_and_update(LossHistory.init(4), jnp.linspace(0.2, 2.0, 8), jnp.array([3, 1, 0, 3] * 2))

@@ -2,14 +2,13 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import convert_cases as cases
 import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
+import processes
 
 from avd_jax import convert
 from avd_jax.convert import umt5_rules, vae_rules
@@ -21,9 +20,9 @@ ROOT = Path(__file__).parents[1]
 
 
 def run(*arguments):
-    command = [sys.executable, str(ROOT / "scripts" / "convert.py"), *map(str, arguments)]
+    command = [str(ROOT / "scripts" / "convert.py"), *map(str, arguments)]
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    return processes.run(command, env=environment)
 
 
 def diffusers_folder(folder):

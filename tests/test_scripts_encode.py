@@ -3,11 +3,10 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 from video_cases import Track, corners, noise, write
 
@@ -77,9 +76,7 @@ print(json.dumps(messages))
 
 def python(code, *arguments, status=0):
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)], env=environment, capture_output=True, text=True
-    )
+    done = processes.run(["-c", code, *arguments], env=environment)
     assert done.returncode == status, done.stderr
     return done
 

@@ -2,13 +2,12 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import convert_cases as cases
 import ml_dtypes
 import numpy as np
+import processes
 import pytest
 from pth_cases import write_pth
 
@@ -20,9 +19,9 @@ ROOT = Path(__file__).parents[1]
 
 
 def run(*arguments):
-    command = [sys.executable, str(ROOT / "scripts" / "export.py"), *map(str, arguments)]
+    command = [str(ROOT / "scripts" / "export.py"), *map(str, arguments)]
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    return processes.run(command, env=environment)
 
 
 def same_tensors(ours, theirs):
@@ -177,9 +176,9 @@ def test_what_is_refused(training_run, tmp_path):
         "--lora x:much: the strength 'much' is no number": ["--layout=native", "--lora=x:much"],
     }
     lines = [[checkpoint, f"--dst={tmp_path / 'out'}", *arguments] for arguments in refused.values()]
-    command = [sys.executable, "-c", MESSAGES, str(ROOT / "scripts" / "export.py"), json.dumps(lines)]
+    command = ["-c", MESSAGES, str(ROOT / "scripts" / "export.py"), json.dumps(lines)]
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    done = processes.run(command, env=environment)
     assert done.returncode == 0, done.stderr
     said = done.stdout.splitlines()
     assert len(said) == len(refused)
@@ -193,7 +192,7 @@ SCRIPTS = ("convert", "export", "generate", "encode", "evaluate", "interpolate",
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_script_that_takes_weights_has_the_flag(script):
-    command = [sys.executable, str(ROOT / "scripts" / f"{script}.py"), "--help"]
+    command = [str(ROOT / "scripts" / f"{script}.py"), "--help"]
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    done = processes.run(command, env=environment)
     assert "--which: Network, where there are several" in done.stdout

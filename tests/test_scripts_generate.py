@@ -4,9 +4,9 @@ import json
 import os
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
+import processes
 import pytest
 from generation_cases import STUDENT, write_dit, write_weights
 
@@ -53,8 +53,7 @@ def users_cache(tmp_path_factory):
 def start(*arguments):
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=1"
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
-    command = [sys.executable, *map(str, arguments)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return processes.start(arguments, env=environment)
 
 
 def python(*arguments, status=0):

@@ -76,7 +76,7 @@ def test_both_scripts(folders, tmp_path):
     last = ["--compare", one, "--port", "0", other, "--votes", str(votes)]
     server = start("-c", DRIVER, SCRIPTS, json.dumps([[*compare], [*serve, last]]))
     try:
-        lines = iter(server.stdout.readline, "")
+        lines = server.lines()
         for expected in (*compare.values(), *serve.values()):
             message = json.loads(next(line for line in lines if line.startswith('{"message"')))["message"]
             assert expected in message

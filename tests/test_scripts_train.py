@@ -5,14 +5,13 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import processes
 import pytest
 from training_cases import small_disk, write_sets, write_weights
 
@@ -45,7 +44,7 @@ def get_config():
     return config
 """
     )
-    return [sys.executable, str(ROOT / "scripts" / "train.py"), "--config", str(config)]
+    return [str(ROOT / "scripts" / "train.py"), "--config", str(config)]
 
 
 def environment():
@@ -55,9 +54,7 @@ def environment():
 
 
 def start(command, workdir, *flags):
-    arguments = [*command, *flags, "--workdir", str(workdir)]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(arguments, env=environment(), stdout=pipe, stderr=pipe, text=True)
+    return processes.start([*command, *flags, "--workdir", workdir], env=environment())
 
 
 def finish(process, timeout=240):
@@ -215,7 +212,7 @@ def get_config():
 
 
 def script(name, config, *flags):
-    return [sys.executable, str(ROOT / "scripts" / name), "--config", str(config), *flags]
+    return [str(ROOT / "scripts" / name), "--config", str(config), *flags]
 
 
 def test_a_config_of_any_method_is_run_and_its_own_script_ships_the_result(interpolator_config, tmp_path):

@@ -5,14 +5,13 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import jax
 import pytest
 from generation_cases import VAE, InMemory
+from processes import start as start_process
 from training_cases import make_config, train, use_linear_network, write_inputs
 
 from avd_jax import convert
@@ -68,11 +67,8 @@ def start(settings, workdir, processes=2, apart=False, at=None, **fields):
         "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
     }
     worker = str(ROOT / "tests" / "host_worker.py")
-    output = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    commands = [
-        [sys.executable, worker, str(path), coordinator, str(processes), str(i)] for i, path in enumerate(paths)
-    ]
-    return [subprocess.Popen(command, env=environment, **output) for command in commands]
+    commands = [[worker, path, coordinator, processes, i] for i, path in enumerate(paths)]
+    return [start_process(command, env=environment) for command in commands]
 
 
 def finish(processes, timeout=120):

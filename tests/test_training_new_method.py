@@ -2,10 +2,7 @@
 
 import dataclasses
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+import processes
 import pytest
 import toy_method
 from training_cases import DIT, train, use_linear_network, write_sets, write_weights
@@ -75,8 +73,7 @@ def test_it_is_resumed_after_a_kill_bit_for_bit(tmp_path):
         "import pathlib, sys; sys.path[:0] = sys.argv[2:]; import test_training_new_method as t; "
         "t.run(pathlib.Path(sys.argv[1]), num_steps=300, checkpoint_every=100)"
     )
-    command = [sys.executable, "-c", script, str(tmp_path / "killed"), str(TESTS), str(TESTS.parent)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=dict(os.environ))
+    process = processes.start(["-c", script, tmp_path / "killed", TESTS, TESTS.parent])
     until = time.monotonic() + 120
     while not any(path.name.isdigit() for path in (tmp_path / "killed" / "checkpoints").glob("*")):
         assert process.poll() is None, "it ended before it was killed"
