@@ -9,7 +9,6 @@ shares of the sets of that size, and each row's set among those.
 """
 
 import os
-import sys
 from collections.abc import Mapping, Sequence
 
 import grain
@@ -91,7 +90,8 @@ def training_batches(
         batch, within = divmod(number, len(rows))
         return join(batch, rows[within])
 
-    batches = grain.MapDataset.range(sys.maxsize // (max(prompt_batches, 1) * batch_size))
+    # Grain divides their number as a float, which holds whole numbers up to 2**53.
+    batches = grain.MapDataset.range(2**53 // (max(prompt_batches, 1) * batch_size))
     batches = batches.map(read_row).batch(len(rows))
     # Threads, not worker processes: the state then is one position, and nothing is copied between processes.
     options = grain.ReadOptions(num_threads=BATCHES_AHEAD, prefetch_buffer_size=BATCHES_AHEAD)
