@@ -4,6 +4,7 @@ import gc
 import json
 import math
 import runpy
+import shutil
 import signal
 import threading
 import time
@@ -13,6 +14,7 @@ from types import SimpleNamespace
 import jax
 import pytest
 from generation_cases import UMT5_SIZES, VAE, write_weights
+from training_cases import run_method
 
 from avd_jax.convert.architectures import UMT5, WAN_VAE
 from avd_jax.data import shapes_world
@@ -51,6 +53,14 @@ def make_config(weights, **changes):
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     return write_weights(tmp_path_factory.mktemp("weights"))
+
+
+@pytest.fixture(scope="module")
+def encoded(weights, tmp_path_factory):
+    """The sets of an ablation, for tests that are not about how they are made."""
+    folder = tmp_path_factory.mktemp("data")
+    ablation._encode(make_config(weights), folder)
+    return folder
 
 
 def records(folder):
@@ -213,11 +223,13 @@ def stand_ins(monkeypatch):
     stopped = set()
     monkeypatch.setattr(ablation, "train", train)
     monkeypatch.setattr(ablation, "make_videos", make_videos)
+    monkeypatch.setattr(jax, "clear_caches", lambda: None)  # nothing large is in them, and all cells need the same
     return calls, stopped
 
 
-def test_each_cell_runs_once_and_the_report_shows_all(weights, tmp_path, stand_ins, capsys):
+def test_each_cell_runs_once_and_the_report_shows_all(weights, encoded, tmp_path, stand_ins, capsys):
     calls, stopped = stand_ins
+    shutil.copytree(encoded, tmp_path / "data")
     config = make_config(weights)
     stopped.add("tr_seed0")
     assert run_ablation(config, tmp_path, report=write_report) == 143
@@ -282,8 +294,9 @@ def test_some_cells_only_and_the_report_of_what_there_is(weights, tmp_path, stan
     assert len(calls) == 4
 
 
-def test_other_settings_are_run_again(weights, tmp_path, stand_ins):
+def test_other_settings_are_run_again(weights, encoded, tmp_path, stand_ins):
     calls, _ = stand_ins
+    shutil.copytree(encoded, tmp_path / "data")
     config = make_config(weights)
     run_ablation(config, tmp_path, only=["dmd_seed0"], report=write_report)
     config.train.log_every = 7  # decides no number
@@ -318,8 +331,10 @@ def test_encoders_are_released_before_the_first_training(weights, tmp_path):
     assert bytes_on_devices() - before < 0.05 * encoders
 
 
-def test_a_real_cell_that_is_stopped_resumes_from_its_checkpoint(weights, tmp_path, monkeypatch):
+def test_a_real_cell_that_is_stopped_resumes_from_its_checkpoint(weights, encoded, tmp_path, monkeypatch):
     config = make_config(weights)
+    shutil.copytree(encoded, tmp_path / "data")
+    monkeypatch.setattr(ablation, "train", run_method)
     original = MetricsWriter.write
 
     def write(self, step, metrics):

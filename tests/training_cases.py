@@ -19,6 +19,7 @@ from avd_jax.convert.architectures import WAN_DIT
 from avd_jax.convert.engine import source_shapes
 from avd_jax.data import latents as sets
 from avd_jax.data.set_writer import SetWriter
+from avd_jax.fields import flatten
 from avd_jax.losses.adaptive_regression import LossHistory
 from avd_jax.methods import adapters, distillation, transformers
 from avd_jax.methods.avd import RECIPE, method
@@ -27,7 +28,7 @@ from avd_jax.methods.avd.terms import fake_score_update, generator_update
 from avd_jax.methods.students import Student
 from avd_jax.models.wan_dit import WanDiTConfig
 from avd_jax.parallel.mesh import make_mesh, replicated
-from avd_jax.training import trainer
+from avd_jax.training import assembly, trainer
 from avd_jax.training.method import Method, Trained
 from avd_jax.training.optimizers import constant
 from avd_jax.training.state import TrainState, init_state
@@ -94,14 +95,38 @@ def use_linear_network(setattr: Callable) -> None:
     setattr(transformers, "load_params", load_params)
 
 
-def use_devices(setattr: Callable, count: int) -> None:
-    """Let AVD run on the first devices only; `setattr` is that of a MonkeyPatch."""
-    setattr(method, "make_mesh", lambda **sizes: make_mesh(**sizes | {"devices": jax.devices()[:count]}))
+def use_devices(setattr: Callable, count: int, made_in=method) -> None:
+    """Let a method run on the first devices only, which compiles faster; `setattr` is that of a MonkeyPatch.
+
+    `made_in` is the module that makes its mesh; by default that of AVD.
+    """
+    setattr(made_in, "make_mesh", lambda **sizes: make_mesh(**sizes | {"devices": jax.devices()[:count]}))
+
+
+STEPS = {}
+# Of a config, what no update depends on; the rate of a distillation does not depend on num_steps either.
+NOT_COMPUTED = {"log_every", "checkpoint_every", "checkpoint.keep", "checkpoint.best_metric"}
+
+
+def run_method(recipe, config, workdir, **options) -> trainer.Outcome:
+    """Train; runs whose updates compute the same share them, so that they are traced and compiled once a process."""
+    free = NOT_COMPUTED | ({"num_steps"} if recipe.name in ("avd", "rcm") else set())
+    decided = repr(sorted(field for field in flatten(config).items() if field[0] not in free))
+
+    def shared(method, update, make_step=assembly.make_step):
+        key = recipe.name, decided, method.mesh, distillation.make_denoiser, update.program
+        if key not in STEPS:
+            STEPS[key] = make_step(method, update)
+        return STEPS[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(assembly, "make_step", shared)
+        return trainer.train(recipe, config, workdir, **options)
 
 
 def train(config, workdir, **options) -> int:
-    """Distil, and return the exit status."""
-    return trainer.train(RECIPE, config, workdir, **options).status
+    """Distil, and return the exit status; see `run_method`."""
+    return run_method(RECIPE, config, workdir, **options).status
 
 
 def recording(network: Callable, calls: list, name: str) -> Callable:

@@ -276,7 +276,7 @@ class Assembly:
 
     def _abstract_inputs(self, batch: dict) -> tuple:
         frozen = {name: part.abstract for name, part in self.method.frozen.items()}
-        key = placed(jax.eval_shape(lambda: jax.random.key(0)), replicated(self.method.mesh))
+        key = jax.eval_shape(lambda: jax.random.key(0))  # placed by the program, as a run's; else it is traced twice
         return self.abstract, frozen, batch, key
 
     def _abstract_batch(self, call: Call, size: str, fields: Iterable[str]) -> dict:
