@@ -15,8 +15,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tensorboardX import SummaryWriter
-from tensorboardX.proto.summary_pb2 import Summary
 from tqdm import tqdm
 
 from avd_jax.data.atomic import write_text
@@ -35,6 +33,8 @@ class MetricsWriter:
 
     def __init__(self, workdir: Path, *, first_step: int, num_steps: int, ledger: Ledger | None = None):
         """Continue after `first_step` (0 for a new run), dropping what was logged after it, which the ledger reads."""
+        from tensorboardX import SummaryWriter  # half a second, for Google's cloud; every script imports this file
+
         self._path = path = workdir / "metrics.jsonl"
         self._mirror = Mirror(workdir) if is_bucket(workdir) else None
         folder = self._mirror.local if self._mirror else workdir
@@ -94,6 +94,8 @@ class MetricsWriter:
 
     def video(self, name: str, step: int, video: np.ndarray, fps: float) -> None:
         """Add a video [F H W 3] in [-1, 1] to TensorBoard, as an animated image."""
+        from tensorboardX.proto.summary_pb2 import Summary
+
         pixels = np.clip((video + 1) * 127.5 + 0.5, 0, 255).astype(np.uint8)
         frames = [Image.fromarray(frame) for frame in pixels]
         encoded = io.BytesIO()
