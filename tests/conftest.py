@@ -24,6 +24,9 @@ names = {flag.partition("=")[0] for flag in flags}
 os.environ["XLA_FLAGS"] = " ".join([*flags, *(flag for flag in XLA_FLAGS if flag.partition("=")[0] not in names)])
 gc.set_threshold(50_000, 20, 50)  # tracing makes many objects that live; a tenth of the suite's time went into looking
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Where in Python each operation was made: a tenth of lowering a program, for errors that name it anyway.
+os.environ.setdefault("JAX_INCLUDE_FULL_TRACEBACKS_IN_LOCATIONS", "0")
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
