@@ -127,13 +127,31 @@ def test_the_pipelined_kernel_takes_any_number_of_chunks_and_parts(keys, chunks_
     """Even and odd numbers of chunks, all of them in VMEM and not; only the last is not full."""
     monkeypatch.setattr(pipelined, "RESIDENT_BYTES", chunks_at_a_time * 4 * 128 * 128 * 4)
     query, key, value = wide_inputs(128, 768, batch=1, heads=1)
-    output, logsumexp = pipelined.pipelined_forward(query, key, value, valid_keys=keys, blocks=BLOCKS, interpret=True)
+    whole = (x[None] for x in (query, key, value))
+    (output,), logsumexp = pipelined.pipelined_forward(*whole, valid_keys=keys, blocks=BLOCKS, interpret=True)
     scores = np.asarray(query[0, 0], np.float64) @ np.asarray(key[0, 0, :keys], np.float64).T
     exponentials = np.exp(scores - scores.max(axis=1, keepdims=True))
     sums = exponentials.sum(axis=1)
     np.testing.assert_allclose(logsumexp[0, 0], np.log(sums) + scores.max(axis=1), rtol=1e-5)
     expected = exponentials / sums[:, None] @ np.asarray(value[0, 0, :keys], np.float64)
     np.testing.assert_allclose(output[0, 0], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("shards", "tokens", "valid_keys", "as_they_lie"),
+    [(2, 512, 500, True), (4, 512, 300, True), (2, 768, 700, True), (2, 384, 384, False), (4, 256, 200, False)],
+)
+def test_the_pipelined_kernel_takes_tokens_in_parts(shards, tokens, valid_keys, as_they_lie):
+    """From where they lie if whole blocks of queries are in each part."""
+    arrays = wide_inputs(tokens, tokens)
+    run = functools.partial(pipelined.pipelined_forward, valid_keys=valid_keys, blocks=BLOCKS, interpret=True)
+    parts = [pipelined.cut_parts(x, shards) for x in arrays]
+    output, logsumexp = run(*parts)
+    (expected,), expected_logsumexp = run(*(x[None] for x in arrays))
+    np.testing.assert_array_equal(pipelined.join_parts(output), expected)
+    np.testing.assert_array_equal(logsumexp, expected_logsumexp)
+    outside = jax.make_jaxpr(run)(*parts).jaxpr.eqns[0].params["jaxpr"].eqns
+    assert as_they_lie == all(equation.primitive.name != "transpose" for equation in outside)
 
 
 def test_the_pipelined_kernel_is_close_in_half_precision():
@@ -167,7 +185,7 @@ def test_padded_keys_get_no_gradient():
 
 
 @pytest.mark.parametrize("kernel", ["xla", "pipelined"])
-@pytest.mark.parametrize(("tokens", "context"), [(256, 256), (256, 70)])
+@pytest.mark.parametrize(("tokens", "context"), [(512, 512), (256, 70)])
 def test_sequence_parallelism_changes_nothing(kernel, tokens, context):
     """Heads and tokens change places and back, on a mesh that shares the batch too."""
     mesh = make_mesh(data=1, fsdp=2, seq=4)

@@ -15,11 +15,12 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Float
 
 from avd_jax.errors import UserError
 from avd_jax.models.linear import einsum
-from avd_jax.models.pipelined import pipelined_forward
+from avd_jax.models.pipelined import cut_parts, join_parts, pipelined_forward
 from avd_jax.models.placement import TPU_KERNELS, Placement
 from avd_jax.models.splash import padded, splash_backward, splash_forward
 from avd_jax.models.tangents import with_tangents
@@ -92,8 +93,15 @@ def attention(
             key, value = key.astype(query.dtype), value.astype(query.dtype)
         if shards == 1 or not own_keys:
             return attend(query, key, value)
-        output = attend(*(_tokens_for_heads(x, axis, shards) for x in (query, key, value)))
-        return _heads_for_tokens(output, axis, shards)
+        kernel = placement.kernel_for(query.dtype)
+        if kernel in TPU_KERNELS:
+            query, key, value = map(_channels_in_lanes, (query, key, value))
+        parts = (_tokens_for_heads(x, axis, shards) for x in (query, key, value))
+        if kernel == "pipelined" and not placement.tangents:
+            output = _on_tpu(*parts, "pipelined", valid_keys=valid_keys, blocks=placement.blocks, interpret=interpret)
+        else:
+            output = cut_parts(attend(*map(join_parts, parts)), shards)
+        return _heads_for_tokens(output, axis)
 
     if not own_keys:
         # Their gradients are summed over the devices that share the queries: in float32.
@@ -101,16 +109,23 @@ def attention(
     return attend_on_each_device(query, key, value)
 
 
+def _channels_in_lanes(x):
+    """Return heads [B H N K] and have the compiler write them, and their gradient, as the TPU kernels read them.
+
+    What kernels want reaches through no exchange: it would write tokens in the lanes, and copy them all before it.
+    """
+    return with_layout_constraint(x, Layout(major_to_minor=(0, 1, 2, 3)))
+
+
 def _tokens_for_heads(x, axis: str, shards: int):
-    """Return all tokens of some heads, [B H/s N K], for some tokens of all heads, [B H N/s K]."""
+    """Return all tokens of some heads, in parts [S B H/S N/S K], for some tokens of all heads, [B H N/S K]."""
     # The axis that is exchanged comes first, else XLA moves it there and back.
     parts = rearrange(x, "b (s h) n k -> s b h n k", s=shards)
-    return rearrange(jax.lax.all_to_all(parts, axis, 0, 0, tiled=True), "s b h n k -> b h (s n) k")
+    return jax.lax.all_to_all(parts, axis, 0, 0, tiled=True)
 
 
-def _heads_for_tokens(x, axis: str, shards: int):
+def _heads_for_tokens(parts, axis: str):
     """Undo `_tokens_for_heads`."""
-    parts = rearrange(x, "b h (s n) k -> s b h n k", s=shards)
     return rearrange(jax.lax.all_to_all(parts, axis, 0, 0, tiled=True), "s b h n k -> b (s h) n k")
 
 
@@ -128,14 +143,16 @@ def _attend(query, key, value, *, placement: Placement, valid_keys: int, interpr
     """Attend on one device."""
     kernel = placement.kernel_for(query.dtype)
     if kernel in TPU_KERNELS:
-        return _on_tpu(query, key, value, kernel, valid_keys=valid_keys, blocks=placement.blocks, interpret=interpret)
+        parts = (x[None] for x in (query, key, value))
+        return _on_tpu(*parts, kernel, valid_keys=valid_keys, blocks=placement.blocks, interpret=interpret)[0]
     if kernel == "cudnn":
         return _cudnn(query, key, value, valid_keys)
     return checkpoint_name(_xla(query, key, value, valid_keys), OUTPUT_NAME)
 
 
 def _on_tpu(query, key, value, kernel: str, **options):
-    """Attend with one of two forward kernels; the backward kernels are splash's."""
+    """Attend with one of two forward kernels, tokens in parts [S B H N/S K]; the backward kernels are splash's."""
+    shards = query.shape[0]
 
     @jax.custom_vjp
     def attend(query, key, value):
@@ -143,7 +160,8 @@ def _on_tpu(query, key, value, kernel: str, **options):
 
     def forward(query, key, value, *, logsumexp=False):
         if kernel == "splash":
-            return splash_forward(query, key, value, logsumexp=logsumexp, **options)
+            output, sums = splash_forward(*map(join_parts, (query, key, value)), logsumexp=logsumexp, **options)
+            return cut_parts(output, shards), sums
         return pipelined_forward(query, key, value, **options)
 
     def forward_for_gradients(query, key, value):
@@ -151,7 +169,9 @@ def _on_tpu(query, key, value, kernel: str, **options):
         return output, (query, key, value, output, logsumexp)
 
     def backward(residuals, gradient):
-        return splash_backward(*residuals, gradient, **options)
+        *arrays, logsumexp = residuals
+        found = splash_backward(*map(join_parts, arrays), logsumexp, join_parts(gradient), **options)
+        return tuple(cut_parts(x, shards) for x in found)
 
     attend.defvjp(forward_for_gradients, backward)
     return attend(query, key, value)

@@ -15,6 +15,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
@@ -31,34 +32,42 @@ _LOWEST = -1e30  # a score that counts for nothing, and that no arithmetic makes
 
 @functools.partial(jax.jit, static_argnames=("valid_keys", "blocks", "interpret"))
 def pipelined_forward(query, key, value, *, valid_keys: int, blocks: AttentionBlocks, interpret: bool = False):
-    """Return softmax(query key^T) value, [B H N K], and the logsumexp of each query's scores, [B H N] in float32.
+    """Return softmax(query key^T) value, [S B H N/S K], and the logsumexp of each query's scores, [B H N] in float32.
 
-    The kernel does not scale the scores.
+    The tokens come in S parts, as devices send them that each had one, and so does the result: the kernel reads its
+    blocks from where they lie, which saves copies. It does not scale the scores.
 
     Args:
-      query: [B H N K], scaled.
-      key, value: [B H M K]; those from `valid_keys` on are padding, which no query sees.
+      query: [S B H N/S K], scaled.
+      key, value: [S B H M/S K]; those from `valid_keys` on are padding, which no query sees.
       blocks: sizes; those larger than the sequence are cut to it.
       interpret: run the kernel's body step by step, on any backend.
     """
-    batch, heads, tokens, width = query.shape
-    rows = min(blocks.pipelined[0], round_up(tokens, LANES))
+    shards, batch, heads, tokens, width = query.shape
+    rows = min(blocks.pipelined[0], round_up(shards * tokens, LANES))
     chunk, chunks, parts = cut_keys(valid_keys, blocks.pipelined[1], width, key.dtype)
-    query = padded(query, rows)
-    key, value = (padded(x, chunk) for x in (key, value))
-    query, key, value = (x.reshape(batch * heads, *x.shape[2:]) for x in (query, key, value))
+    if shards > 1 and (tokens % rows or parts > 1 or shards * key.shape[3] < chunks * chunk):
+        whole = (join_parts(x)[None] for x in (query, key, value))
+        output, logsumexp = pipelined_forward(*whole, valid_keys=valid_keys, blocks=blocks, interpret=interpret)
+        return cut_parts(output[0], shards), logsumexp
+    if shards == 1:
+        query = padded(query, rows)
+        key, value = (padded(x, chunk) for x in (key, value))
+    query, key, value = (x.reshape(shards, batch * heads, *x.shape[3:]) for x in (query, key, value))
 
-    queries = pl.BlockSpec((None, rows, width), lambda head, block, part: (head, block, 0))
-    keys = pl.BlockSpec((None, chunks * chunk, width), lambda head, block, part: (head, part, 0))
+    each = query.shape[2] // rows  # blocks of queries in a part
+    queries = pl.BlockSpec((None, None, rows, width), lambda head, block, part: (block // each, head, block % each, 0))
+    resident = chunks * chunk if shards == 1 else key.shape[2]
+    keys = pl.BlockSpec((shards, None, resident, width), lambda head, block, part: (0, head, part, 0))
     statistics = pltpu.VMEM((SUBLANES, rows), jnp.float32)
     attend = pl.pallas_call(
-        functools.partial(_kernel, chunk=chunk, valid_keys=valid_keys, parts=parts),
-        grid=(batch * heads, query.shape[1] // rows, parts),
+        functools.partial(_kernel, chunk=chunk, chunks=chunks, valid_keys=valid_keys, parts=parts),
+        grid=(batch * heads, shards * each, parts),
         in_specs=[queries, keys, keys],
         out_specs=[queries, pl.BlockSpec((None, 1, rows), lambda head, block, part: (head, 0, block))],
         out_shape=[
             jax.ShapeDtypeStruct(query.shape, query.dtype),
-            jax.ShapeDtypeStruct((batch * heads, 1, query.shape[1]), jnp.float32),
+            jax.ShapeDtypeStruct((batch * heads, 1, shards * query.shape[2]), jnp.float32),
         ],
         scratch_shapes=[
             *[pltpu.VMEM((chunk, rows), jnp.float32)] * 2,
@@ -73,8 +82,18 @@ def pipelined_forward(query, key, value, *, valid_keys: int, blocks: AttentionBl
     )
     with jax.named_scope(NAME):  # the compiler's dumps take the name from here
         output, logsumexp = attend(query, key, value)
-    output, logsumexp = output.reshape(batch, heads, -1, width), logsumexp.reshape(batch, heads, -1)
-    return output[:, :, :tokens], logsumexp[:, :, :tokens]
+    output, logsumexp = output.reshape(shards, batch, heads, -1, width), logsumexp.reshape(batch, heads, -1)
+    return output[:, :, :, :tokens], logsumexp[:, :, : shards * tokens]
+
+
+def join_parts(x):
+    """Return heads [B H N K] of tokens that come in parts, [S B H N/S K]."""
+    return rearrange(x, "s b h n k -> b h (s n) k")
+
+
+def cut_parts(x, shards: int):
+    """Undo `join_parts`."""
+    return rearrange(x, "b h (s n) k -> s b h n k", s=shards)
 
 
 def cut_keys(keys: int, largest_chunk: int, width: int, dtype) -> tuple[int, int, int]:
@@ -107,22 +126,37 @@ def loop_trips(chunks: int) -> int:
 
 
 def _kernel(
-    query, key, value, output, logsumexp, even, odd, highest, correction, total, weighted, *, chunk, valid_keys, parts
+    query,
+    key,
+    value,
+    output,
+    logsumexp,
+    even,
+    odd,
+    highest,
+    correction,
+    total,
+    weighted,
+    *,
+    chunk,
+    chunks,
+    valid_keys,
+    parts,
 ):
     """Attend from one block of queries to one part of the keys.
 
     Args:
-      query, key, value: [rows K], [part K] and [part K].
+      query, key, value: [rows K], [S part/S K] and [S part/S K].
       output, logsumexp: [rows K] and [1 rows], written with the last part.
       even, odd: scores of a chunk [chunk rows], by the chunk's number.
       highest: the scores' running maximum, [8 rows], the same in all rows.
       correction: by which sums up to here are multiplied since `highest` grew, likewise.
       total: running sum of the exponentials in eight parts, [8 rows].
       weighted: running sum of the values, [K rows].
-      chunk, valid_keys, parts: how the keys are cut, and how many of all of them count.
+      chunk, chunks, valid_keys, parts: how the keys are cut, and how many of all of them count.
     """
     part = pl.program_id(2)
-    chunks = key.shape[0] // chunk
+    key, value = (x.reshape(-1, x.shape[-1]) for x in (key, value))
 
     def first():
         highest[...] = jnp.full_like(highest, _LOWEST)

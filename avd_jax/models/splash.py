@@ -108,8 +108,8 @@ def _block_sizes(blocks: AttentionBlocks, tokens: int, keys: int) -> kernel.Bloc
 
 
 def padded(x, multiple: int):
-    """Return heads [B H N K] with zeros behind the tokens, up to a multiple."""
-    return jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % multiple), (0, 0)))
+    """Return heads [... N K] with zeros behind the tokens, up to a multiple."""
+    return jnp.pad(x, (*((0, 0),) * (x.ndim - 2), (0, -x.shape[-2] % multiple), (0, 0)))
 
 
 def round_up(size: int, multiple: int) -> int:
