@@ -5,8 +5,9 @@
     python benchmarks/layer_loops.py --topology v5e:2x2 --seq             # its 4 devices share the tokens
 
 Two layers of the full width, with the settings of configs/wan13b.py: what a training step's loops are, in a fraction of
-the time that the whole step takes to compile. Without --seq there are no exchanges. Attention kernels are not contained.
-Prints milliseconds a layer at 1.75 GHz, the largest loop first: the backward pass, remat included, then the forward pass.
+the time that the whole step takes to compile; without --seq there are no exchanges. Attention kernels are not
+contained. Prints milliseconds a layer at 1.75 GHz, the largest loop first: the backward pass, remat included, then the
+forward pass.
 """
 
 from dataclasses import replace

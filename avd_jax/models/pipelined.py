@@ -53,12 +53,18 @@ def pipelined_forward(query, key, value, *, valid_keys: int, blocks: AttentionBl
     if shards == 1:
         query = padded(query, rows)
         key, value = (padded(x, chunk) for x in (key, value))
-    query, key, value = (x.reshape(shards, batch * heads, *x.shape[3:]) for x in (query, key, value))
-
-    each = query.shape[2] // rows  # blocks of queries in a part
-    queries = pl.BlockSpec((None, None, rows, width), lambda head, block, part: (block // each, head, block % each, 0))
-    resident = chunks * chunk if shards == 1 else key.shape[2]
-    keys = pl.BlockSpec((shards, None, resident, width), lambda head, block, part: (0, head, part, 0))
+    # One part has no axis of its own, as in the backward kernels: else what makes the queries is compiled twice.
+    outer = (shards, batch * heads) if shards > 1 else (batch * heads,)
+    each = query.shape[3] // rows  # blocks of queries in a part
+    query, key, value = (x.reshape(*outer, *x.shape[3:]) for x in (query, key, value))
+    if shards == 1:
+        queries = pl.BlockSpec((None, rows, width), lambda head, block, part: (head, block, 0))
+        keys = pl.BlockSpec((None, chunks * chunk, width), lambda head, block, part: (head, part, 0))
+    else:
+        queries = pl.BlockSpec(
+            (None, None, rows, width), lambda head, block, part: (lax.div(block, each), head, lax.rem(block, each), 0)
+        )
+        keys = pl.BlockSpec((shards, None, *key.shape[2:]), lambda head, block, part: (0, head, 0, 0))
     statistics = pltpu.VMEM((SUBLANES, rows), jnp.float32)
     attend = pl.pallas_call(
         functools.partial(_kernel, chunk=chunk, chunks=chunks, valid_keys=valid_keys, parts=parts),
@@ -67,7 +73,7 @@ def pipelined_forward(query, key, value, *, valid_keys: int, blocks: AttentionBl
         out_specs=[queries, pl.BlockSpec((None, 1, rows), lambda head, block, part: (head, 0, block))],
         out_shape=[
             jax.ShapeDtypeStruct(query.shape, query.dtype),
-            jax.ShapeDtypeStruct((batch * heads, 1, shards * query.shape[2]), jnp.float32),
+            jax.ShapeDtypeStruct((batch * heads, 1, shards * each * rows), jnp.float32),
         ],
         scratch_shapes=[
             *[pltpu.VMEM((chunk, rows), jnp.float32)] * 2,
