@@ -50,6 +50,16 @@ def test_a_loop_of_unknown_length_takes_the_number_given():
     assert profile(UNKNOWN).cycles == 10 + 7
 
 
+def test_a_collective_that_runs_beside_products_counts_once():
+    """The TPU's compiler puts it into the fusion that starts it, into those that it runs beside, and into the last."""
+    gather = "all-gather(%p), dimensions={0}, channel_id=7"
+    text = KNOWN.replace("%inner = bf16[8,128]{1,0} add(%p, %p)", f"%inner = bf16[32,128]{{1,0}} {gather}")
+    text = text.replace("all-gather(%x), dimensions={0}", "all-gather(%x), dimensions={0}, channel_id=8")
+    line = "  %fusion.1 = bf16[8,128]{1,0} fusion(%x), kind=kLoop, calls=%fused"
+    text = text.replace(line, line.replace("fusion.1", "start") + "\n" + line.replace("fusion.1", "step") + "\n" + line)
+    assert profile(text).collective_bytes["all-gather"] == 30 * 2 * GATHERED
+
+
 # As the TPU's compiler writes loops: no trip counts, copies between, steps and bounds that the tuple carries.
 NESTED = """HloModule jit_step, is_scheduled=true
 

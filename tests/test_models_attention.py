@@ -139,11 +139,11 @@ def test_the_pipelined_kernel_takes_any_number_of_chunks_and_parts(keys, chunks_
 
 @pytest.mark.parametrize(
     ("shards", "tokens", "valid_keys", "as_they_lie"),
-    [(2, 512, 500, True), (4, 512, 300, True), (2, 768, 700, True), (2, 384, 384, False), (4, 256, 200, False)],
+    [(2, 512, 500, True), (4, 512, 300, True), (2, 384, 384, False)],
 )
 def test_the_pipelined_kernel_takes_tokens_in_parts(shards, tokens, valid_keys, as_they_lie):
-    """From where they lie if whole blocks of queries are in each part."""
-    arrays = wide_inputs(tokens, tokens)
+    """From where they lie if whole blocks of queries are in each part; two heads, so that parts are apart."""
+    arrays = wide_inputs(tokens, tokens, batch=1)
     run = functools.partial(pipelined.pipelined_forward, valid_keys=valid_keys, blocks=BLOCKS, interpret=True)
     parts = [pipelined.cut_parts(x, shards) for x in arrays]
     output, logsumexp = run(*parts)

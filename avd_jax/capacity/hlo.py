@@ -17,6 +17,7 @@ COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "coll
 
 _ARRAY = re.compile(r"\b([a-z]+\d+\w*|pred)\[([\d,]*)\]")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_CHANNEL = re.compile(r"\bchannel_id=(\d+)")
 _CUDNN_BACKWARD = re.compile(r'custom_call_target="__cudnn\$fmha\w*Backward"')
 _NO_ESTIMATE = 1 << 60  # the compiler writes huge numbers if it has none
 
@@ -57,14 +58,21 @@ def profile(text: str, *, dynamic_trips: float = 1) -> Profile:
     collectives: Counter = Counter()
     unknown, loops = set(), []
 
-    def visit(name: str, times: float, in_fusion: bool, given: Given) -> tuple[float, float]:
-        """Return the cycles of one run of a computation, its own and those of its loops."""
+    def visit(name: str, times: float, in_fusion: bool, given: Given, channels: set[str]) -> tuple[float, float]:
+        """Return the cycles of one run of a computation, its own and those of its loops.
+
+        `channels` are those of the collectives that are counted already: one that runs beside products is in each of
+        their fusions.
+        """
         own = inside = 0.0
         within = computations.get(name, {})
         for instruction in within.values():
             kind = instruction.operation.removesuffix("-start")
             if kind in COLLECTIVES:
-                collectives[kind] += times * _bytes_moved(instruction, within)
+                channel = _CHANNEL.search(instruction.rest)
+                if channel is None or channel[1] not in channels:
+                    collectives[kind] += times * _bytes_moved(instruction, within)
+                    channels.update(channel.groups() if channel else ())
                 continue
             estimate = _CYCLES.search(instruction.rest)
             if estimate and not in_fusion and int(estimate[1]) < _NO_ESTIMATE:
@@ -74,17 +82,17 @@ def profile(text: str, *, dynamic_trips: float = 1) -> Profile:
                 trips = dynamic_trips if known is None else known
                 if known is None:
                     unknown.add(id(instruction))
-                parts = [visit(called, times * trips, in_fusion, carried) for called in called_by(instruction)]
+                parts = [visit(called, times * trips, in_fusion, carried, set()) for called in called_by(instruction)]
                 loops.append(Loop(*(sum(part) for part in zip(*parts, strict=True))))
                 inside += trips * (loops[-1].cycles + loops[-1].cycles_inside)
                 continue
             # The estimate of a fusion covers what it calls.
             for called in called_by(instruction):
-                part = visit(called, times, in_fusion or instruction.operation == "fusion", given)
+                part = visit(called, times, in_fusion or instruction.operation == "fusion", given, channels)
                 own, inside = own + part[0], inside + part[1]
         return own, inside
 
-    cycles = sum(visit(entry, 1, False, {}))
+    cycles = sum(visit(entry, 1, False, {}, set()))
     loops.sort(key=lambda found: -found.cycles - found.cycles_inside)
     moved = {kind: round(size) for kind, size in sorted(collectives.items())}
     return Profile(moved, round(cycles), len(unknown), tuple(loops))
