@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from training_cases import use_devices
 
 from avd_jax import convert
 from avd_jax.convert.shipping import write_dit
@@ -15,6 +16,7 @@ from avd_jax.data.encode_sets import encode_videos
 from avd_jax.data.inputs import Clip
 from avd_jax.errors import UserError
 from avd_jax.fields import config_from
+from avd_jax.methods import transformers
 from avd_jax.methods.flow_matching import FIELDS, RECIPE
 from avd_jax.methods.flow_matching.method import losses, matrices_of_blocks, trained_dit
 from avd_jax.models.wan_dit import WanDiT, WanDiTConfig
@@ -23,6 +25,13 @@ from avd_jax.training.trainer import train
 from avd_jax.training.update import example_keys
 
 LATENTS, TEXT_DIM, TEXT_LEN = (2, 4, 4, 4), 6, 5
+
+
+@pytest.fixture(autouse=True)
+def devices(monkeypatch):
+    """Two, unless a test asks for another number."""
+    use_devices(monkeypatch.setattr, 2, transformers)
+    return lambda count: use_devices(monkeypatch.setattr, count, transformers)
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +146,8 @@ def test_weights_of_a_run_are_read_everywhere_and_fine_tuned(tmp_path, latents_d
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_it_learns(tmp_path, latents_dir, optimizer):
+def test_it_learns(tmp_path, latents_dir, optimizer, devices):
+    devices({"adamw": 1, "muon": 2}[optimizer])
     config = tiny_config(latents_dir, num_steps=60)
     config.optimizer.name = optimizer
     config.optimizer.learning_rate = 1e-2
@@ -151,12 +161,12 @@ def test_muon_makes_the_blocks_updates_orthogonal():
     config = config_from(FIELDS)
     config.optimizer.warmup_steps = 0
     sizes = WanDiTConfig(dim=16, ffn_dim=32, num_heads=2, num_layers=2, in_dim=4, out_dim=4, text_dim=TEXT_DIM)
-    params = nnx.to_pure_dict(nnx.state(WanDiT(sizes, rngs=nnx.Rngs(0))))
+    model = nnx.eval_shape(lambda: WanDiT(sizes, rngs=nnx.Rngs(0)))
+    params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), nnx.to_pure_dict(nnx.state(model)))
     optimizer = scheduled(config.optimizer, config.num_steps, matrices_of_blocks)
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    gradient = tree.unflatten([jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)])
-    updates = jax.jit(lambda: optimizer.update(gradient, optimizer.init(params), params)[0])()
+    rng = np.random.default_rng(1)
+    gradient = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape, np.float32), params)
+    updates = jax.jit(lambda gradient: optimizer.update(gradient, optimizer.init(params), params)[0])(gradient)
     blocks = updates["blocks"]
     for kernel, shape in (
         (blocks["ffn_0"]["kernel"], (16, 32)),

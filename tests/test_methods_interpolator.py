@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from training_cases import write_sets
+from training_cases import run_method, use_devices, write_sets
 
 from avd_jax import convert
 from avd_jax.convert.shipping import write_interpolator
@@ -16,6 +16,7 @@ from avd_jax.data.latents import EncodedSet
 from avd_jax.data.pipeline import held_out_indices, training_batches
 from avd_jax.errors import UserError
 from avd_jax.fields import config_from
+from avd_jax.methods import transformers
 from avd_jax.methods.interpolator import FIELDS, RECIPE
 from avd_jax.methods.interpolator.method import (
     baseline_errors,
@@ -25,7 +26,6 @@ from avd_jax.methods.interpolator.method import (
     trained_interpolator,
 )
 from avd_jax.models.interpolator import Interpolator, InterpolatorConfig
-from avd_jax.training.trainer import train
 
 SHAPE = 5, 4, 4, 4
 
@@ -42,6 +42,11 @@ def config_for(latents_dir, **changes):
     config.optimizer.warmup_steps, config.optimizer.learning_rate = 0, 1e-3
     config.update_from_flattened_dict(changes)
     return config
+
+
+@pytest.fixture(autouse=True)
+def two_devices(monkeypatch):
+    use_devices(monkeypatch.setattr, 2, transformers)
 
 
 def test_loss_and_baselines_by_hand():
@@ -86,7 +91,7 @@ def test_held_out_clips_are_spread_and_never_seen(latents_dir):
 
 def test_it_trains_resumes_bit_for_bit_and_tells_the_held_out_error(latents_dir, tmp_path):
     config = config_for(latents_dir)
-    run = train(RECIPE, config, tmp_path / "run")
+    run = run_method(RECIPE, config, tmp_path / "run")
     whole = run.state.networks["interpolator"]
     unet = trained_interpolator(run.method, whole.ema)
     assert (run.status, unet.config) == (0, InterpolatorConfig(4, (8, 8, 8)))
@@ -100,7 +105,7 @@ def test_it_trains_resumes_bit_for_bit_and_tells_the_held_out_error(latents_dir,
     np.testing.assert_allclose([float(cell) for cell in table[-1].split("|")[2:5]], expected, atol=1e-3)
 
     (tmp_path / "run" / "checkpoints" / "4").rename(tmp_path / "gone")  # as if it had been killed after step 2
-    resumed = train(RECIPE, config, tmp_path / "run").state
+    resumed = run_method(RECIPE, config, tmp_path / "run").state
     jax.tree.map(np.testing.assert_array_equal, resumed, run.state)
     assert (tmp_path / "run" / "held_out.md").read_text().splitlines() == table
 
@@ -113,7 +118,7 @@ def test_it_trains_resumes_bit_for_bit_and_tells_the_held_out_error(latents_dir,
             np.testing.assert_array_equal(leaf, float(name.endswith(".var")))
 
     tuned = config_for(latents_dir, init_from=str(tmp_path / "student"), num_steps=1)
-    assert int(train(RECIPE, tuned, tmp_path / "further").state.step) == 1
+    assert int(run_method(RECIPE, tuned, tmp_path / "further").state.step) == 1
 
 
 def test_more_updates_lower_the_error_on_a_world_that_can_be_learnt(tmp_path):
@@ -141,23 +146,23 @@ def test_more_updates_lower_the_error_on_a_world_that_can_be_learnt(tmp_path):
         ({"sample.clips": -1}, "config.sample.clips=-1 must be at least 0"),
         ({"optimizer.weight_decay": 0.1}, "config.optimizer.weight_decay must be 0"),
         ({"model.widths": (8, 8)}, "widths=(8, 8) and channels=16 must be three"),
-        ({"batch_size": 3}, "config.batch_size=3 must be a multiple of 8 shards"),
+        ({"batch_size": 3}, "config.batch_size=3 must be a multiple of 2 shards"),
         ({"data.held_out": 11}, "11 records are to be held out of a set of 11"),
     ],
 )
 def test_bad_settings(latents_dir, tmp_path, change, message):
     with pytest.raises(UserError, match=re.escape(message)):
-        train(RECIPE, config_for(latents_dir, **change), tmp_path)
+        run_method(RECIPE, config_for(latents_dir, **change), tmp_path)
 
 
 @pytest.mark.parametrize("frames", [1, 2, 4])
 def test_clips_of_which_no_frame_can_be_left_out(tmp_path, frames):
     latents_dir, _ = write_sets(tmp_path, shape=(frames, 4, 4, 4))
     with pytest.raises(UserError, match=f"its clips have {frames} latent frames; every second one can be left out of"):
-        train(RECIPE, config_for(latents_dir), tmp_path / "run")
+        run_method(RECIPE, config_for(latents_dir), tmp_path / "run")
 
 
 def test_an_interpolator_of_another_vae(latents_dir, tmp_path):
     write_interpolator(Interpolator(InterpolatorConfig(16, (8, 8, 8)), nnx.Rngs(0)), tmp_path)
     with pytest.raises(UserError, match="takes latents of 16 channels, the set has 4"):
-        train(RECIPE, config_for(latents_dir, init_from=str(tmp_path)), tmp_path / "run")
+        run_method(RECIPE, config_for(latents_dir, init_from=str(tmp_path)), tmp_path / "run")

@@ -6,13 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from training_cases import run_method
 
 from avd_jax.data import shapes_world
 from avd_jax.data.tokenizer import Tokenizer
 from avd_jax.data.world_clips import FIRST_TEXT_ENCODER_CAPTION
 from avd_jax.errors import UserError
 from avd_jax.fields import config_from
-from avd_jax.methods.text_encoder import FIELDS, RECIPE
+from avd_jax.methods.text_encoder import FIELDS, RECIPE, method
 from avd_jax.methods.text_encoder.method import (
     NEW_CAPTIONS,
     THING_WORDS,
@@ -23,7 +24,7 @@ from avd_jax.methods.text_encoder.method import (
     trained_encoder,
 )
 from avd_jax.models.umt5 import UMT5Config
-from avd_jax.training.trainer import train
+from avd_jax.parallel.mesh import mesh_that_divides
 
 ROOT = Path(__file__).parents[1]
 
@@ -41,6 +42,11 @@ def config_for(num_steps, **changes):
     config.num_steps, config.batch_size, config.log_every, config.checkpoint_every = num_steps, 8, 50, 0
     config.update_from_flattened_dict(changes)
     return config
+
+
+@pytest.fixture(autouse=True)
+def two_devices(monkeypatch):
+    monkeypatch.setattr(method, "mesh_that_divides", lambda size, devices: mesh_that_divides(size, jax.devices()[:2]))
 
 
 def test_questions_are_asked_of_the_clause_that_holds_the_answer(tokenizer):
@@ -85,7 +91,7 @@ def test_no_batch_has_a_caption_that_the_accuracy_is_measured_on(tokenizer, batc
 def test_training_makes_the_words_readable(tokenizer, tmp_path):
     shares = {}
     for num_steps in (1, 120):
-        run = train(RECIPE, config_for(num_steps), tmp_path / str(num_steps))
+        run = run_method(RECIPE, config_for(num_steps), tmp_path / str(num_steps))
         shares[num_steps] = accuracy(run.method, run.state.networks["text_encoder"].latest, tokenizer, captions=16 * 8)
     assert shares[1] < 0.5
     assert shares[120] > shares[1] + 0.2
@@ -99,23 +105,23 @@ def test_training_makes_the_words_readable(tokenizer, tmp_path):
 
 def test_a_killed_run_resumes_bit_for_bit(tmp_path):
     config = config_for(4, checkpoint_every=2)
-    whole = train(RECIPE, config, tmp_path)
+    whole = run_method(RECIPE, config, tmp_path)
     assert whole.status == 0
     assert whole.state.networks["text_encoder"].ema is None
     (tmp_path / "checkpoints" / "4").rename(tmp_path / "gone")  # as if it had been killed after step 2
-    resumed = train(RECIPE, config, tmp_path)
+    resumed = run_method(RECIPE, config, tmp_path)
     jax.tree.map(np.testing.assert_array_equal, resumed.state, whole.state)
 
 
 def test_a_run_resumes_with_a_copy_of_its_tokenizer_but_with_no_other(tokenizer, tmp_path):
-    train(RECIPE, config_for(1), tmp_path / "run")
+    run_method(RECIPE, config_for(1), tmp_path / "run")
     tokenizer.save(tmp_path / "copy")
-    assert train(RECIPE, config_for(1, tokenizer=str(tmp_path / "copy")), tmp_path / "run").status == 0
+    assert run_method(RECIPE, config_for(1, tokenizer=str(tmp_path / "copy")), tmp_path / "run").status == 0
     file = tmp_path / "copy" / "tokenizer.json"
     file.write_text(file.read_text().replace('"unk_token": "<unk>"', '"unk_token": "</s>"'))  # as many tokens
     assert file.read_bytes() != tokenizer.serialized
     with pytest.raises(UserError, match=r"/1: the run began with other contents of config\.tokenizer; name a copy of"):
-        train(RECIPE, config_for(1, tokenizer=str(tmp_path / "copy")), tmp_path / "run")
+        run_method(RECIPE, config_for(1, tokenizer=str(tmp_path / "copy")), tmp_path / "run")
 
 
 @pytest.mark.parametrize(
@@ -129,4 +135,4 @@ def test_a_run_resumes_with_a_copy_of_its_tokenizer_but_with_no_other(tokenizer,
 )
 def test_wrong_values_are_named(tmp_path, change, message):
     with pytest.raises(UserError, match=message):
-        train(RECIPE, config_for(1, **change), tmp_path / "run")
+        run_method(RECIPE, config_for(1, **change), tmp_path / "run")
