@@ -46,8 +46,8 @@ class InMemory:
     def array(self, path, dtype=None):
         return self._values[path].astype((dtype[path] if isinstance(dtype, dict) else dtype) or np.float32)
 
-    def arrays(self, dtype=None):
-        for path in self.leaves:
+    def arrays(self, dtype=None, paths=None):
+        for path in paths or self.leaves:
             yield path, self.array(path, dtype)
 
 

@@ -67,6 +67,13 @@ def studio(weights, student, tmp_path):
     return Studio(*chosen, out=tmp_path / "made", models=StandIn(), command="typed", waiting=2)
 
 
+@pytest.fixture(scope="module")
+def idle(weights, tmp_path_factory):
+    """A studio for tests that make nothing with it."""
+    chosen = models_of(Options(weights=str(weights / "wan"), checkpoint=str(weights / "student")))
+    return Studio(*chosen, out=tmp_path_factory.mktemp("made"), models=StandIn(), command="typed", waiting=2)
+
+
 def finished(studio, wish):
     job = studio._jobs.add(studio.wish(wish))
     for _ in range(1000):
@@ -130,9 +137,9 @@ def test_only_what_was_made_is_shown(studio, tmp_path):
         ({"models": ["teacher"], "steps": 1000}, "steps: give a whole number from 1 to 100"),
     ],
 )
-def test_what_is_out_of_bounds_is_a_message(studio, changes, message):
+def test_what_is_out_of_bounds_is_a_message(idle, changes, message):
     with pytest.raises(UserError, match=message):
-        studio.wish({**WISH, **changes})
+        idle.wish({**WISH, **changes})
 
 
 def test_the_queue_is_bounded_and_a_failure_is_a_message(studio, capsys):

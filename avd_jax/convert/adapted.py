@@ -69,9 +69,9 @@ class AdaptedWeights:
             whole[at] = layer
         return whole
 
-    def arrays(self, dtype=None) -> Iterator[tuple[str, np.ndarray]]:
-        """Yield (path, array) in the order of `leaves`, in `dtype`."""
-        for path in self.leaves:
+    def arrays(self, dtype=None, paths: Sequence[str] | None = None) -> Iterator[tuple[str, np.ndarray]]:
+        """Yield (path, array) in `dtype`, in the order of `leaves` or of `paths`, if given."""
+        for path in self.leaves if paths is None else paths:
             yield path, self.array(path, dtype)
 
     def sharded(self, dtype, sharding: Sharding, paths: Sequence[str] | None = None) -> dict[str, jax.Array]:

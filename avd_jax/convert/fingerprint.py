@@ -1,6 +1,7 @@
 """What identifies a network's weights, in whatever layout they are stored."""
 
 import hashlib
+import itertools
 import math
 
 import numpy as np
@@ -26,11 +27,11 @@ def fingerprint(weights: Weights, telling_leaf: str = _TELLING_LEAF) -> str:
         return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
     small = sorted(path for path, leaf in weights.leaves.items() if math.prod(leaf.shape) <= _SMALL_LEAF)
     chosen = small[:: math.ceil(len(small) / _MOST_LEAVES) or 1]
+    found = weights.arrays(paths=chosen)  # small ones together, which is faster than each by itself
     if telling_leaf in weights.leaves and telling_leaf not in chosen:
-        chosen.append(telling_leaf)
+        found = itertools.chain(found, weights.arrays(paths=[telling_leaf]))
     digest = hashlib.sha256()
-    for path in chosen:
-        array = weights.array(path)
+    for path, array in found:
         digest.update(f"{path} {array.shape} {array.dtype}".encode())
         values = array.reshape(-1)
         digest.update(np.ascontiguousarray(values[:: math.ceil(values.size / _MOST_VALUES) or 1]).tobytes())

@@ -65,9 +65,9 @@ class OnBase:
         """Return one leaf in `dtype`."""
         return self._changed(path, self._base.array(path, self._dtypes_of_base(dtype)), dtype)
 
-    def arrays(self, dtype=None) -> Iterator[tuple[str, np.ndarray]]:
-        """Yield (path, array) in the order of `leaves`, in `dtype`; few are held at a time."""
-        for path, array in self._base.arrays(self._dtypes_of_base(dtype)):
+    def arrays(self, dtype=None, paths: Iterable[str] | None = None) -> Iterator[tuple[str, np.ndarray]]:
+        """Yield (path, array) in `dtype`, in the order of `leaves` or of `paths`, if given; few are held at a time."""
+        for path, array in self._base.arrays(self._dtypes_of_base(dtype), paths):
             yield path, self._changed(path, array, dtype)
 
     def layers(self, path: str) -> Iterator[np.ndarray]:

@@ -43,8 +43,8 @@ class Weights(Protocol):
     def array(self, path: str, dtype=None) -> np.ndarray:
         """Return one leaf in `dtype`."""
 
-    def arrays(self, dtype=None) -> Iterator[tuple[str, np.ndarray]]:
-        """Yield (path, array) in the order of `leaves`, in `dtype`; few are held at a time."""
+    def arrays(self, dtype=None, paths: Iterable[str] | None = None) -> Iterator[tuple[str, np.ndarray]]:
+        """Yield (path, array) in `dtype`, in the order of `leaves` or of `paths`, if given; few are held at a time."""
 
     def layers(self, path: str) -> Iterator[np.ndarray]:
         """Yield a leaf's layers in order, or the leaf itself if its layers are not stacked."""
@@ -136,9 +136,9 @@ class OrbaxWeights:
         leaves = cast_leaves({path: self.leaves[path]}, dtype)
         return next(orbax_io.read_arrays(self._folder, leaves))[1]
 
-    def arrays(self, dtype=None) -> Iterator[tuple[str, np.ndarray]]:
-        """Yield (path, array) in the order of `leaves`, in `dtype`; few are held at a time."""
-        yield from orbax_io.read_arrays(self._folder, cast_leaves(self.leaves, dtype))
+    def arrays(self, dtype=None, paths: Iterable[str] | None = None) -> Iterator[tuple[str, np.ndarray]]:
+        """Yield (path, array) in `dtype`, in the order of `leaves` or of `paths`, if given; few are held at a time."""
+        yield from orbax_io.read_arrays(self._folder, cast_leaves(_only(paths, self.leaves), dtype))
 
     def layers(self, path: str) -> Iterator[np.ndarray]:
         """Yield a leaf's layers in order, or the leaf itself if its layers are not stacked."""
@@ -184,9 +184,9 @@ class TorchWeights:
         """Return one leaf in `dtype`."""
         return leaf_from_torch(self._pieces[path], cast_leaves({path: self.leaves[path]}, dtype)[path], self._read)
 
-    def arrays(self, dtype=None) -> Iterator[tuple[str, np.ndarray]]:
-        """Yield (path, array) in the order of `leaves`, in `dtype`; few are held at a time."""
-        for path in self.leaves:
+    def arrays(self, dtype=None, paths: Iterable[str] | None = None) -> Iterator[tuple[str, np.ndarray]]:
+        """Yield (path, array) in `dtype`, in the order of `leaves` or of `paths`, if given; few are held at a time."""
+        for path in _only(paths, self.leaves):
             yield path, self.array(path, dtype)
 
     def layers(self, path: str) -> Iterator[np.ndarray]:
