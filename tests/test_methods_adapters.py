@@ -11,7 +11,7 @@ import pytest
 from convert_cases import write_all
 from flax import nnx
 from jax.sharding import NamedSharding
-from training_cases import DIT, make_config, use_devices, write_inputs, write_weights
+from training_cases import DIT, make_config, run_method, use_devices, write_inputs, write_weights
 
 from avd_jax import convert
 from avd_jax.capacity.program import expected_flops
@@ -26,7 +26,6 @@ from avd_jax.methods.observer import DistillationObserver
 from avd_jax.models.adapters import product
 from avd_jax.parallel.mesh import make_mesh
 from avd_jax.parallel.rules import spec_for
-from avd_jax.training import trainer
 from avd_jax.training.assembly import Assembly
 
 # One network and one pass: the least that a run of AVD compiles.
@@ -48,7 +47,7 @@ def run(inputs, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         use_devices(patch.setattr, 1)
         workdir, settings = tmp_path_factory.mktemp("run"), {**inputs, **REGRESSION, **RUN}
-        outcome = trainer.train(avd.RECIPE, make_config(**settings), workdir)
+        outcome = run_method(avd.RECIPE, make_config(**settings), workdir)
         yield SimpleNamespace(workdir=workdir, settings=settings, base=inputs["init_from"], state=outcome.state)
 
 
@@ -63,7 +62,7 @@ def saved(workdir, step):
 def test_a_run_saves_adapters_alone_and_is_resumed_bit_for_bit(run, tmp_path):
     for steps in (1, 2):
         resumed = make_config(**run.settings | {"num_steps": steps})
-        assert trainer.train(avd.RECIPE, resumed, tmp_path / "resumed").status == 0
+        assert run_method(avd.RECIPE, resumed, tmp_path / "resumed").status == 0
     found, expected = saved(tmp_path / "resumed", 2), saved(run.workdir, 2)
     assert found.keys() == expected.keys()
     assert [name for name in found if found[name].tobytes() != expected[name].tobytes()] == []
@@ -76,7 +75,7 @@ def test_a_run_saves_adapters_alone_and_is_resumed_bit_for_bit(run, tmp_path):
 
     other = make_config(**run.settings | {"lora__rank": 2})
     with pytest.raises(UserError, match=r"a run with other settings \(config\.lora\.rank was 4, is 2\)"):
-        trainer.train(avd.RECIPE, other, tmp_path / "resumed")
+        run_method(avd.RECIPE, other, tmp_path / "resumed")
 
 
 @pytest.mark.parametrize("key", ["generator", "ema"])

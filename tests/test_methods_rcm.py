@@ -14,6 +14,7 @@ from training_cases import (
     linear_params,
     make_batch,
     make_frozen,
+    run_method,
     start_state,
     use_linear_network,
     write_inputs,
@@ -30,7 +31,6 @@ from avd_jax.methods.students import Student
 from avd_jax.models.wan_dit import WanDiTConfig
 from avd_jax.parallel.hosts import to_host
 from avd_jax.parallel.mesh import make_mesh
-from avd_jax.training import trainer
 from avd_jax.training.assembly import Assembly
 from avd_jax.training.method import Method, Trained
 from avd_jax.training.optimizers import power_decay, warmed_up
@@ -203,7 +203,7 @@ def test_a_run_that_stops_in_its_warm_up_ends_with_the_same_bits(tmp_path, monke
 
     def run(folder, *stops):
         for stop in stops:
-            outcome = trainer.train(RECIPE, make_config(**inputs, num_steps=stop), tmp_path / folder)
+            outcome = run_method(RECIPE, make_config(**inputs, num_steps=stop), tmp_path / folder)
             assert outcome.status == 0
         lines = [json.loads(line) for line in (tmp_path / folder / "metrics.jsonl").read_text().splitlines()]
         logged = [{k: v for k, v in line.items() if not k.startswith("time/")} for line in lines]
