@@ -19,6 +19,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 SERVER = Path(__file__).with_name("fork_server.py")
+# Of the tests as a whole: whichever starts the first program may have set variables of its own.
+ENVIRONMENT = os.environ | {"OPENBLAS_NUM_THREADS": "1"}  # whoever forks has one thread
 
 
 def _for_jax(environment: Mapping[str, str]) -> dict[str, str]:
@@ -27,13 +29,11 @@ def _for_jax(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 @functools.cache
-def _server() -> tuple[socket.socket, dict[str, str]]:
-    """Return the way to a server of this process, and what its JAX has read; it ends with this process."""
+def _server() -> socket.socket:
+    """Return the way to a server of this process, with which it ends."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    environment = os.environ | {"OPENBLAS_NUM_THREADS": "1"}  # whoever forks has one thread
-    process = subprocess.Popen(
-        [sys.executable, str(SERVER), str(theirs.fileno())], env=environment, pass_fds=[theirs.fileno()]
-    )
+    command = [sys.executable, str(SERVER), str(theirs.fileno())]
+    process = subprocess.Popen(command, env=ENVIRONMENT, pass_fds=[theirs.fileno()])
     theirs.close()
 
     def stop():
@@ -41,7 +41,7 @@ def _server() -> tuple[socket.socket, dict[str, str]]:
         process.wait()
 
     atexit.register(stop)
-    return ours, _for_jax(environment)
+    return ours
 
 
 class Process:
@@ -53,8 +53,7 @@ class Process:
     def __init__(self, command: Sequence, env: Mapping[str, str] | None = None, cwd: str | Path | None = None):
         self.args, self.returncode = [str(part) for part in command], None
         environment = dict(os.environ if env is None else env)
-        channel, for_jax = _server()
-        assert _for_jax(environment) == for_jax, "JAX is imported already: what it reads then cannot change"
+        assert _for_jax(environment) == _for_jax(ENVIRONMENT), "JAX is imported already: what it reads then is set"
         paths = [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path]
         message = {"folder": str(cwd or Path.cwd()), "environment": environment, "paths": paths, "command": self.args}
         reader, writer = os.pipe()
@@ -65,7 +64,7 @@ class Process:
                 os.fdopen(os.open(file.name, os.O_RDONLY), encoding="utf-8") for file in written
             )
             streams = [writer, nothing.fileno(), *(file.fileno() for file in written)]
-            socket.send_fds(channel, [json.dumps(message).encode()], streams)
+            socket.send_fds(_server(), [json.dumps(message).encode()], streams)
         os.close(writer)
         self._status = os.fdopen(reader)
         self.pid = int(self._status.readline())
