@@ -11,7 +11,7 @@ import orbax.checkpoint as ocp
 import pytest
 from etils import epath
 from test_training_hosts import finish, start, wait_for
-from training_cases import make_config, train, use_linear_network, write_inputs, write_sets
+from training_cases import make_config, train, use_devices, use_linear_network, write_inputs, write_sets
 
 from avd_jax.errors import UserError
 from avd_jax.paths import any_path
@@ -45,6 +45,7 @@ def inputs(tmp_path_factory, bucket_server):
 def run(workdir, inputs, **fields):
     with pytest.MonkeyPatch.context() as patch:
         use_linear_network(patch.setattr)
+        use_devices(patch.setattr, 2)
         return train(make_config(**SETTINGS | inputs | fields), workdir)
 
 
