@@ -40,6 +40,7 @@ def get_config():
     config.data.latents, config.data.prompts = {str(latents)!r}, {str(prompts)!r}
     config.num_steps, config.batch_size, config.fake_score_updates = {NUM_STEPS}, 2, 2
     config.checkpoint_every, config.sample_every, config.ema_decay = 2, 0, 0.9
+    config.remat = "none"
     config.optimizer.learning_rate = config.optimizer.fake_score_learning_rate = 1e-3
     return config
 """
