@@ -2,10 +2,11 @@
 
     python benchmarks/layer_loops.py                                  # 1.3B, 32,760 tokens, one device of a v5e
     python benchmarks/layer_loops.py --topology v5p:2x2x1 --dump_hlo hlo
-    python benchmarks/layer_loops.py --topology v5e:2x2 --seq             # its 4 devices share the tokens
+    python benchmarks/layer_loops.py --axis seq                           # its 4 devices share the tokens
+    python benchmarks/layer_loops.py --axis fsdp                          # an example each, and share the parameters
 
 Two layers of the full width, with the settings of configs/wan13b.py: what a training step's loops are, in a fraction of
-the time that the whole step takes to compile; without --seq there are no exchanges. Attention kernels are not
+the time that the whole step takes to compile; without --axis nothing is exchanged. Attention kernels are not
 contained. Prints milliseconds a layer at 1.75 GHz, the largest loop first: the backward pass, remat included, then the
 forward pass.
 """
@@ -23,14 +24,14 @@ from avd_jax.models import wan_dit
 from avd_jax.models.functional import make_denoiser
 from avd_jax.models.placement import AttentionBlocks, Placement
 from avd_jax.parallel.compiler import OPTIONS
-from avd_jax.parallel.mesh import BATCH_AXES, make_mesh, placed, replicated
+from avd_jax.parallel.mesh import BATCH_AXES, batch_sharding, make_mesh, placed, replicated
 from avd_jax.parallel.rules import tree_shardings
 from avd_jax.parallel.topology import tpu_devices
 
-TOPOLOGY = flags.DEFINE_string("topology", "v5e:2x2", "of which one device counts, without --seq")
+TOPOLOGY = flags.DEFINE_string("topology", "v5e:2x2", "of which one device counts, without --axis")
 MODEL = flags.DEFINE_enum("model", "1.3B", list(wan_dit.WAN_MODELS), "whose width")
 TOKENS = flags.DEFINE_integer("tokens", 32_760, "of one example")
-SEQ = flags.DEFINE_bool("seq", False, "let all devices share the tokens and the parameters, as the axis seq does")
+AXIS = flags.DEFINE_enum("axis", None, ["fsdp", "seq"], "of the mesh, along which all devices of the topology lie")
 DUMP_HLO = flags.DEFINE_string("dump_hlo", "", "folder for the compiled text, layer_loops.hlo")
 CYCLES_A_MILLISECOND = 1.75e6  # the clock of a v5p, at which all figures are given
 
@@ -38,7 +39,8 @@ CYCLES_A_MILLISECOND = 1.75e6  # the clock of a v5p, at which all figures are gi
 def main(_):
     """Compile the loops and print their cycles."""
     devices = tpu_devices(TOPOLOGY.value)
-    mesh = make_mesh(data=1, seq=-1, devices=devices) if SEQ.value else make_mesh(devices=devices[:1])
+    mesh = make_mesh(devices=devices, **{"data": 1, AXIS.value: -1}) if AXIS.value else make_mesh(devices=devices[:1])
+    batch = mesh.shape["fsdp"]
     blocks = AttentionBlocks(backward=(512, 2048, 512), fused_backward=False)
     placement = Placement("auto", mesh=mesh, batch_axes=BATCH_AXES, sequence_axis="seq", blocks=blocks)
     config = replace(wan_dit.WAN_MODELS[MODEL.value], num_layers=2)
@@ -61,13 +63,13 @@ def main(_):
         return jnp.mean(y[:, : TOKENS.value] ** 2)
 
     angles = jax.ShapeDtypeStruct((TOKENS.value, config.head_dim // 2), jnp.float32)
-    shapes = (1, TOKENS.value, config.dim), (1, 6, config.dim), (1, config.text_len, config.dim)
+    shapes = (batch, TOKENS.value, config.dim), (batch, 6, config.dim), (batch, config.text_len, config.dim)
     arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     params = network.abstract_params()
     shardings = tree_shardings(params, mesh)
     params = jax.tree.map(placed, params, shardings)
-    args = params, *placed((*arrays, (angles, angles)), replicated(mesh))
-    gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)), out_shardings=(shardings, *[replicated(mesh)] * 3))
+    args = params, *placed(arrays, batch_sharding(mesh)), placed((angles, angles), replicated(mesh))
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)), out_shardings=(shardings, *[batch_sharding(mesh)] * 3))
     lowered = gradient.trace(*args).lower(lowering_platforms=("tpu",))
     text = lowered.compile(compiler_options=dict(OPTIONS["tpu"])).as_text()
     if DUMP_HLO.value:

@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from avd_jax.models.linear import Linear, gated_project, project
+from avd_jax.parallel.mesh import make_mesh
 
 EQUATIONS = {
     "bnd,dhk->bhnk": ((2, 5, 6), (6, 3, 4), (3, 4)),
@@ -110,6 +112,19 @@ def test_a_gated_products_gradients_are_summed_in_float32_with_half_precision_pr
     for one, other in zip(back(jnp.asarray(slope, jnp.float32))[1:], expected, strict=True):
         assert one.dtype == jnp.float32
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=2e-4)
+
+
+def test_a_gated_products_gradients_share_a_cut_kernel():
+    """It is gathered once forwards and once backwards, although two of the gradients read it."""
+    mesh = make_mesh(data=1, fsdp=8)
+
+    def cut(shape, *spec, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec(*spec)))
+
+    given = cut((8, 4, 16), "fsdp", dtype=jnp.bfloat16), cut((16, 24), None, "fsdp"), cut((24,)), cut((8, 24), "fsdp")
+    run = lambda *given: jnp.sum(jnp.sin(gated_project("bnf,fd->bnd", *given, jnp.bfloat16, mesh)))  # noqa: E731
+    text = jax.jit(jax.grad(run, argnums=(0, 1, 2, 3))).lower(*given).compile().as_text()
+    assert text.count(" all-gather(") == 2
 
 
 def test_weights_in_half_precision_keep_their_dtype():

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.custom_derivatives import SymbolicZero, linear_call
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from avd_jax.shapes import Array
 
@@ -69,7 +70,9 @@ def _project_jvp(equation, dtype, primals, tangents):
 _project.defjvp(_project_jvp, symbolic_zeros=True)
 
 
-def gated_project(equation: str, x: Array, kernel: Array, bias: Array, gate: Array, dtype) -> Array:
+def gated_project(
+    equation: str, x: Array, kernel: Array, bias: Array, gate: Array, dtype, mesh: Mesh | None = None
+) -> Array:
     """Return `project(equation, x, kernel, bias, dtype) * gate`, in float32, without computing it again for gradients.
 
     The gate's gradient follows from the kernel's, as long as that is apart for each example: with P = x^T slope it is
@@ -79,8 +82,9 @@ def gated_project(equation: str, x: Array, kernel: Array, bias: Array, gate: Arr
       equation: such as "bnf,fd->bnd", the result [B N D].
       x, kernel, bias, dtype: as in `project`.
       gate: [B D].
+      mesh: over which the kernel may be cut, or None.
     """
-    return _gated(equation, jnp.dtype(dtype), x, kernel, bias, gate)
+    return _gated(equation, jnp.dtype(dtype), mesh, x, kernel, bias, gate)
 
 
 def _plainly_gated(equation, dtype, x, kernel, bias, gate):
@@ -89,12 +93,12 @@ def _plainly_gated(equation, dtype, x, kernel, bias, gate):
     return product.astype(jnp.float32) * gate[:, None]
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _gated(equation, dtype, x, kernel, bias, gate):
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
+def _gated(equation, dtype, mesh, x, kernel, bias, gate):
     return _plainly_gated(equation, dtype, x, kernel, bias, gate)
 
 
-def _gated_jvp(equation, dtype, primals, tangents):
+def _gated_jvp(equation, dtype, mesh, primals, tangents):
     moving = [type(tangent) is not SymbolicZero for tangent in tangents]
 
     def plain(*moved):
@@ -112,7 +116,9 @@ def _gated_jvp(equation, dtype, primals, tangents):
         # Written once, in the dtype of the products; they would be slower with the float32 slope as an operand.
         bare = slope.astype(dtype), (slope * gate[:, None]).astype(dtype)
         bare, gated = jax.lax.optimization_barrier(bare)
-        kernel16 = jax.lax.optimization_barrier(kernel.astype(dtype))  # else it is gathered in float32 for the sum
+        kernel16 = kernel.astype(dtype)
+        if mesh is not None:  # gathered here for both uses, else once more and in float32 for the sum
+            kernel16 = jax.lax.with_sharding_constraint(kernel16, NamedSharding(mesh, PartitionSpec()))
         apart = einsum(
             f"{x_axes},{axes}->{axes[0]}{kernel_axes}", x.astype(dtype), bare, preferred_element_type=jnp.float32
         )
@@ -125,7 +131,7 @@ def _gated_jvp(equation, dtype, primals, tangents):
 
     if not all(moving):
         return jax.jvp(plain, *([x for m, x in zip(moving, side, strict=True) if m] for side in (primals, tangents)))
-    output = _gated(equation, dtype, *primals)
+    output = _gated(equation, dtype, mesh, *primals)
     return output, linear_call(change, gradients, tuple(primals), tuple(tangents))
 
 
@@ -168,13 +174,13 @@ class Projection(nnx.Module):
         self.dtype = dtype
         self.values = self.scale = self.adapter = nnx.data(None)
 
-    def apply(self, equation: str, x: Array, gate: Array | None = None) -> Array:
+    def apply(self, equation: str, x: Array, gate: Array | None = None, mesh: Mesh | None = None) -> Array:
         """Return `project(equation, x, ...)` with the layer's weights, and what its adapter adds.
 
-        With a gate [B D], of a result [B N D], times that in float32.
+        With a gate [B D], of a result [B N D], times that in float32; `mesh` as in `gated_project`.
         """
         if gate is not None and self.values is None and self.adapter is None:
-            return gated_project(equation, x, self.kernel[...], self.bias[...], gate, self.dtype)
+            return gated_project(equation, x, self.kernel[...], self.bias[...], gate, self.dtype, mesh)
         if self.values is None:
             y = project(equation, x, self.kernel[...], self.bias[...], self.dtype)
         else:
@@ -202,7 +208,7 @@ class Linear(Projection):
     def __init__(self, in_dim: int, out_dim: int, *, rngs: nnx.Rngs, dtype, param_dtype):
         super().__init__((in_dim, out_dim), rngs=rngs, dtype=dtype, param_dtype=param_dtype)
 
-    def __call__(self, x: Array, *, gate: Array | None = None) -> Array:
-        """Return [... F] for x [... D]; with a gate [B F], and x [B N D], times that in float32."""
+    def __call__(self, x: Array, *, gate: Array | None = None, mesh: Mesh | None = None) -> Array:
+        """Return [... F] for x [... D]; with a gate [B F], and x [B N D], as `gated_project` does."""
         axes = "abceg"[: x.ndim - 1]
-        return self.apply(f"{axes}d,df->{axes}f", x, gate)
+        return self.apply(f"{axes}d,df->{axes}f", x, gate, mesh)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Float
 
 from avd_jax.errors import UserError
@@ -85,9 +86,9 @@ class ProjectFromHeads(Projection):
         shape = (config.num_heads, config.head_dim, config.dim)
         super().__init__(shape, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
 
-    def __call__(self, x: Heads, *, gate: Gate | None = None) -> Tokens:
-        """Project, summing over heads; with a gate [B D], times that in float32."""
-        return self.apply("bhnk,hkd->bnd", x, gate)
+    def __call__(self, x: Heads, *, gate: Gate | None = None, mesh: Mesh | None = None) -> Tokens:
+        """Project, summing over heads; with a gate [B D], as `gated_project` does."""
+        return self.apply("bhnk,hkd->bnd", x, gate, mesh)
 
 
 class HeadsRMSNorm(nnx.Module):
@@ -128,7 +129,8 @@ class Attention(nnx.Module):
         query, key, value = self.norm_q(self.q(x)), self.norm_k(self.k(context)), self.v(context)
         if rotation is not None:
             query, key = rope.rotate(query, *rotation), rope.rotate(key, *rotation)
-        return self.o(attention(query, key, value, placement=placement, valid_keys=valid_keys), gate=gate)
+        attended = attention(query, key, value, placement=placement, valid_keys=valid_keys)
+        return self.o(attended, gate=gate, mesh=placement.mesh)
 
 
 def modulated_norm(x: Tokens, *, shift: Array, scale: Array, eps: float, dtype=jnp.float32) -> Tokens:
@@ -178,7 +180,7 @@ class Block(nnx.Module):
         # Else the TPU compiler makes the float32 stream part of both products, which slows them down by half.
         hidden = jax.nn.gelu(self.ffn_0(jax.lax.optimization_barrier(normed)), approximate=True)
         if own_gates:
-            return x + self.ffn_2(hidden, gate=gate_ffn)
+            return x + self.ffn_2(hidden, gate=gate_ffn, mesh=placement.mesh)
         added = jax.lax.optimization_barrier(self.ffn_2(hidden))
         return x + added.astype(jnp.float32) * gate_ffn[:, None]
 
