@@ -21,13 +21,14 @@ from avd_jax.models.wan_vae import WanVAE, WanVAEConfig
 from avd_jax.training.trainer import train
 from avd_jax.training.update import passes_of
 
-SIZES = WanVAEConfig(base_dim=4, dim_mult=(1, 1, 1, 1), num_res_blocks=1)
+# Every kind of layer, in few of them: halves height and width twice and frames once.
+SIZES = WanVAEConfig(base_dim=4, dim_mult=(1, 1, 1), num_res_blocks=1, temporal_downsample=(False, True))
 
 
 def tiny_config(**changes):
     config = config_from(FIELDS)
-    config.model.base_dim, config.model.dim_mult, config.model.num_res_blocks = 4, (1, 1, 1, 1), 1
-    config.model.temporal_downsample = (False, True, True)
+    for name in ("base_dim", "dim_mult", "num_res_blocks", "temporal_downsample"):
+        config.model[name] = getattr(SIZES, name)
     config.num_steps, config.batch_size, config.log_every, config.checkpoint_every = 4, 1, 1, 0
     config.data.crop_frames, config.data.crop_size = 5, 16
     config.optimizer.warmup_steps = 1
@@ -43,14 +44,14 @@ def vae():
 def test_the_trained_network_is_the_one_that_is_used(vae):
     video = shapes_world.clip(0, frames=9, height=16, width=16)[0][None]
     mean, log_variance = jax.jit(partial(posterior, vae))(video)
-    assert mean.shape == log_variance.shape == (1, 3, 2, 2, 16)
+    assert mean.shape == log_variance.shape == (1, 5, 4, 4, 16)
     normalised = (np.asarray(mean) - np.array(SIZES.latents_mean)) / np.array(SIZES.latents_std)
     np.testing.assert_allclose(vae.encode(video), normalised, atol=2e-5)
     np.testing.assert_allclose(decode(vae, mean), vae.decode(vae.encode(video)), atol=1e-4)
 
 
 def loss_of(vae, video, *, gradient, kl):
-    """Return the loss of a video as a run computes it, and what it is made of."""
+    """Return the loss of a video as a run computes it, and what it is made of; each test replaces the network."""
     config = tiny_config()
     config.loss.gradient, config.loss.kl = gradient, kl
     (one,) = passes_of(RECIPE.build(config).updates[0])  # one reconstruction, for all terms
@@ -58,9 +59,15 @@ def loss_of(vae, video, *, gradient, kl):
     return one.loss({"vae": params, "video": video, "noise_key": jax.random.key(0)})
 
 
+def replace_network(monkeypatch, decoded):
+    """Let the posterior be a normal distribution, and any latents be decoded to one video."""
+    monkeypatch.setattr("avd_jax.methods.vae.method.posterior", lambda *_: (jnp.zeros((1, 3, 4, 4, 16)),) * 2)
+    monkeypatch.setattr("avd_jax.methods.vae.method.decode", lambda *_: decoded)
+
+
 def test_loss_of_a_perfect_and_of_a_shifted_copy(vae, monkeypatch):
     video = jnp.asarray(shapes_world.clip(1, frames=5, height=16, width=16)[0][None])
-    monkeypatch.setattr("avd_jax.methods.vae.method.decode", lambda *_: video + 0.1)
+    replace_network(monkeypatch, video + 0.1)
     loss, parts = loss_of(vae, video, gradient=0.5, kl=0.0)
     assert float(loss) == pytest.approx(0.1, abs=1e-5)  # a constant error has no gradient
     assert float(parts["gradient"]) < 1e-5
@@ -70,7 +77,7 @@ def test_loss_of_a_perfect_and_of_a_shifted_copy(vae, monkeypatch):
 def test_the_gradient_is_that_of_neighbouring_pixels_and_has_its_weight(vae, monkeypatch):
     video = jnp.zeros((1, 5, 16, 16, 3))
     error = jnp.zeros_like(video).at[:, :, ::2].set(0.1)  # every second row
-    monkeypatch.setattr("avd_jax.methods.vae.method.decode", lambda *_: video + error)
+    replace_network(monkeypatch, video + error)
     loss, parts = loss_of(vae, video, gradient=0.5, kl=0.0)
     assert float(parts["l1"]) == pytest.approx(0.05, abs=1e-5)
     assert float(parts["gradient"]) == pytest.approx(0.1, abs=1e-5)
@@ -79,7 +86,7 @@ def test_the_gradient_is_that_of_neighbouring_pixels_and_has_its_weight(vae, mon
 
 def test_divergence_is_zero_for_a_normal_posterior(vae, monkeypatch):
     video = jnp.zeros((1, 5, 16, 16, 3))
-    monkeypatch.setattr("avd_jax.methods.vae.method.posterior", lambda *_: (jnp.zeros((1, 2, 2, 2, 16)),) * 2)
+    replace_network(monkeypatch, video)
     assert float(loss_of(vae, video, gradient=0, kl=1)[1]["kl"]) == 0
 
 
@@ -100,9 +107,15 @@ def test_a_new_vae_carries_colours_and_motion():
     video = jnp.broadcast_to(colours[:, None, None, None], (3, 9, 16, 16, 3))
     video = video.at[:, 5:, :, 8:].set(-video[:, 5:, :, 8:])  # after a cut: frames 5 to 8 are the last latent
     vae = new_vae(model_config(config_from(FIELDS)), seed=0)
-    mean, log_variance = jax.jit(partial(posterior, vae))(video)
+
+    @jax.jit
+    def there_and_back(video):
+        mean, log_variance = posterior(vae, video)
+        return decode(vae, mean), log_variance
+
+    decoded, log_variance = there_and_back(video)
     np.testing.assert_allclose(log_variance, FIRST_LOG_VARIANCE, atol=1e-5)
-    error = np.abs(jax.jit(partial(decode, vae))(mean) - video)
+    error = np.abs(decoded - video)
     assert error.mean() < 0.1
     assert error.max() < 0.4
 
@@ -157,7 +170,8 @@ def test_written_weights_are_read_back_with_their_statistics(tmp_path, vae):
     ],
 )
 def test_wrong_values_are_named(tmp_path, field, value, message):
-    config = tiny_config()
+    config = config_from(FIELDS)
+    config.model.dim_mult, config.model.temporal_downsample = (1, 1, 1, 1), (False, True, True)
     config.update_from_flattened_dict({field: value})
     with pytest.raises(UserError, match=message):
         train(RECIPE, config, tmp_path)
