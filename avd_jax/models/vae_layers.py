@@ -22,12 +22,15 @@ from einops import rearrange, repeat
 from flax import nnx
 from jaxtyping import Float
 
+from avd_jax.models import vae_kernels
+from avd_jax.models.placement import LANES
 from avd_jax.shapes import Array, typechecked
 
 # Of float32 products: three bfloat16 passes on TPUs, TF32 on NVIDIA GPUs (as in PyTorch's convolutions), float32 on
 # CPUs. Latents of the trained small VAE come within 1.4e-5 (TPU) and 9.6e-4 (GPU) of float32's, relative RMS; to store
 # them in bfloat16 costs 1.7e-3.
 PRECISION = jax.lax.Precision.HIGH
+FEW_CHANNELS = 32  # fewer results than that of a pixel are not made by a kernel
 SCORES_BYTES = 2**28  # of one frame's attention that are held at a time
 
 Frames = Float[Array, "batch frames height width in_channels"]
@@ -174,6 +177,39 @@ def linear(in_channels: int, out_channels: int, options) -> nnx.Linear:
     return nnx.Linear(in_channels, out_channels, precision=PRECISION, **options)
 
 
+def _convolve_activated(norm: RMSNorm, conv: CausalConvolution, x, past, first, skip=None):
+    """Return conv(silu(norm(x)), past, first), with `skip` added to its first result."""
+    graphdef, state = nnx.split((norm, conv))
+
+    def plain(state, x, past, first, skip):
+        norm, conv = nnx.merge(graphdef, state)
+        y, past = conv(jax.nn.silu(norm(x)), past, first)
+        return y if skip is None else y + skip, past
+
+    def fused(state, x, past, first, skip):
+        norm, conv = nnx.merge(graphdef, state)
+        params = {"scale": norm.scale[...], "kernel": conv.kernel[...].astype(conv.dtype), "bias": conv.bias[...]}
+        return vae_kernels.convolve_activated(x, past, first, skip=skip, **params)
+
+    # A kernel's results fill whole registers: RGB alone would take 43 times the memory, and so would the video.
+    few = conv.kernel.shape[-1] < FEW_CHANNELS
+    if past is None or few or not has_kernels(x.dtype, conv.dtype):
+        return plain(state, x, past, first, skip)
+    return _on_tpus(fused, plain, state, x, past, jnp.asarray(first), skip)
+
+
+def has_kernels(*dtypes) -> bool:
+    """Return whether TPUs have kernels for layers of these dtypes: float32 would take three products for one."""
+    return all(dtype == jnp.bfloat16 for dtype in dtypes)
+
+
+def _on_tpus(kernel, plain, *args):
+    """Return `kernel` of arguments on TPUs and `plain` of them elsewhere; gradients are always those of `plain`."""
+    either = jax.custom_vjp(lambda *args: jax.lax.platform_dependent(*args, tpu=kernel, default=plain))
+    either.defvjp(lambda *args: (either(*args), args), lambda args, gradient: jax.vjp(plain, *args)[1](gradient))
+    return either(*args)
+
+
 class Head:
     """Norm, SiLU and causal convolution, which end a network."""
 
@@ -182,7 +218,7 @@ class Head:
 
     def __call__(self, x, past, first=False):
         """Apply to x [B F H W C]; `past` is the convolution's."""
-        return self._conv(jax.nn.silu(self._norm(x)), past, first)
+        return _convolve_activated(self._norm, self._conv, x, past, first)
 
 
 class ResidualBlock(nnx.Module):
@@ -200,9 +236,9 @@ class ResidualBlock(nnx.Module):
         """Apply to x [B F H W in_channels]; `past` is the pair of both convolutions' pasts."""
         past1, past2 = (None, None) if past is None else past
         skip = x if self.shortcut is None else self.shortcut(x)
-        x, past1 = self.conv1(jax.nn.silu(self.norm1(x)), past1, first)
-        x, past2 = self.conv2(jax.nn.silu(self.norm2(x)), past2, first)
-        return x + skip, (past1, past2)
+        x, past1 = _convolve_activated(self.norm1, self.conv1, x, past1, first)
+        x, past2 = _convolve_activated(self.norm2, self.conv2, x, past2, first, skip)
+        return x, (past1, past2)
 
     def reach(self, before: int, after: int) -> tuple[int, int]:
         """See above."""
@@ -277,10 +313,28 @@ class Upsample(nnx.Module):
                 past = jnp.zeros((x.shape[0], 2, *x.shape[2:]), x.dtype)
             else:
                 seen = jnp.concatenate([past, x], axis=1)
-                doubled = rearrange(self.time_conv(seen), "b f h w (two c) -> b (f two) h w c", two=2)
                 past = jnp.where(first, 0, seen[:, -2:])
-                x = jnp.where(first, repeat(x, "b f h w c -> b (f two) h w c", two=2), doubled)
-        return self.conv(repeat(x, "b f h w c -> b f (h two) (w deux) c", two=2, deux=2)), past
+                x = jnp.where(first, jnp.concatenate([x, x], axis=-1), self.time_conv(seen))
+                return self._enlarge(x, 2), past
+        return self._enlarge(x, 1), past
+
+    def _enlarge(self, x, parts):
+        """Double height and width of frames, `parts` of which stand side by side in the channels."""
+        graphdef, state = nnx.split(self.conv)
+
+        def plain(state, x):
+            x = rearrange(x, "b f h w (parts c) -> b (f parts) h w c", parts=parts)
+            return nnx.merge(graphdef, state)(repeat(x, "b f h w c -> b f (h two) (w deux) c", two=2, deux=2))
+
+        def fused(state, x):
+            conv = nnx.merge(graphdef, state)
+            kernel = conv.kernel[...][0].astype(conv.dtype)
+            return vae_kernels.upsample(x, kernel=kernel, bias=conv.bias[...], parts=parts)
+
+        whole_registers = parts == 1 or x.shape[-1] // parts % LANES == 0
+        if has_kernels(x.dtype, self.conv.dtype) and whole_registers:
+            return _on_tpus(fused, plain, state, x)
+        return plain(state, x)
 
     def reach(self, before: int, after: int) -> tuple[int, int]:
         """See above."""

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from avd_jax.errors import UserError
+from avd_jax.models import vae_layers
 from avd_jax.models.vae_layers import (
     AttentionBlock,
     CausalConvolution,
@@ -159,8 +160,11 @@ def apply(layers, x, past, first=False):
 
 
 def _shape_of_block(layer):
-    """Return what layers have in common that one compiled block can serve, and nothing else has."""
-    if isinstance(layer, ResidualBlock) and layer.shortcut is None:
+    """Return what layers have in common that one compiled block can serve, and nothing else has.
+
+    Blocks that are TPU kernels compile fast, and a loop would copy what each of them has seen in and out of a stack.
+    """
+    if isinstance(layer, ResidualBlock) and layer.shortcut is None and not vae_layers.has_kernels(layer.conv1.dtype):
         return layer.conv1.kernel.shape
     return id(layer)
 
