@@ -25,9 +25,9 @@ from jax.sharding import Mesh
 from avd_jax.capacity.devices import find_kind
 from avd_jax.capacity.hlo import profile
 from avd_jax.capacity.hlo_text import INSTRUCTION, called_by, parse
-from avd_jax.data.encoding import decoder_program, decoding_dtype, encoder_program
+from avd_jax.data.encoding import decoder_program, decoding_on, encoder_program
 from avd_jax.models import vae_kernels
-from avd_jax.models.wan_vae import WanVAE, WanVAEConfig, computing_in
+from avd_jax.models.wan_vae import WanVAE, WanVAEConfig
 from avd_jax.parallel.mesh import placed, replicated
 from avd_jax.parallel.topology import tpu_devices
 
@@ -63,11 +63,16 @@ def main(argv) -> None:
     print(f"{sum(counted.values()):.1f}: " + ", ".join(f"{kind} {value:.1f}" for kind, value in counted.items()))
 
 
+def network(device, *, decode: bool) -> WanVAE:
+    """Return the VAE as it runs on a device."""
+    vae = WanVAE(WanVAEConfig(), nnx.Rngs(0))
+    return decoding_on(vae, device) if decode else vae
+
+
 def compiled(device) -> str:
     """Return the optimised HLO of the program."""
     decode, (height, width) = DIRECTION.value == "decode", map(int, SIZE.value.split("x"))
-    dtype = decoding_dtype(device.platform) if decode else jnp.float32
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: computing_in(WanVAE(WanVAEConfig(), nnx.Rngs(0)), dtype)))
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: network(device, decode=decode)))
     latents = 1, (FRAMES.value - 1) // 4 + 1, height // 8, width // 8, 16
     clip = jax.ShapeDtypeStruct(latents if decode else (1, FRAMES.value, height, width, 3), jnp.float32)
     program = (decoder_program if decode else encoder_program)(graphdef, platform=device.platform)

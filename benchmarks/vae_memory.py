@@ -14,10 +14,10 @@ from absl import app, flags
 from flax import nnx
 from jax.sharding import Mesh
 
-from avd_jax.data.encoding import decoder_program, decoding_dtype, encoder_program
+from avd_jax.data.encoding import decoder_program, decoding_dtype, decoding_on, encoder_program
 from avd_jax.models import wan_vae
 from avd_jax.models.vae_tiles import GIB, MEMORY_GIB, Pass
-from avd_jax.models.wan_vae import WanVAE, WanVAEConfig, computing_in
+from avd_jax.models.wan_vae import WanVAE, WanVAEConfig
 from avd_jax.parallel.mesh import replicated
 from avd_jax.parallel.topology import tpu_devices
 
@@ -55,11 +55,16 @@ def main(argv) -> None:
             row(direction, height, width, device)
 
 
+def network(device, *, decode: bool) -> WanVAE:
+    """Return the VAE as it runs on a device."""
+    vae = WanVAE(WanVAEConfig(), nnx.Rngs(0))
+    return decoding_on(vae, device) if decode else vae
+
+
 def row(direction: str, height: int, width: int, device) -> None:
     """Compile one program."""
     decode, frames = direction == "decode", FRAMES.value
-    dtype = decoding_dtype(device.platform) if decode else jnp.float32
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: computing_in(WanVAE(WanVAEConfig(), nnx.Rngs(0)), dtype)))
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: network(device, decode=decode)))
     shape = (1, (frames - 1) // 4 + 1, height // 8, width // 8, 16) if decode else (1, frames, height, width, 3)
     args = state, jax.ShapeDtypeStruct(shape, jnp.float32)
     one = replicated(Mesh([device], ("one",)))
@@ -73,7 +78,7 @@ def row(direction: str, height: int, width: int, device) -> None:
     total = sum(parts) + memory.generated_code_size_in_bytes
     (rows, columns), made, expected = chosen[-1]
     figures = [f"{size / GIB:.2f}" for size in (*parts, total)]
-    name = f"{direction} {frames}x{height}x{width}, {jnp.dtype(dtype).name}"
+    name = f"{direction} {frames}x{height}x{width}, {decoding_dtype(device.platform).name if decode else 'float32'}"
     print(
         f"| {name} | {rows} x {columns} | {made:.2f} | {expected:.2f} | {' | '.join(figures)} | {seconds:.0f} |",
         flush=True,

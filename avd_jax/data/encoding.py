@@ -13,6 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
 from avd_jax.data.latents import BFLOAT16
+from avd_jax.models.placement import has_large_vmem
 from avd_jax.models.vae_tiles import MEMORY_GIB
 from avd_jax.models.wan_vae import WanVAE, computing_in
 from avd_jax.parallel.compiler import convolution_options
@@ -129,9 +130,14 @@ def video_decoder(
       mesh: whose batch axes share the clips out, B being a multiple of their size; None: one device takes all.
       memory_gib: what it may take of a device.
     """
-    platform = mesh.devices.flat[0].platform if mesh else jax.default_backend()
-    graphdef, state = nnx.split(computing_in(vae, decoding_dtype(platform)))
-    return partial(decoder_program(graphdef, platform=platform, mesh=mesh, memory_gib=memory_gib), state)
+    device = mesh.devices.flat[0] if mesh else jax.devices()[0]
+    graphdef, state = nnx.split(decoding_on(vae, device))
+    return partial(decoder_program(graphdef, platform=device.platform, mesh=mesh, memory_gib=memory_gib), state)
+
+
+def decoding_on(vae: WanVAE, device: jax.Device) -> WanVAE:
+    """Return the VAE as it decodes on a device: in `decoding_dtype`, with kernels where the device takes them."""
+    return computing_in(vae, decoding_dtype(device.platform), tpu_kernels=has_large_vmem(device))
 
 
 def decoding_dtype(platform: str) -> jnp.dtype:

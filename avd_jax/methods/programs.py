@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from avd_jax.capacity.budget import Stage
 from avd_jax.capacity.program import Program
-from avd_jax.data.encoding import decoder_program, decoding_dtype, encoder_program
+from avd_jax.data.encoding import decoder_program, decoding_on, encoder_program
 from avd_jax.data.tokenizer import TEXT_LENGTH
 from avd_jax.generation.pipeline import HalfRateSampling, LatentsShape, StudentSampler, make_teacher_sampler
 from avd_jax.methods.samples import own_device
@@ -23,7 +23,7 @@ from avd_jax.models.interpolator import Interpolator, InterpolatorConfig
 from avd_jax.models.low_bit import KINDS, low_bit
 from avd_jax.models.umt5 import UMT5Config, UMT5Encoder
 from avd_jax.models.wan_dit import WanDiT, WanDiTConfig
-from avd_jax.models.wan_vae import WanVAE, WanVAEConfig, computing_in
+from avd_jax.models.wan_vae import WanVAE, WanVAEConfig
 from avd_jax.parallel.mesh import filled_up, make_mesh, placed, replicated
 from avd_jax.training.method import BatchField, Frozen, Trained
 
@@ -154,15 +154,15 @@ def _student_sample(config, params, student: Student, model, interpolator, mesh,
     return Program("student_sample", sampler.rest, (params, *xt, *inputs), resident=(0,))
 
 
-def _abstract_vae(channels: int, dtype) -> WanVAE:
+def _abstract_vae(channels: int, made: Callable[[WanVAE], WanVAE] = lambda vae: vae) -> WanVAE:
     sizes = WanVAEConfig(z_dim=channels, latents_mean=(0.0,) * channels, latents_std=(1.0,) * channels)
-    return nnx.eval_shape(lambda: computing_in(WanVAE(sizes, nnx.Rngs(0)), dtype))
+    return nnx.eval_shape(lambda: made(WanVAE(sizes, nnx.Rngs(0))))
 
 
 def _vae_decode(config, shape: LatentsShape, mesh) -> Program:
     """Return the program that decodes one of the samples, on one device."""
     first = mesh.devices.flat[0]
-    graphdef, state = nnx.split(_abstract_vae(shape[-1], decoding_dtype(first.platform)))
+    graphdef, state = nnx.split(_abstract_vae(shape[-1], partial(decoding_on, device=first)))
     decode = decoder_program(graphdef, platform=first.platform, memory_gib=config.sample.vae_gib)
     args = state, jax.ShapeDtypeStruct((1, *shape), jnp.float32)
     return Program("vae_decode", decode, placed(args, replicated(own_device(mesh, first.process_index))))
@@ -172,7 +172,7 @@ def _vae_encode(shape: LatentsShape, mesh) -> Program:
     """Return the program that makes a clip of the run's data, on one device."""
     frames, height, width, channels = shape
     first = mesh.devices.flat[0]
-    vae = _abstract_vae(channels, jnp.float32)
+    vae = _abstract_vae(channels)
     graphdef, state = nnx.split(vae)
     time, space = vae.config.temporal_stride, vae.config.spatial_stride
     video = jax.ShapeDtypeStruct((1, (frames - 1) * time + 1, height * space, width * space, 3), jnp.float32)

@@ -17,7 +17,12 @@ KERNELS = ("auto", *TPU_KERNELS, "cudnn", "xla")
 LANES = 128  # of a TPU's vector registers; the splash kernel's blocks are multiples of it
 
 
-_SMALL_VMEM = re.compile(r"TPU v[234]")  # 16 MiB a core, which the pipelined kernel's keys and values do not fit
+_SMALL_VMEM = re.compile(r"TPU v[234]")  # 16 MiB a core
+
+
+def has_large_vmem(device: jax.Device) -> bool:
+    """Whether a device is a TPU whose vector memory has room for kernels that keep much of their input there."""
+    return device.platform == "tpu" and not _SMALL_VMEM.search(device.device_kind)
 
 
 @dataclass(frozen=True)
@@ -103,7 +108,7 @@ class Placement:
             return self.kernel
         device = self.device
         if device.platform == "tpu":
-            return "splash" if _SMALL_VMEM.search(device.device_kind) else "pipelined"
+            return "pipelined" if has_large_vmem(device) else "splash"
         half_precision = dtype in (jax.numpy.bfloat16, jax.numpy.float16)
         return "cudnn" if device.platform in ("gpu", "cuda") and half_precision else "xla"
 

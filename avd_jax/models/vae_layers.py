@@ -103,6 +103,7 @@ class Convolution(nnx.Module):
     Attributes:
       kernel: [T R S in_channels out_channels].
       bias: [out_channels].
+      tpu_kernels: whether it runs on a TPU that `vae_kernels.py` serves, in bfloat16; see `wan_vae.computing_in`.
     """
 
     def __init__(
@@ -120,7 +121,7 @@ class Convolution(nnx.Module):
         shape = (*kernel_size, in_channels, out_channels)
         self.kernel = nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), shape, param_dtype))
         self.bias = nnx.Param(jnp.zeros((out_channels,), param_dtype))
-        self.strides, self.padding, self.dtype = strides, padding, dtype
+        self.strides, self.padding, self.dtype, self.tpu_kernels = strides, padding, dtype, False
 
     def __call__(self, x, *, last_taps: int | None = None):
         """Apply to x [B F H W C]; with `last_taps`, only that many of the kernel's last frame taps."""
@@ -192,22 +193,16 @@ def _convolve_activated(norm: RMSNorm, conv: CausalConvolution, x, past, first, 
         return vae_kernels.convolve_activated(x, past, first, skip=skip, **params)
 
     # A kernel's results fill whole registers: RGB alone would take 43 times the memory, and so would the video.
-    few = conv.kernel.shape[-1] < FEW_CHANNELS
-    if past is None or few or not has_kernels(x.dtype, conv.dtype):
+    if past is None or not conv.tpu_kernels or conv.kernel.shape[-1] < FEW_CHANNELS:
         return plain(state, x, past, first, skip)
-    return _on_tpus(fused, plain, state, x, past, jnp.asarray(first), skip)
+    return _with_gradients_of(plain, fused, state, x, past, jnp.asarray(first), skip)
 
 
-def has_kernels(*dtypes) -> bool:
-    """Return whether TPUs have kernels for layers of these dtypes: float32 would take three products for one."""
-    return all(dtype == jnp.bfloat16 for dtype in dtypes)
-
-
-def _on_tpus(kernel, plain, *args):
-    """Return `kernel` of arguments on TPUs and `plain` of them elsewhere; gradients are always those of `plain`."""
-    either = jax.custom_vjp(lambda *args: jax.lax.platform_dependent(*args, tpu=kernel, default=plain))
-    either.defvjp(lambda *args: (either(*args), args), lambda args, gradient: jax.vjp(plain, *args)[1](gradient))
-    return either(*args)
+def _with_gradients_of(plain, kernel, *args):
+    """Return `kernel` of arguments; gradients are those of `plain`."""
+    both = jax.custom_vjp(kernel)
+    both.defvjp(lambda *args: (kernel(*args), args), lambda args, gradient: jax.vjp(plain, *args)[1](gradient))
+    return both(*args)
 
 
 class Head:
@@ -332,8 +327,8 @@ class Upsample(nnx.Module):
             return vae_kernels.upsample(x, kernel=kernel, bias=conv.bias[...], parts=parts)
 
         whole_registers = parts == 1 or x.shape[-1] // parts % LANES == 0
-        if has_kernels(x.dtype, self.conv.dtype) and whole_registers:
-            return _on_tpus(fused, plain, state, x)
+        if self.conv.tpu_kernels and whole_registers:
+            return _with_gradients_of(plain, fused, state, x)
         return plain(state, x)
 
     def reach(self, before: int, after: int) -> tuple[int, int]:

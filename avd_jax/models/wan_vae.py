@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from avd_jax.errors import UserError
-from avd_jax.models import vae_layers
 from avd_jax.models.vae_layers import (
     AttentionBlock,
     CausalConvolution,
+    Convolution,
     Downsample,
     Head,
     ResidualBlock,
@@ -164,7 +164,7 @@ def _shape_of_block(layer):
 
     Blocks that are TPU kernels compile fast, and a loop would copy what each of them has seen in and out of a stack.
     """
-    if isinstance(layer, ResidualBlock) and layer.shortcut is None and not vae_layers.has_kernels(layer.conv1.dtype):
+    if isinstance(layer, ResidualBlock) and layer.shortcut is None and not layer.conv1.tpu_kernels:
         return layer.conv1.kernel.shape
     return id(layer)
 
@@ -244,14 +244,21 @@ class WanVAE(nnx.Module):
         return _decode(*nnx.split(self), latents, tiles, memory_gib)
 
 
-def computing_in(vae: WanVAE, dtype) -> WanVAE:
-    """Return the same VAE with convolutions and products in `dtype`, in which it stores their kernels."""
+def computing_in(vae: WanVAE, dtype, *, tpu_kernels: bool = False) -> WanVAE:
+    """Return the same VAE with convolutions and products in `dtype`, in which it stores their kernels.
+
+    With `tpu_kernels` and bfloat16 its layers are those of `vae_kernels.py`, which run on TPUs with large VMEM only.
+    """
     graphdef, state = nnx.split(nnx.eval_shape(lambda: WanVAE(vae.config, nnx.Rngs(0), dtype=dtype)))
     leaves = dict(nnx.to_flat_state(nnx.state(vae)))
     for path, leaf in nnx.to_flat_state(state):
         array = leaves[path][...]
         leaf.set_value(array.astype(dtype) if path[-1] == "kernel" else array)
-    return nnx.merge(graphdef, state)
+    made = nnx.merge(graphdef, state)
+    for _, layer in nnx.iter_modules(made):
+        if isinstance(layer, Convolution):
+            layer.tpu_kernels = tpu_kernels and jnp.dtype(dtype) == jnp.bfloat16
+    return made
 
 
 def _check_tiles(tiles) -> None:
