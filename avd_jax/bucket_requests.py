@@ -40,7 +40,8 @@ os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS", str(int(2 * _SI
 class FileSystem(gcsfs.core.GCSFileSystem):
     """gcsfs' file system without its cache of listings, which never sees what other hosts write."""
 
-    _answered: dict[str, bool] = {}  # noqa: RUF012 - of all of them: bucket -> whether it has answered, and not stayed away since
+    # Of all of them: bucket -> whether it has answered, and not stayed away since.
+    _answered: dict[str, bool] = {}  # noqa: RUF012
 
     def __init__(self, *args, **options):
         silence = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=_SILENCE)

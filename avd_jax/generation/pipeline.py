@@ -247,11 +247,7 @@ def teacher_steps(
         return solver.start(initial_noise(keys, shape))
 
     def step(params, state, number, keys, conditions, negative_conditions):
-        guidance = {"negative_conditions": negative_conditions, "scale": guidance_scale}
-
-        def velocity_fn(xt, times):
-            return guided_velocity(partial(network, params, xt, times), conditions=conditions, **guidance)
-
+        velocity_fn = _guided_velocity_fn(network, params, conditions, negative_conditions, guidance_scale)
         return solver.step(velocity_fn, state, tuple(jnp.asarray(row, jnp.float32)[number] for row in solver.rows))
 
     programs = jax.jit(start, out_shardings=sharding), jax.jit(step, out_shardings=sharding)
@@ -286,17 +282,15 @@ def make_teacher_sampler(
 
     @jax.jit
     def sample(params, keys, conditions, negative_conditions):
-        def velocity_fn(xt, times):
-            return guided_velocity(
-                partial(network, params, xt, times),
-                conditions=conditions,
-                negative_conditions=negative_conditions,
-                scale=guidance_scale,
-            )
-
+        velocity_fn = _guided_velocity_fn(network, params, conditions, negative_conditions, guidance_scale)
         return unipc_sample(velocity_fn, initial_noise(keys, shape), num_steps=num_steps, shift=shift)
 
     return sample
+
+
+def _guided_velocity_fn(network: Network, params, conditions, negative_conditions, scale: float) -> Callable:
+    guidance = {"conditions": conditions, "negative_conditions": negative_conditions, "scale": scale}
+    return lambda xt, times: guided_velocity(partial(network, params, xt, times), **guidance)
 
 
 def _nearest(size: int, stride: int, first: int) -> str:

@@ -91,9 +91,7 @@ class Student:
         constants = jax.lax.stop_gradient(params)
         simulation = {"timesteps": self.rollout_times(keys), "stop_step": stop}
         if half_steps:
-            half_velocity = partial(_velocity, self.at_half_rate, constants, conditions)
-            interpolate = partial(self.interpolator, interpolator)
-            simulation["half_rate"] = HalfRate(half_steps, half_velocity, interpolate)
+            simulation["half_rate"] = self._half_rate(constants, conditions, interpolator)
 
         def last_step(network, xt, timesteps):
             velocity = network(params, xt, timesteps, conditions)
@@ -108,6 +106,10 @@ class Student:
             return self.interpolator(interpolator, x0)
 
         return jax.lax.cond(stop < half_steps, half_rate, full_rate) if half_steps else full_rate()
+
+    def _half_rate(self, params, conditions, interpolator) -> HalfRate:
+        velocity_fn = partial(_velocity, self.at_half_rate, params, conditions)
+        return HalfRate(self.half_rate_steps, velocity_fn, partial(self.interpolator, interpolator))
 
     def samples(self, params, conditions, keys, interpolator=None, *, shape, times):
         """Return the x0 of one rollout through all steps as the samples of `times` updates, each [B F H W C].
@@ -128,10 +130,7 @@ class Student:
 
         orders = jax.vmap(order)(stream(keys, ORDER))
         keys = stream(keys, ROLLOUT)
-        half_rate = None
-        if self.half_rate_steps:
-            half_velocity = partial(_velocity, self.at_half_rate, params, conditions)
-            half_rate = HalfRate(self.half_rate_steps, half_velocity, partial(self.interpolator, interpolator))
+        half_rate = self._half_rate(params, conditions, interpolator) if self.half_rate_steps else None
         found = all_predictions(
             partial(_velocity, self.network, params, conditions),
             initial_noise(keys, shape),

@@ -111,9 +111,8 @@ def make_shared(method: Method, update: Update) -> Callable[[TrainState, Mapping
         whole = batch, example_keys(key, jnp.arange(jax.tree.leaves(batch)[0].shape[0]))
         if parts == 1:
             return make(whole)
-        cut = partial(jax.tree.map, lambda x: rearrange(x, "(b part) ... -> part b ...", part=parts))
         join = partial(jax.tree.map, lambda x: rearrange(x, "part b ... -> (b part) ..."))
-        return join(jax.lax.map(make, cut(whole)))
+        return join(jax.lax.map(make, _cut(whole, parts)))
 
     return shared
 
@@ -221,24 +220,30 @@ def _parameters(method: Method, state: TrainState, frozen: Mapping) -> dict:
 def _accumulated(losses: Sequence[Callable], params, batch: Mapping, keys, parts: int | None):
     """Return (loss, values, gradient) of the sum of `losses`, worked on in `parts` parts, one after another.
 
-    Example b belongs to part b mod parts: each device cuts its own examples, and none moves. Without parts one loss is
-    differentiated as it is, with nothing to add up.
+    Without parts one loss is differentiated as it is, with nothing to add up.
     """
     if parts is None and len(losses) == 1:
         (loss, values), gradient = jax.value_and_grad(losses[0], has_aux=True)(params, batch, keys)
         return loss, values, gradient
     if parts in (None, 1):
         return _gradient_of_sum(losses, params, batch, keys)
-    cut = partial(jax.tree.map, lambda x: rearrange(x, "(b part) ... -> part b ...", part=parts))
 
     def add(total, part):
         loss, values, gradient = _gradient_of_sum(losses, params, *part)
         return jax.tree.map(lambda t, new: t + new / parts, total, (loss, gradient)), values
 
     zeros = jax.tree.map(jnp.zeros_like, (jnp.zeros(()), params))
-    (loss, gradient), values = jax.lax.scan(add, zeros, (cut(batch), cut(keys)))
+    (loss, gradient), values = jax.lax.scan(add, zeros, _cut((batch, keys), parts))
     whole = jax.tree.map(lambda value: rearrange(value, "part b -> (b part)") if value.ndim == 2 else value, values)
     return loss, whole, gradient
+
+
+def _cut(tree, parts: int):
+    """Return a batch in parts, [parts B/parts ...].
+
+    Example b belongs to part b mod parts: each device cuts its own examples, and none moves.
+    """
+    return jax.tree.map(lambda x: rearrange(x, "(b part) ... -> part b ...", part=parts), tree)
 
 
 def _gradient_of_sum(losses: Sequence[Callable], params, batch: Mapping, keys):
