@@ -66,6 +66,11 @@ def test_source_shapes_are_those_of_the_file(tensors):
     }
 
 
+def test_a_shape_is_told_without_an_array_of_it():
+    rule = Rule("x", "y", "(a b) c -> c b a", {"a": 2})
+    assert rule.source_shape((10**6, 10**6, 2)) == (2 * 10**6, 10**6)
+
+
 def test_layouts_are_the_stated_ones(tensors):
     leaves = to_flax(tensors)
     np.testing.assert_array_equal(leaves["layers.kernel"][2], tensors["layers.2.w"].T)

@@ -118,6 +118,15 @@ def test_gradients_are_the_golden_ones(golden):
             assert relative_error(relaid[key], value) < 1e-3, key
 
 
+def test_modules_of_the_same_sizes_have_nothing_in_common():
+    config = convert.dit_config(cases.NATIVE)
+    changed, other = WAN_DIT.abstract(config), WAN_DIT.abstract(config)
+    changed.remat = "block"
+    changed.head.head.bias = None
+    assert other.remat == WAN_DIT.abstract(config).remat == "none"
+    assert other.head.head.bias is not None
+
+
 def test_bfloat16_loads_exactly_and_sets_the_compute_dtype(tmp_path):
     native = cases.read_all(cases.NATIVE / cases.WEIGHTS)
     cases.write_all(tmp_path, {key: value.astype(ml_dtypes.bfloat16) for key, value in native.items()})

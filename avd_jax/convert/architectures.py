@@ -60,7 +60,7 @@ class Architecture:
 
     def abstract(self, config, dtype=jnp.float32, **options) -> nnx.Module:
         """Return the module without arrays."""
-        return nnx.eval_shape(lambda: self.build(config, dtype, **options))
+        return nnx.merge(*_abstract(self, config, jnp.dtype(dtype), **options))
 
     def leaves(self, config) -> dict[str, jax.ShapeDtypeStruct]:
         """Return dotted path -> shape of every leaf (as float32)."""
@@ -98,8 +98,13 @@ class Architecture:
 
 
 @functools.lru_cache(maxsize=8)  # tracing a constructor takes a second, and loading needs the result several times
+def _abstract(architecture: Architecture, config, dtype, **options) -> tuple[nnx.GraphDef, nnx.State]:
+    return nnx.split(nnx.eval_shape(lambda: architecture.build(config, dtype, **options)))
+
+
+@functools.lru_cache(maxsize=8)
 def _leaves(architecture: Architecture, config) -> dict[str, jax.ShapeDtypeStruct]:
-    state = nnx.state(architecture.abstract(config))
+    _, state = _abstract(architecture, config, jnp.dtype(jnp.float32))
     return {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in flat_state(state).items()}
 
 

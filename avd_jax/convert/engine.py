@@ -5,6 +5,7 @@ is ever guessed from a shape, and the way back is the same pattern with its side
 every key of the file is matched by exactly one rule, every leaf of the model is filled, every shape agrees.
 """
 
+import functools
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -49,7 +50,7 @@ class Rule:
 
     def match(self, key: str) -> str | None:
         """Return the layer number in `key` ('' for a rule without one), or None if the key is not this rule's."""
-        found = re.fullmatch(re.escape(self.source).replace(r"\{\}", r"(\d+)"), key)
+        found = _pattern(self.source).fullmatch(key)
         if found is None:
             return None
         return found.group(1) if found.groups() else ""
@@ -63,8 +64,18 @@ class Rule:
         source, target = self.layout.split("->")
         return self._rearrange(array, f"{target.strip()} -> {source.strip()}")
 
+    def source_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Return the shape of the PyTorch array of a Flax leaf of `shape`, or of one layer of it."""
+        return self.to_torch(np.broadcast_to(np.zeros((), np.bool_), shape)).shape  # one element, whatever the shape
+
     def _rearrange(self, array, pattern: str):
         return array if self.layout == "... -> ..." else rearrange(array, pattern, **self.sizes)
+
+
+@functools.cache
+def _pattern(name: str) -> re.Pattern:
+    """Return what matches a key or path with a layer's number in place of `{}`."""
+    return re.compile(re.escape(name).replace(r"\{\}", r"(\d+)"))
 
 
 @dataclass(frozen=True)
@@ -138,9 +149,9 @@ def source_shapes(
         for rule, layer in rules_of(rules, path):
             count = leaf.shape[0] if rule.stacked else 1
             shape = leaf.shape[rule.stacked + (rule.part is not None) :]
-            source = jax.eval_shape(rule.to_torch, jax.ShapeDtypeStruct(shape, leaf.dtype)).shape
+            source = rule.source_shape(shape)
             for i in range(count):
-                yield rule.source.replace("{}", str(i) if rule.stacked else layer), tuple(source)
+                yield rule.source.replace("{}", str(i) if rule.stacked else layer), source
 
 
 def rules_of(rules: Sequence[Rule], path: str) -> list[tuple[Rule, str]]:
@@ -149,7 +160,7 @@ def rules_of(rules: Sequence[Rule], path: str) -> list[tuple[Rule, str]]:
     for rule in rules:
         if rule.target is None:
             continue
-        match = re.fullmatch(re.escape(rule.target).replace(r"\{\}", r"(\d+)"), path)
+        match = _pattern(rule.target).fullmatch(path)
         if match:
             found.append((rule, match.group(1) if match.groups() else ""))
     if [rule.part for rule, _ in found] not in ([None], list(range(len(found) or 1))):
@@ -224,7 +235,7 @@ def _rows(rule: Rule, shape: Sequence[int], boxes: Sequence[tuple[tuple[int, int
       shape: of the piece as it is in the leaf.
       boxes: the parts, each (start, stop) for every axis.
     """
-    source = jax.eval_shape(rule.to_torch, jax.ShapeDtypeStruct(shape, np.int32)).shape
+    source = rule.source_shape(shape)
     if not source or tuple((0, size) for size in shape) in boxes:
         return None
     row_of = np.arange(source[0], dtype=np.int32).reshape(-1, *(1,) * (len(source) - 1))
