@@ -16,9 +16,10 @@ import socket
 import sys
 
 LIBRARIES = (
-    *("absl.app", "beartype", "einops", "flax.nnx", "grain.python", "jax.experimental.multihost_utils", "jaxtyping"),
-    *("jax.experimental.pallas.tpu", "jax.experimental.pallas.ops.tpu.splash_attention", "ml_collections.config_flags"),
-    *("optax.contrib", "orbax.checkpoint", "tensorboardX", "tensorflow_datasets", "tqdm"),
+    *("absl.app", "av", "beartype", "einops", "flax.nnx", "ftfy", "grain.python", "jaxtyping"),
+    *("jax.experimental.multihost_utils", "jax.experimental.pallas.ops.tpu.splash_attention"),
+    *("jax.experimental.pallas.tpu", "ml_collections.config_flags", "optax.contrib", "orbax.checkpoint"),
+    *("tensorboardX", "tensorflow_datasets", "tqdm"),
 )
 
 
@@ -78,4 +79,5 @@ if __name__ == "__main__":
     for library in LIBRARIES:
         importlib.import_module(library)
     gc.freeze()  # what is there is of no one program: neither searched nor taken apart when one ends
+    gc.set_threshold(50_000, 20, 50)  # as in conftest.py: tracing makes many objects that live
     become(**serve(socket.socket(fileno=number)))
