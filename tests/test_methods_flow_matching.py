@@ -28,10 +28,8 @@ LATENTS, TEXT_DIM, TEXT_LEN = (2, 4, 4, 4), 6, 5
 
 
 @pytest.fixture(autouse=True)
-def devices(monkeypatch):
-    """Two, unless a test asks for another number."""
+def two_devices(monkeypatch):
     use_devices(monkeypatch.setattr, 2, transformers)
-    return lambda count: use_devices(monkeypatch.setattr, count, transformers)
 
 
 @pytest.fixture(scope="module")
@@ -125,34 +123,51 @@ def test_examples_do_not_depend_on_the_batch_around_them():
     jax.tree.map(lambda few, many: np.testing.assert_array_equal(few, many[:2]), *seen)
 
 
-def test_weights_of_a_run_are_read_everywhere_and_fine_tuned(tmp_path, latents_dir):
-    whole = train(RECIPE, tiny_config(latents_dir, num_steps=1), tmp_path / "whole")
+def long_run(latents_dir, workdir, optimizer):
+    config = tiny_config(latents_dir, num_steps=60)
+    config.optimizer.name = optimizer
+    config.optimizer.learning_rate = 1e-2
+    return train(RECIPE, config, workdir)
+
+
+@pytest.fixture(scope="module")
+def adamws(latents_dir, tmp_path_factory):
+    """What a run with AdamW on one device came to, and its folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        use_devices(patch.setattr, 1, transformers)
+        workdir = tmp_path_factory.mktemp("adamw")
+        return long_run(latents_dir, workdir, "adamw"), workdir
+
+
+@nnx.jit
+def forward(dit, *inputs):
+    return dit(*inputs)
+
+
+def test_weights_of_a_run_are_read_everywhere_and_fine_tuned(adamws, tmp_path, latents_dir):
+    whole, workdir = adamws
     assert whole.status == 0
     dit = trained_dit(whole.method, whole.state.networks["generator"].ema)
     model = dit.config
     assert (model.in_dim, model.text_dim, model.text_len) == (4, TEXT_DIM, TEXT_LEN)
     write_dit(dit, tmp_path / "shipped")
     inputs = (jnp.ones((1, *LATENTS)), jnp.array([500.0]), jnp.ones((1, TEXT_LEN, TEXT_DIM)))
-    expected = np.asarray(dit(*inputs))
+    expected = np.asarray(forward(dit, *inputs))
     assert convert.dit_config(tmp_path / "shipped") == model  # text_len too
-    np.testing.assert_allclose(convert.load_dit(tmp_path / "shipped")(*inputs), expected, atol=1e-5)
-    np.testing.assert_allclose(convert.load_dit(tmp_path / "whole", key="ema")(*inputs), expected, atol=1e-5)
+    np.testing.assert_allclose(forward(convert.load_dit(tmp_path / "shipped"), *inputs), expected, atol=1e-5)
+    np.testing.assert_allclose(forward(convert.load_dit(workdir, key="ema"), *inputs), expected, atol=1e-5)
 
     tuned = tiny_config(latents_dir, init_from=str(tmp_path / "shipped"), num_steps=1)
     tuned.optimizer.learning_rate = 1e-8
     further = train(RECIPE, tuned, tmp_path / "tuned")
     params = further.state.networks["generator"].params
-    np.testing.assert_allclose(trained_dit(further.method, params)(*inputs), expected, atol=1e-4)
+    np.testing.assert_allclose(forward(trained_dit(further.method, params), *inputs), expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_it_learns(tmp_path, latents_dir, optimizer, devices):
-    devices({"adamw": 1, "muon": 2}[optimizer])
-    config = tiny_config(latents_dir, num_steps=60)
-    config.optimizer.name = optimizer
-    config.optimizer.learning_rate = 1e-2
-    train(RECIPE, config, tmp_path)
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+def test_it_learns(adamws, tmp_path, latents_dir, optimizer):
+    _, workdir = adamws if optimizer == "adamw" else (long_run(latents_dir, tmp_path, optimizer), tmp_path)
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     totals = [line["loss/total"] for line in lines]
     assert np.mean(totals[-10:]) < 0.8 * np.mean(totals[:5])
 

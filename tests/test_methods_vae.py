@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from training_cases import run_method
 
 from avd_jax import convert
 from avd_jax.convert.shipping import write_vae
@@ -126,7 +127,7 @@ def metrics(workdir):
 
 def test_a_run_ends_with_finite_weights_resumes_bit_for_bit_and_refuses_another_config(tmp_path):
     config = tiny_config(num_steps=2, checkpoint_every=1)
-    run = train(RECIPE, config, tmp_path)
+    run = run_method(RECIPE, config, tmp_path)
     assert run.status == 0
     assert int(run.state.step) == 2
     lines = metrics(tmp_path)
@@ -136,7 +137,7 @@ def test_a_run_ends_with_finite_weights_resumes_bit_for_bit_and_refuses_another_
         assert line["loss/total"] == pytest.approx(parts, rel=1e-5)
         assert np.isfinite(line["psnr"])
     (tmp_path / "checkpoints" / "2").rename(tmp_path / "gone")  # as if it had been killed after step 1
-    jax.tree.map(np.testing.assert_array_equal, train(RECIPE, config, tmp_path).state, run.state)
+    jax.tree.map(np.testing.assert_array_equal, run_method(RECIPE, config, tmp_path).state, run.state)
     assert [line["loss/total"] for line in metrics(tmp_path)] == [line["loss/total"] for line in lines]
     with pytest.raises(UserError, match="other settings"):
         train(RECIPE, tiny_config(num_steps=2, seed=1), tmp_path)

@@ -8,15 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from avd_jax.errors import UserError
 from avd_jax.models import attention as attention_module
 from avd_jax.models import pipelined
 from avd_jax.models.attention import attention, keep_attention
-from avd_jax.models.functional import make_denoiser
+from avd_jax.models.functional import denoiser
 from avd_jax.models.placement import AttentionBlocks, Placement
-from avd_jax.models.wan_dit import WanDiTConfig
+from avd_jax.models.wan_dit import WanDiT, WanDiTConfig
 from avd_jax.parallel.mesh import make_mesh
 
 
@@ -252,22 +253,26 @@ def test_saved_attention_runs_its_forward_once(kernel, name, cudnn):
     assert forward_kernels(jax.checkpoint_policies.nothing_saveable) == 2
 
 
+@functools.cache
+def small_dit():
+    config = WanDiTConfig(dim=64, ffn_dim=8, num_heads=8, num_layers=1, in_dim=4, out_dim=4, text_dim=8, text_len=7)
+    return nnx.eval_shape(lambda: WanDiT(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16, remat="save_attention"))
+
+
 @pytest.mark.parametrize("kernel", ["xla", "pipelined", "splash", "cudnn"])
 @pytest.mark.parametrize(("seq", "height"), [(1, 6), (2, 6), (4, 6), (8, 10), (8, 6)])
 def test_every_mesh_takes_every_kernel_and_any_number_of_tokens(kernel, seq, height, cudnn):
     """cuDNN's backward pass refuses an odd number of queries or keys on a device; here there are 45 tokens, or 75."""
     mesh = make_mesh(data=1, fsdp=-1, seq=seq)
-    config = WanDiTConfig(dim=64, ffn_dim=8, num_heads=8, num_layers=1, in_dim=4, out_dim=4, text_dim=8, text_len=7)
-    placement = Placement(kernel, mesh=mesh, batch_axes=("data", "fsdp"), sequence_axis="seq", blocks=BLOCKS)
-    network = make_denoiser(
-        config, dtype="bfloat16", param_dtype="float32", remat="save_attention", placement=placement
-    )
+    dit = small_dit()
+    dit.placement = Placement(kernel, mesh=mesh, batch_axes=("data", "fsdp"), sequence_axis="seq", blocks=BLOCKS)
+    network, params = denoiser(dit)
     latents, timesteps = jnp.zeros((8, 3, height, 10, 4)), jnp.zeros(8)
 
     def loss(params):
         return jnp.sum(network(params, latents, timesteps, {"prompt_embeds": jnp.zeros((8, 7, 8))}))
 
-    jax.eval_shape(jax.grad(loss), network.abstract_params())
+    jax.eval_shape(jax.grad(loss), params)
 
 
 @pytest.mark.parametrize(("valid_keys", "lengths"), [(6, None), (7, [7, 7])])

@@ -36,6 +36,12 @@ def run(workdir, **changes):
     return trainer.train(toy_method.RECIPE, make_config(**changes), workdir)
 
 
+def slow_down(after):
+    """Let each batch take a second, from this number on: a run that is to be killed does not end before."""
+    points = toy_method.points
+    toy_method.points = lambda size, number: time.sleep(number >= after) or points(size, number)
+
+
 def saved(workdir, step):
     """Every array of a checkpoint, as bytes."""
     folder, found = workdir / "checkpoints" / str(step), {}
@@ -54,7 +60,7 @@ def test_it_is_whole_in_60_lines():
 
 
 def test_it_learns_and_shows_in_logs_and_checkpoints(tmp_path, capsys):
-    outcome = run(tmp_path, num_steps=200, checkpoint_every=0, **{"loss.small": 0.0})
+    outcome = run(tmp_path, num_steps=200, checkpoint_every=0, log_every=200, **{"loss.small": 0.0})
     line = outcome.state.networks["line"]
     np.testing.assert_allclose([line.params["slope"], line.params["height"]], [2, -1], atol=0.02)
     assert {"loss/line", "loss/fit", "loss/small", "loss/guess", "grad_norm/line", "grad_norm/guess"} < set(
@@ -71,7 +77,7 @@ def test_it_is_resumed_after_a_kill_bit_for_bit(tmp_path):
     """SIGKILL at some moment while it trains; the same command ends where a run that nobody stopped does."""
     script = (
         "import pathlib, sys; sys.path[:0] = sys.argv[2:]; import test_training_new_method as t; "
-        "t.run(pathlib.Path(sys.argv[1]), num_steps=300, checkpoint_every=100)"
+        "t.slow_down(after=30); t.run(pathlib.Path(sys.argv[1]), num_steps=60, checkpoint_every=20)"
     )
     process = processes.start(["-c", script, tmp_path / "killed", TESTS, TESTS.parent])
     until = time.monotonic() + 120
@@ -81,12 +87,12 @@ def test_it_is_resumed_after_a_kill_bit_for_bit(tmp_path):
         time.sleep(0.01)
     process.kill()
     assert process.wait() == -signal.SIGKILL
-    assert run(tmp_path / "killed", num_steps=300, checkpoint_every=100).status == 0
-    assert run(tmp_path / "whole", num_steps=300, checkpoint_every=100).status == 0
-    assert saved(tmp_path / "killed", 300) == saved(tmp_path / "whole", 300)
-    assert [line["loss/line"] for line in lines(tmp_path / "killed")] == [
-        line["loss/line"] for line in lines(tmp_path / "whole")
-    ]
+    for name in ("killed", "whole"):
+        assert run(tmp_path / name, num_steps=60, checkpoint_every=20).status == 0
+    assert saved(tmp_path / "killed", 60) == saved(tmp_path / "whole", 60)
+    losses = [[line["loss/line"] for line in lines(tmp_path / name)] for name in ("killed", "whole")]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 60
 
 
 def test_its_checkpoints_are_of_no_other_method(tmp_path):
