@@ -25,6 +25,8 @@ flags = os.environ.get("XLA_FLAGS", "").split()
 names = {flag.partition("=")[0] for flag in flags}
 os.environ["XLA_FLAGS"] = " ".join([*flags, *(flag for flag in XLA_FLAGS if flag.partition("=")[0] not in names)])
 gc.set_threshold(50_000, 20, 50)  # tracing makes many objects that live; a tenth of the suite's time went into looking
+# The tests' workers, which inherit it, have a core each: two threads a product would wait for each other.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Where in Python each operation was made: a tenth of lowering a program, for errors that name it anyway.
 os.environ.setdefault("JAX_INCLUDE_FULL_TRACEBACKS_IN_LOCATIONS", "0")

@@ -203,9 +203,13 @@ def _palette(background: str) -> tuple[np.ndarray, list[str]]:
 
 def _nearest(pixels: np.ndarray, palette: np.ndarray, names: list[str]) -> np.ndarray:
     """Return the name of each pixel's nearest colour, [F H W] of str."""
-    flat = pixels.reshape(-1, 3)
-    distance = np.square(palette).sum(-1) - 2 * flat @ palette.T  # up to what does not depend on the colour
-    return np.asarray(names)[distance.argmin(-1)].reshape(pixels.shape[:-1])
+    flat, twice, sizes = pixels.reshape(-1, 3), 2 * palette.T, np.square(palette).sum(-1)
+    nearest = np.empty(len(flat), np.intp)
+    for start in range(0, len(flat), 4096):  # as many as a processor's cache holds, with their distances
+        part = slice(start, start + 4096)
+        distance = flat[part] @ twice
+        nearest[part] = np.subtract(sizes, distance, out=distance).argmin(-1)  # up to what all colours have alike
+    return np.asarray(names)[nearest].reshape(pixels.shape[:-1])
 
 
 def _patches(mask: np.ndarray) -> list[np.ndarray]:
