@@ -61,18 +61,19 @@ def test_loss_and_baselines_by_hand():
     unet = Interpolator(InterpolatorConfig(4, (8, 8, 8)), nnx.Rngs(0))
     unet.out_conv.kernel[...] = jnp.zeros_like(unet.out_conv.kernel[...])
     unet.out_conv.bias[...] = jnp.full(4, 5.0)  # always 5: 4 away from both
-    np.testing.assert_allclose(interpolation_loss(unet, latents), 16, rtol=1e-6)
+    np.testing.assert_allclose(nnx.jit(interpolation_loss)(unet, latents), 16, rtol=1e-6)
 
 
 def test_a_wide_network_starts_as_the_average_and_still_sees_both_frames():
     latents = np.random.default_rng(0).standard_normal((2, 3, 8, 8, 4)).astype(np.float32)
     unet = new_interpolator(InterpolatorConfig(4, (16, 8, 8)), seed=1)
-    np.testing.assert_allclose(unet(latents)[:, 1::2], (latents[:, :-1] + latents[:, 1:]) / 2, atol=1e-4)
+    forward = nnx.jit(lambda unet: unet(latents))
+    np.testing.assert_allclose(forward(unet)[:, 1::2], (latents[:, :-1] + latents[:, 1:]) / 2, atol=1e-4)
     graphdef, state = nnx.split(unet)
-    gradient = jax.grad(lambda state: interpolation_loss(nnx.merge(graphdef, state), latents))(state)
+    gradient = jax.jit(jax.grad(lambda state: interpolation_loss(nnx.merge(graphdef, state), latents)))(state)
     assert all(np.any(leaf) for leaf in jax.tree.leaves(nnx.filter_state(gradient["out_conv"], nnx.Param)))
     narrow = new_interpolator(InterpolatorConfig(4, (4, 8, 8)), seed=1)
-    assert np.abs(narrow(latents)[:, 1::2] - (latents[:, :-1] + latents[:, 1:]) / 2).max() > 0.1
+    assert np.abs(forward(narrow)[:, 1::2] - (latents[:, :-1] + latents[:, 1:]) / 2).max() > 0.1
 
 
 def test_held_out_clips_are_spread_and_never_seen(latents_dir):
@@ -101,7 +102,7 @@ def test_it_trains_resumes_bit_for_bit_and_tells_the_held_out_error(latents_dir,
     clips = EncodedSet(latents_dir, "latents")
     held = jnp.stack([jnp.asarray(clips[i]["latents"], jnp.float32) for i in held_out_indices([11], 3)[0]])
     expected = [baseline_errors(held)[name] for name in ("copy left", "average")]
-    expected.append(interpolation_loss(unet, held))
+    expected.append(nnx.jit(interpolation_loss)(unet, held))
     np.testing.assert_allclose([float(cell) for cell in table[-1].split("|")[2:5]], expected, atol=1e-3)
 
     (tmp_path / "run" / "checkpoints" / "4").rename(tmp_path / "gone")  # as if it had been killed after step 2

@@ -261,7 +261,7 @@ def test_the_constants_of_the_generators_loss():
         args = config, student, linear_network, GENERATOR, fake_score, frozen, history, BATCH, keys(), stop
         return generator_loss(*args)[0]
 
-    gradients = jax.grad(loss, argnums=(0, 1, 2))(FAKE_SCORE, TEACHER, HISTORY.mean)
+    gradients = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(FAKE_SCORE, TEACHER, HISTORY.mean)
     assert all((leaf == 0).all() for leaf in jax.tree.leaves(gradients))
 
 

@@ -67,7 +67,8 @@ def test_half_precision_is_close():
 
 def test_gradient_is_that_of_the_formula():
     query, key, value = inputs(4, 5)
-    gradients = jax.grad(lambda *args: jnp.sum(attention(*args) ** 2), argnums=(0, 1, 2))(query, key, value)
+    differentiate = jax.jit(jax.grad(lambda *args: jnp.sum(attention(*args) ** 2), argnums=(0, 1, 2)))
+    gradients = differentiate(query, key, value)
     step = 1e-6
     for argument, gradient in enumerate(gradients):
         arrays = [x.astype(np.float64) for x in (query, key, value)]
@@ -296,9 +297,9 @@ def test_rows_at_a_time_are_the_same(monkeypatch):
     """XLA's kernel never holds more scores than fit, forwards and backwards; 7 rows are not cut evenly by 3."""
     arrays = inputs(7, 9)
     run = lambda *arrays: jnp.sum(attention(*arrays, valid_keys=8) ** 2)  # noqa: E731
-    expected = jax.value_and_grad(run, argnums=(0, 1, 2))(*arrays)
+    expected = jax.jit(jax.value_and_grad(run, argnums=(0, 1, 2)))(*arrays)
     monkeypatch.setattr(attention_module, "LARGEST_SCORES", 3 * (2 * 3) * 8)
-    found = jax.value_and_grad(run, argnums=(0, 1, 2))(*arrays)
+    found = jax.jit(jax.value_and_grad(run, argnums=(0, 1, 2)))(*arrays)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, expected)
     held = [aval.size for aval in _made(jax.make_jaxpr(jax.grad(run))(*arrays).jaxpr)]
     assert max(held) < 2 * 3 * 7 * 8
@@ -310,7 +311,7 @@ def test_parts_add_their_gradients_in_float32(monkeypatch):
 
     def gradients(dtype):
         run = lambda *arrays: jnp.sum(attention(*arrays).astype(jnp.float32) * weights)  # noqa: E731
-        return jax.grad(run, argnums=(1, 2))(*(x.astype(dtype) for x in arrays))
+        return jax.jit(jax.grad(run, argnums=(1, 2)))(*(x.astype(dtype) for x in arrays))
 
     exact = gradients(jnp.float32)
     monkeypatch.setattr(attention_module, "LARGEST_SCORES", 1)  # a row at a time

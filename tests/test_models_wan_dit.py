@@ -139,9 +139,10 @@ def test_gradient_is_the_difference_quotient():
     direction = gradients("none")
     length = np.sqrt(sum(np.sum(np.square(g)) for g in jax.tree.leaves(direction)))
 
+    @jax.jit
     def loss(step):
         moved = jax.tree.map(lambda p, g: p + step / length * g, params(), direction)
-        return float(jnp.mean(model()(moved, *inputs()) ** 2))
+        return jnp.mean(model()(moved, *inputs()) ** 2)
 
     assert (loss(1e-2) - loss(-1e-2)) / 2e-2 == pytest.approx(length, rel=1e-2)
 
@@ -153,7 +154,7 @@ def test_half_precision_is_as_close_as_wans_own_and_the_same_for_stored_and_for_
         make_denoiser(deep, dtype=dtype, param_dtype=param_dtype, remat="none")
         for dtype, param_dtype in (("float32", "float32"), ("bfloat16", "float32"), ("bfloat16", "bfloat16"))
     )
-    masters = nnx.to_pure_dict(nnx.state(WanDiT(deep, rngs=nnx.Rngs(0))))
+    masters = jax.jit(lambda: nnx.to_pure_dict(nnx.state(WanDiT(deep, rngs=nnx.Rngs(0)))))()
     # Embeddings of umT5's size, and times from the middle, as in benchmarks/precision.py.
     latents, times, conditions = inputs()[0], np.float32([250, 750]), {"prompt_embeds": 0.2 * inputs()[2]}
 
@@ -192,9 +193,10 @@ def test_one_block_is_traced_however_many_there_are(monkeypatch):
 
 def test_patches_are_laid_out_as_the_convolution_lays_them():
     """Wan embeds with a convolution whose stride is its kernel, and puts the head's channels back by einsum."""
-    dit, config = WanDiT(TINY, rngs=nnx.Rngs(0)), TINY
+    dit, config = nnx.jit(lambda: WanDiT(TINY, rngs=nnx.Rngs(0)))(), TINY
     latents = inputs()[0]
     tokens, grid = dit._patchify(latents)
+    tokens = np.asarray(tokens)
     kernel, bias = np.asarray(dit.patch_embedding.kernel[...]), np.asarray(dit.patch_embedding.bias[...])
     weight = kernel.reshape(1, 2, 2, config.in_dim, config.dim)  # p q r c d
     assert grid == (3, 2, 3)
@@ -207,7 +209,7 @@ def test_patches_are_laid_out_as_the_convolution_lays_them():
     # With every weight of the head 0, a token's patch is the head's bias in the order (q, r, channel).
     dit.head.head.kernel[...] = jnp.zeros_like(dit.head.head.kernel[...])
     dit.head.head.bias[...] = jnp.arange(12.0)
-    velocity = np.asarray(dit(*inputs()))
+    velocity = np.asarray(nnx.jit(lambda dit, *args: dit(*args))(dit, *inputs()))
     for q, r in np.ndindex(2, 2):
         assert (velocity[:, :, q::2, r::2] == 3 * (2 * q + r) + np.arange(3)).all()
 
