@@ -36,6 +36,11 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 
+def pytest_collection_finish():
+    """Let a full collection, which generation and some tests ask for, look at what tests make, not at every module."""
+    gc.freeze()
+
+
 @pytest.fixture
 def cudnn(monkeypatch):
     """JAX's cuDNN attention believes that there is a GPU that has it; it can be traced, not run."""
