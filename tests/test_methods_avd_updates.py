@@ -212,7 +212,7 @@ def broken(batch, name):
 
 @pytest.mark.parametrize("name", ["latents", "prompts", "captions"])
 def test_an_update_that_is_not_finite_is_skipped_and_counted(name):
-    run = runner(ema_decay=0.5)
+    run = runner(**UNLIKE)
     good = make_batch()
     before, _ = run.generator(run.init(), FROZEN, good, jax.random.key(0))
     state = before
