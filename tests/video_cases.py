@@ -5,6 +5,7 @@ from fractions import Fraction
 import av
 import av.filter
 import numpy as np
+from av.video.reformatter import VideoReformatter
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
@@ -74,6 +75,7 @@ class Track:
     ):
         self.images, self.codec, self.pix_fmt, self.rate = images, codec, pix_fmt, rate
         self.tags = (matrix, primaries or matrix, transfer or matrix) if matrix else None
+        self.converter = VideoReformatter()
         self.display, self.first, self.attached, self.fields = display, first, attached, fields
         self.options = ({"crf": "1"} if codec in ("libx264", "libx265") else {}) | options
         if codec == "libx265":
@@ -100,7 +102,8 @@ class Track:
         kind = {(1, 3): "rgb24", (1, 4): "rgba", (2, 3): "rgb48le"}[image.dtype.itemsize, image.shape[-1]]
         frame = av.VideoFrame.from_ndarray(image, format=kind)
         if frame.format.name != self.pix_fmt:
-            frame = frame.reformat(format=self.pix_fmt, dst_colorspace=self.tags[0] if self.tags else 5)
+            matrix = self.tags[0] if self.tags else 5
+            frame = self.converter.reformat(frame, format=self.pix_fmt, dst_colorspace=matrix)
         if self.tags:
             frame.colorspace, frame.color_primaries, frame.color_trc = self.tags
         frame.pts = self.first + index

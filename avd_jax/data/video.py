@@ -9,6 +9,7 @@ from fractions import Fraction
 
 import av
 import numpy as np
+from av.video.reformatter import VideoReformatter
 from PIL import Image, ImageDraw, ImageFont
 
 from avd_jax.data.atomic import replacing
@@ -155,9 +156,11 @@ def write_video(path: str | os.PathLike, video: np.ndarray, *, fps: float, quali
                 context = stream.codec_context
                 context.colorspace = context.color_primaries = context.color_trc = BT709
                 context.color_range = LIMITED_RANGE
+                converter = VideoReformatter()  # prepared once: `frame.reformat` does it for each frame
                 for image in pixels:
                     rgb = av.VideoFrame.from_ndarray(image, format="rgb24")
-                    container.mux(stream.encode(rgb.reformat(format="yuv420p", dst_colorspace="ITU709")))
+                    yuv = converter.reformat(rgb, format="yuv420p", dst_colorspace="ITU709")
+                    container.mux(stream.encode(yuv))
                 container.mux(stream.encode(None))
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error}).") from error
