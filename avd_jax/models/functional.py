@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -100,17 +101,8 @@ def make_denoiser(
     With `adapters` it is `Adaptable`; raises a UserError as `add_adapters` does.
     """
 
-    def build() -> WanDiT:
-        return WanDiT(
-            config,
-            rngs=nnx.Rngs(0),
-            dtype=jnp.dtype(dtype),
-            param_dtype=jnp.dtype(param_dtype),
-            remat=remat,
-            placement=placement,
-        )
-
-    plain = denoiser(nnx.eval_shape(build))[0]
+    build = partial(_build, config, dtype, param_dtype, remat, placement)
+    plain = _plain(config, dtype, param_dtype, remat, placement)
     if adapters is None:
         return plain
 
@@ -123,6 +115,16 @@ def make_denoiser(
         return nnx.to_pure_dict(nnx.state(adapted(seed), AdapterParam))
 
     return Adaptable(plain.graphdef, plain.abstract, denoiser(nnx.eval_shape(adapted))[0], new_adapters)
+
+
+def _build(config: WanDiTConfig, dtype: str, param_dtype: str, remat: str, placement: Placement) -> WanDiT:
+    dtypes = {"dtype": jnp.dtype(dtype), "param_dtype": jnp.dtype(param_dtype)}
+    return WanDiT(config, rngs=nnx.Rngs(0), remat=remat, placement=placement, **dtypes)
+
+
+@lru_cache(maxsize=8)  # a run asks for the same network for its updates, its samples and its cost
+def _plain(*args) -> Denoiser:
+    return denoiser(nnx.eval_shape(partial(_build, *args)))[0]
 
 
 def _split(kind: type[Functional], module: nnx.Module) -> tuple[Functional, Params]:
