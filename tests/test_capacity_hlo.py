@@ -45,6 +45,14 @@ def test_a_loops_body_counts_as_often_as_it_runs():
     assert found.cycles == 30 * 10 + 7
 
 
+def test_an_all_reduce_of_which_a_slice_stays_is_a_reduce_scatter():
+    """As the TPU's compiler writes it; only the slice is sent back."""
+    text = KNOWN.replace("%fused", "%all-reduce-scatter.1")
+    text = text.replace("%inner = bf16[8,128]{1,0} add(%p, %p)", "%inner = bf16[8,128]{1,0} all-reduce(%p)")
+    assert profile(text).collective_bytes["reduce-scatter"] == 256 + 30 * 8 * 128 * 2
+    assert profile(text).collective_bytes["all-reduce"] == 256
+
+
 def test_a_loop_of_unknown_length_takes_the_number_given():
     assert profile(UNKNOWN, dynamic_trips=1.5).collective_bytes["all-gather"] == 1.5 * GATHERED
     assert profile(UNKNOWN).cycles == 10 + 7

@@ -19,6 +19,7 @@ _ARRAY = re.compile(r"\b([a-z]+\d+\w*|pred)\[([\d,]*)\]")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _CHANNEL = re.compile(r"\bchannel_id=(\d+)")
 _CUDNN_BACKWARD = re.compile(r'custom_call_target="__cudnn\$fmha\w*Backward"')
+_FUSED_SCATTER = "all-reduce-scatter"  # the TPU's form: a fusion of an all-reduce and the slice that stays
 _NO_ESTIMATE = 1 << 60  # the compiler writes huge numbers if it has none
 
 
@@ -68,6 +69,8 @@ def profile(text: str, *, dynamic_trips: float = 1) -> Profile:
         within = computations.get(name, {})
         for instruction in within.values():
             kind = instruction.operation.removesuffix("-start")
+            if kind == "all-reduce" and name.startswith(_FUSED_SCATTER):
+                kind = "reduce-scatter"
             if kind in COLLECTIVES:
                 channel = _CHANNEL.search(instruction.rest)
                 if channel is None or channel[1] not in channels:
