@@ -11,6 +11,7 @@ from generation_cases import DIT, VAE, InMemory
 from avd_jax.convert.architectures import WAN_DIT
 from avd_jax.convert.weights import load_module
 from avd_jax.errors import UserError
+from avd_jax.generation import pipeline
 from avd_jax.generation.pipeline import (
     StudentSampler,
     latents_shape,
@@ -106,7 +107,7 @@ def test_steps_are_the_samplers_in_one_program(solver, devices):
     params = {"scale": jnp.float32(2.0)}
     expected = whole(network, SHAPE, **how)(params, *inputs)
     calls.clear()
-    steps = cut(network, SHAPE, **how, sharding=batch_sharding(mesh)).compiled(params, *inputs)
+    steps = cut(network, SHAPE, **how, mesh=mesh).compiled(params, *inputs)
     latents = steps(params, *inputs, on_step=made.append)
     np.testing.assert_allclose(latents, expected, atol=1e-5)
     assert np.abs(np.asarray(latents)).max() > 0.1
@@ -115,6 +116,18 @@ def test_steps_are_the_samplers_in_one_program(solver, devices):
     np.testing.assert_array_equal(made[-1], latents)
     assert np.abs(np.asarray(made[0]) - made[1]).max() > 0.01
     assert len(latents.addressable_shards) == devices
+
+
+@pytest.mark.parametrize("make", [StudentSampler, student_steps, make_teacher_sampler, teacher_steps])
+def test_programs_of_a_mesh_have_its_compiler_options(make, monkeypatch):
+    """Else a TPU's compiler cuts each product with a sharded weight into a loop over the shards."""
+    monkeypatch.setattr(pipeline, "compiler_options", lambda mesh: {"xla_cpu_no_such_option": True})
+    how, texts = {"timesteps": [1000, 300]}, ()
+    if make in (make_teacher_sampler, teacher_steps):
+        how, texts = {"num_steps": 2, "shift": 5.0, "guidance_scale": 5.0}, (told(0.25),)
+    sample = make(towards, SHAPE, **how, mesh=make_mesh(devices=jax.devices()[:2]))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="xla_cpu_no_such_option"):
+        sample({"scale": 2.0}, sample_keys([0, 1]), BATCH, *texts)
 
 
 def test_one_trace_of_the_network():

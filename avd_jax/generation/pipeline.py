@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding
 
 from avd_jax.diffusion.guidance import guided_velocity
 from avd_jax.diffusion.student import (
@@ -34,6 +35,8 @@ from avd_jax.errors import UserError
 from avd_jax.models.functional import functional
 from avd_jax.models.wan_dit import WanDiTConfig
 from avd_jax.models.wan_vae import WanVAEConfig
+from avd_jax.parallel.compiler import compiler_options
+from avd_jax.parallel.mesh import batch_sharding
 
 Network = Callable[..., jax.Array]
 LatentsShape = tuple[int, int, int, int]
@@ -154,6 +157,7 @@ class StudentSampler:
         *,
         timesteps: Sequence[float | int],
         half_rate: HalfRateSampling | None = None,
+        mesh: Mesh | None = None,
     ):
         """Build the programs; nothing is compiled yet.
 
@@ -162,15 +166,17 @@ class StudentSampler:
           shape: from `latents_shape`.
           timesteps: those that the student was trained for.
           half_rate: for a rollout whose first steps are at half rate.
+          mesh: of the devices for which the programs are compiled; None: the arguments tell.
 
         Raises:
           UserError: timesteps that are not decreasing in 1000..0, or half-rate steps that do not fit them or the shape.
         """
         timesteps = StudentSchedule(tuple(timesteps)).timesteps
+        compiled = partial(jax.jit, **_on(mesh))
         self.first = self.interpolator = None
         if half_rate is None:
 
-            @jax.jit
+            @compiled
             def sample(params, keys, conditions):
                 velocity_fn = _velocity_fn(network, params, conditions)
                 return student_sample(velocity_fn, initial_noise(keys, shape), keys, timesteps=timesteps)
@@ -184,13 +190,13 @@ class StudentSampler:
         options = {} if stride == 1 else {"frame_stride": stride}
         interpolate, self.interpolator = functional(half_rate.interpolator)
 
-        @jax.jit
+        @compiled
         def first(params, interpolator, keys, conditions):
             velocity_fn = _velocity_fn(network, params, conditions, **options)
             phase = HalfRate(steps, velocity_fn, partial(interpolate, interpolator))
             return half_rate_steps(initial_noise(keys, shape), keys, timesteps=timesteps, half_rate=phase)
 
-        @jax.jit
+        @compiled
         def rest(params, xt, keys, conditions):
             velocity_fn = _velocity_fn(network, params, conditions)
             return full_rate_steps(velocity_fn, xt, keys, timesteps=timesteps, first_step=steps)
@@ -210,9 +216,9 @@ def student_steps(
     *,
     timesteps: Sequence[float | int],
     half_rate: HalfRateSampling | None = None,
-    sharding: jax.sharding.Sharding | None = None,
+    mesh: Mesh | None = None,
 ) -> Steps:
-    """Return what `StudentSampler` computes, in steps; `sharding` is that of latents, and the rest as there."""
+    """Return what `StudentSampler` computes, in steps; see there."""
     timesteps = StudentSchedule(tuple(timesteps)).timesteps
     sampler = StudentSampler(network, shape, timesteps=timesteps, half_rate=half_rate)
 
@@ -227,7 +233,7 @@ def student_steps(
         return (one_step(velocity_fn, *state, keys, timesteps=timesteps, step=number),)
 
     made, others = (half_rate.steps, (sampler.interpolator,)) if half_rate else (0, ())
-    programs = jax.jit(start, out_shardings=sharding), jax.jit(step, out_shardings=sharding)
+    sharding, programs = _step_programs(mesh, start, step)
     return Steps(len(timesteps), programs[0], made, programs[1], others, sharding)
 
 
@@ -238,9 +244,9 @@ def teacher_steps(
     num_steps: int,
     shift: float,
     guidance_scale: float,
-    sharding: jax.sharding.Sharding | None = None,
+    mesh: Mesh | None = None,
 ) -> Steps:
-    """Return what `make_teacher_sampler` computes, in steps; `sharding` is that of latents, and the rest as there."""
+    """Return what `make_teacher_sampler` computes, in steps; see there."""
     solver = UniPC(num_steps, shift)
 
     def start(params, keys, conditions, negative_conditions):
@@ -250,8 +256,19 @@ def teacher_steps(
         velocity_fn = _guided_velocity_fn(network, params, conditions, negative_conditions, guidance_scale)
         return solver.step(velocity_fn, state, tuple(jnp.asarray(row, jnp.float32)[number] for row in solver.rows))
 
-    programs = jax.jit(start, out_shardings=sharding), jax.jit(step, out_shardings=sharding)
+    sharding, programs = _step_programs(mesh, start, step)
     return Steps(num_steps, programs[0], 0, programs[1], sharding=sharding)
+
+
+def _step_programs(mesh: Mesh | None, *functions: Callable) -> tuple[NamedSharding | None, list[Callable]]:
+    """Return the sharding of the state, whose examples the mesh shares out, and the jitted functions."""
+    sharding = None if mesh is None else batch_sharding(mesh)
+    return sharding, [jax.jit(function, out_shardings=sharding, **_on(mesh)) for function in functions]
+
+
+def _on(mesh: Mesh | None) -> dict[str, object]:
+    """Return options of `jax.jit`; without the compiler's, a layer on a pod takes several times as long."""
+    return {} if mesh is None else {"compiler_options": compiler_options(mesh)}
 
 
 def _velocity_fn(network: Network, params, conditions, **options) -> Callable:
@@ -259,7 +276,13 @@ def _velocity_fn(network: Network, params, conditions, **options) -> Callable:
 
 
 def make_teacher_sampler(
-    network: Network, shape: LatentsShape, *, num_steps: int, shift: float, guidance_scale: float
+    network: Network,
+    shape: LatentsShape,
+    *,
+    num_steps: int,
+    shift: float,
+    guidance_scale: float,
+    mesh: Mesh | None = None,
 ) -> Callable[..., jax.Array]:
     """Compile Wan's own sampling: UniPC with classifier-free guidance.
 
@@ -269,6 +292,7 @@ def make_teacher_sampler(
       num_steps: solver steps, two network evaluations each.
       shift: timestep shift.
       guidance_scale: in Wan's convention, see `guide`.
+      mesh: as for `StudentSampler`.
 
     Returns:
       A jitted `(params, keys [B], conditions, negative_conditions) -> latents [B F H W C]`, float32. Keys are from
@@ -280,7 +304,7 @@ def make_teacher_sampler(
     """
     unipc_schedule(num_steps, shift)  # now, not at the first call
 
-    @jax.jit
+    @partial(jax.jit, **_on(mesh))
     def sample(params, keys, conditions, negative_conditions):
         velocity_fn = _guided_velocity_fn(network, params, conditions, negative_conditions, guidance_scale)
         return unipc_sample(velocity_fn, initial_noise(keys, shape), num_steps=num_steps, shift=shift)

@@ -24,6 +24,7 @@ from avd_jax.generation.pipeline import sample_keys
 from avd_jax.generation.run import Opened
 from avd_jax.generation.sampling import load_transformer
 from avd_jax.generation.settings import Job
+from avd_jax.parallel.compiler import compiler_options
 from avd_jax.parallel.mesh import batch_sharding, make_mesh, replicated
 from avd_jax.shapes import Array
 
@@ -65,7 +66,7 @@ def steps_of(opened: Opened, jobs: Sequence[Job], *, batch_size: int, fsdp: int 
     def note(timestep, similarities) -> None:
         seen.append((float(timestep), np.asarray(similarities)))
 
-    @jax.jit
+    @partial(jax.jit, compiler_options=compiler_options(mesh))
     def sample(params, keys, conditions, negative_conditions):
         def velocity_fn(xt, times):
             predict = partial(network, params, xt, times)

@@ -254,16 +254,15 @@ def make_sampler(network: Callable, settings: Settings, parts: Parts, shape: Lat
 
     Nothing is compiled yet.
     """
-    latents = batch_sharding(mesh)
     if settings.solver != "student":
         guidance = {"shift": settings.shift, "guidance_scale": settings.guidance_scale}
-        return teacher_steps(network, shape, num_steps=settings.steps, **guidance, sharding=latents)
+        return teacher_steps(network, shape, num_steps=settings.steps, **guidance, mesh=mesh)
     half_rate = None
     if settings.half_rate_steps:
         dtype = jnp.dtype(settings.dtype)
         interpolator = load_module(parts.interpolator, dtype, lambda path, leaf: replicated(mesh))
         half_rate = HalfRateSampling(settings.half_rate_steps, settings.half_rate_positions, interpolator)
-    return student_steps(network, shape, timesteps=settings.timesteps, half_rate=half_rate, sharding=latents)
+    return student_steps(network, shape, timesteps=settings.timesteps, half_rate=half_rate, mesh=mesh)
 
 
 class Counter:

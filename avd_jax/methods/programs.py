@@ -24,6 +24,7 @@ from avd_jax.models.low_bit import KINDS, low_bit
 from avd_jax.models.umt5 import UMT5Config, UMT5Encoder
 from avd_jax.models.wan_dit import WanDiT, WanDiTConfig
 from avd_jax.models.wan_vae import WanVAE, WanVAEConfig
+from avd_jax.parallel.compiler import compiler_options
 from avd_jax.parallel.mesh import filled_up, make_mesh, placed, replicated
 from avd_jax.training.method import BatchField, Frozen, Trained
 
@@ -121,7 +122,12 @@ def _samples(config, model: WanDiTConfig, mesh: Mesh) -> tuple:
 def _teacher_sample(config, teacher: Denoiser, parts, held: Set[str], shape: LatentsShape, model, mesh) -> Program:
     sample = config.sample
     sampler = make_teacher_sampler(
-        teacher, shape, num_steps=sample.teacher_steps, shift=sample.teacher_shift, guidance_scale=config.guidance_scale
+        teacher,
+        shape,
+        num_steps=sample.teacher_steps,
+        shift=sample.teacher_shift,
+        guidance_scale=config.guidance_scale,
+        mesh=mesh,
     )
     args = parts["teacher"].abstract, *_samples(config, model, mesh), parts["negative"].abstract
     resident = tuple(i for i, name in ((0, "teacher"), (3, "negative")) if name in held)
@@ -144,7 +150,8 @@ def _student_sample(config, params, student: Student, model, interpolator, mesh,
     if student.half_rate_steps:
         module = nnx.eval_shape(lambda: Interpolator(interpolator, nnx.Rngs(0)))
         sampling = HalfRateSampling(student.half_rate_steps, student.half_rate_positions, module)
-    sampler = StudentSampler(student.network, student.shape, timesteps=student.timesteps, half_rate=sampling)
+    schedule = {"timesteps": student.timesteps, "half_rate": sampling}
+    sampler = StudentSampler(student.network, student.shape, **schedule, mesh=mesh)
     inputs = _samples(config, model, mesh)
     if half_rate:
         args = params, placed(sampler.interpolator, replicated(mesh)), *inputs
@@ -193,7 +200,8 @@ def _forward(config, shape: LatentsShape, model, mesh) -> Program:
     times = jax.ShapeDtypeStruct((1,), jnp.float32, sharding=everywhere)
     args = shaped_params(network.abstract_params(), mesh), latents, times
     conditions = abstract_conditions(1, model, "bfloat16", everywhere)
-    return Program("forward", jax.jit(lambda params, *inputs: network(params, *inputs)), (*args, conditions))
+    run = jax.jit(lambda params, *inputs: network(params, *inputs), compiler_options=compiler_options(mesh))
+    return Program("forward", run, (*args, conditions))
 
 
 def _generate(config, student: Student, model, kind: str, mesh) -> Program:
@@ -205,7 +213,7 @@ def _generate(config, student: Student, model, kind: str, mesh) -> Program:
         return WanDiT(model, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype, placement=placement)
 
     network, _ = denoiser(low_bit(build, kind)[0])
-    sampler = StudentSampler(network, student.shape, timesteps=student.timesteps)
+    sampler = StudentSampler(network, student.shape, timesteps=student.timesteps, mesh=own)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1))
     conditions = abstract_conditions(1, model, "float32", replicated(own))
     args = *placed((network.abstract_params(), keys), replicated(own)), conditions

@@ -74,7 +74,8 @@ class SampleWriter:
         if student.half_rate_steps:
             module = student.interpolator.module(frozen["interpolator"])
             half_rate = HalfRateSampling(student.half_rate_steps, student.half_rate_positions, module)
-        self._student = StudentSampler(student.network, student.shape, timesteps=student.timesteps, half_rate=half_rate)
+        self._mesh, schedule = mesh, {"timesteps": student.timesteps, "half_rate": half_rate}
+        self._student = StudentSampler(student.network, student.shape, **schedule, mesh=mesh)
         self._teacher_videos = None
         if config.sample.teacher_steps:
             self._teacher_videos = self._decode(self._teacher_latents(teacher, teacher_parts, frozen))
@@ -132,6 +133,7 @@ class SampleWriter:
             num_steps=sample.teacher_steps,
             shift=sample.teacher_shift,
             guidance_scale=config.guidance_scale,
+            mesh=self._mesh,
         )
         params, negative = (frozen[name] if name in frozen else parts[name].load() for name in ("teacher", "negative"))
         latents = self._first(sampler(params, self._keys, self._conditions, negative))
