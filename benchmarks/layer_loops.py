@@ -23,7 +23,7 @@ from avd_jax.capacity.hlo import profile
 from avd_jax.models import wan_dit
 from avd_jax.models.functional import make_denoiser
 from avd_jax.models.placement import AttentionBlocks, Placement
-from avd_jax.parallel.compiler import OPTIONS
+from avd_jax.parallel.compiler import compiler_options
 from avd_jax.parallel.mesh import BATCH_AXES, batch_sharding, make_mesh, placed, replicated
 from avd_jax.parallel.rules import tree_shardings
 from avd_jax.parallel.topology import tpu_devices
@@ -71,7 +71,7 @@ def main(_):
     args = params, *placed(arrays, batch_sharding(mesh)), placed((angles, angles), replicated(mesh))
     gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)), out_shardings=(shardings, *[batch_sharding(mesh)] * 3))
     lowered = gradient.trace(*args).lower(lowering_platforms=("tpu",))
-    text = lowered.compile(compiler_options=dict(OPTIONS["tpu"])).as_text()
+    text = lowered.compile(compiler_options=compiler_options(mesh)).as_text()
     if DUMP_HLO.value:
         Path(DUMP_HLO.value).mkdir(parents=True, exist_ok=True)
         (Path(DUMP_HLO.value) / "layer_loops.hlo").write_text(text)

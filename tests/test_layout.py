@@ -23,7 +23,7 @@ ALLOWED = {
     "diffusion": {"shapes"},
     "losses": {"shapes", "diffusion"},
     "convert": {"models", "parallel.rules", "data.tokenizer"},
-    "parallel": {"shapes"},
+    "parallel": {"shapes", "models.placement"},
     "capacity": {"shapes", "models", "parallel"},
     "data": {"models", "parallel"},
     "curation": {"fields", "models", "convert", "data"},

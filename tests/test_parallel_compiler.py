@@ -1,10 +1,12 @@
 """Compiler options: what the compiler does not know is left out; where programs are kept."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import pytest
 
-from avd_jax.parallel.compiler import OPTIONS, compiler_options, convolution_options, keep_programs
+from avd_jax.parallel.compiler import OPTIONS, compiler_options, convolution_options, keep_programs, options_of
 from avd_jax.parallel.mesh import make_mesh
 
 
@@ -20,6 +22,15 @@ def test_an_option_that_the_compiler_does_not_know_is_left_out():
 def test_each_platform_has_its_own():
     assert compiler_options(make_mesh()) == {}
     assert {name.split("_")[1] for name in OPTIONS["gpu"]} == {"gpu"}
+
+
+@pytest.mark.parametrize(("kind", "large"), [("TPU v4", False), ("TPU v5 lite", True), ("TPU v5", True), ("", False)])
+def test_tpus_with_large_vector_memory_have_one_more(kind, large):
+    """The compiler takes the option for every chip, and so does not tell that a v4 has not got so much."""
+    wanted = {"tpu": {"one": 1}, "large_vmem": {"two": 2}}
+    device = SimpleNamespace(platform="tpu" if kind else "cpu", device_kind=kind)
+    expected = ({"one": 1} if kind else {}) | ({"two": 2} if large else {})
+    assert options_of(device, wanted) == expected
 
 
 def test_convolutions_are_compiled_quickly_if_the_search_takes_minutes():

@@ -8,10 +8,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from avd_jax.models.placement import has_large_vmem
 from avd_jax.parallel.mesh import replicated
 from avd_jax.paths import user_cache
 
-# Most of them let collectives run beside the arithmetic that does not need them.
+# Of a platform, and of TPUs with large vector memory. Most let collectives run beside the arithmetic that does not need
+# them.
 OPTIONS: Mapping[str, Mapping[str, object]] = {
     "tpu": {
         "xla_tpu_enable_async_collective_fusion": True,
@@ -23,6 +25,10 @@ OPTIONS: Mapping[str, Mapping[str, object]] = {
         # quarter of the matrix units.
         "xla_tpu_enable_windowed_einsum_for_reduce_scatter": False,
         "xla_tpu_enable_windowed_einsum_for_all_gather": False,
+    },
+    "large_vmem": {
+        # 24 MiB instead of 16 for a fusion: tiles are larger, and so products of a layer do not wait for the memory.
+        "xla_tpu_scoped_vmem_limit_kib": 24 * 1024,
     },
     "gpu": {
         "xla_gpu_enable_latency_hiding_scheduler": True,
@@ -39,10 +45,15 @@ def compiler_options(mesh: Mesh, wanted: Mapping[str, Mapping[str, object]] = OP
 
     Args:
       mesh: of devices that are here, or of a topology that is compiled for ahead of time.
-      wanted: option -> value for each platform, "tpu", "gpu" or "cpu".
+      wanted: option -> value for each platform, "tpu", "gpu" or "cpu", and for "large_vmem".
     """
-    options = wanted.get(mesh.devices.flat[0].platform, {})
+    options = options_of(mesh.devices.flat[0], wanted)
     return {name: value for name, value in options.items() if _is_known(mesh, name, value)}
+
+
+def options_of(device: jax.Device, wanted: Mapping[str, Mapping[str, object]]) -> dict[str, object]:
+    """Return the wanted options for a device, known to its compiler or not."""
+    return {**wanted.get(device.platform, {}), **(wanted.get("large_vmem", {}) if has_large_vmem(device) else {})}
 
 
 def convolution_options(platform: str | None = None) -> dict[str, object]:
