@@ -43,6 +43,13 @@ def test_softmax(tokens, context):
     np.testing.assert_allclose(attention(query, key, value), reference(query, key, value), rtol=2e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("scale", [0.3, 1.0])
+def test_scale_of_the_scores(scale):
+    query, key, value = inputs(7, 3)
+    expected = reference(query * scale * query.shape[-1] ** 0.5, key, value)
+    np.testing.assert_allclose(attention(query, key, value, scale=scale), expected, rtol=2e-5, atol=1e-6)
+
+
 def test_large_scores_do_not_overflow():
     query, key, value = inputs(5, 5, size=100.0)
     np.testing.assert_allclose(attention(query, key, value), reference(query, key, value), rtol=1e-3, atol=1e-2)

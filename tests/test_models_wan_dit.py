@@ -121,6 +121,15 @@ def test_remat_changes_no_gradient(remat):
     )
 
 
+@pytest.mark.parametrize("remat", [name for name in REMAT_POLICIES if name != "none"])
+def test_remat_keeps_the_norms_moments_so_that_no_pass_is_made_for_them_again(remat, capsys):
+    apply = model(remat=remat)
+    jax.ad_checkpoint.print_saved_residuals(lambda params: jnp.mean(apply(params, *inputs()) ** 2), params())
+    tokens = SHAPE[0] * SHAPE[1] * SHAPE[2] // 4
+    kept = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert kept.count(f"f32[{TINY.num_layers},2,{tokens}]") == 2 * 3, kept
+
+
 def test_the_forms_that_suit_tpus_have_the_same_values_and_gradients(monkeypatch):
     usual = run(*inputs()), gradients("block")
     monkeypatch.setattr(Placement, "on_tpu", True)

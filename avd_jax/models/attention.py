@@ -50,9 +50,10 @@ def attention(
     *,
     placement: Placement = Placement(),  # noqa: B008 - it is frozen
     valid_keys: int | None = None,
+    scale: float | None = None,
     interpret: bool = False,
 ) -> Heads:
-    """Return softmax(query key^T / sqrt(K)) value: [B H N K] for queries [B H N K], keys and values [B H M K].
+    """Return softmax(scale query key^T) value: [B H N K] for queries [B H N K], keys and values [B H M K].
 
     Softmax is float32 in every kernel.
 
@@ -60,14 +61,16 @@ def attention(
       query, key, value: global arrays. Tokens that are sharded must be divided by the shards.
       placement: the kernel and, if there is more than one device, the mesh.
       valid_keys: how many of the keys count, the first ones; the rest are padding. None: all.
+      scale: of the scores. None: 1 / sqrt(K). With 1 the queries are taken as they are.
       interpret: run the TPU kernels step by step, on any backend.
 
     Raises:
       UserError: heads that the sequence axis does not divide.
     """
     valid_keys = key.shape[2] if valid_keys is None else valid_keys
-    # Here, where the compiler makes it part of whatever wrote the queries.
-    query = (query.astype(jnp.float32) * query.shape[-1] ** -0.5).astype(query.dtype)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if scale != 1:  # here, where the compiler makes it part of whatever wrote the queries
+        query = (query.astype(jnp.float32) * scale).astype(query.dtype)
     attend = functools.partial(_attend, placement=placement, valid_keys=valid_keys, interpret=interpret)
     if placement.tangents:
         attend = with_tangents(attend, valid_keys=valid_keys)

@@ -8,10 +8,13 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero, linear_call
 from jaxtyping import Float
 
 from avd_jax.shapes import Array, Heads, Tokens
+
+MOMENTS_NAME = "layer_norm_moments"  # two numbers a token, for a policy to keep
 
 
 def layer_norm(
@@ -23,37 +26,43 @@ def layer_norm(
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _layer_norm(eps, dtype, x, factor, shift):
-    mean, inverse = _moments(x, eps)
-    return ((x - mean) * inverse * factor[:, None] + shift[:, None]).astype(dtype)
+    return _scaled(dtype, x, factor, shift, *_moments(x, eps))
+
+
+def _scaled(dtype, x, factor, shift, mean, inverse):
+    normed = (x - mean[..., None]) * inverse[..., None]
+    return (normed * factor[:, None] + shift[:, None]).astype(dtype)
 
 
 def _moments(x, eps):
     # Both in one pass over x; in float32 the difference of squares is exact enough for a residual stream.
-    mean = jnp.mean(x, axis=-1, keepdims=True)
-    variance = jnp.maximum(jnp.mean(jnp.square(x), axis=-1, keepdims=True) - jnp.square(mean), 0)
-    return mean, jax.lax.rsqrt(variance + eps)
+    mean = jnp.mean(x, axis=-1)
+    variance = jnp.maximum(jnp.mean(jnp.square(x), axis=-1) - jnp.square(mean), 0)
+    return checkpoint_name(mean, MOMENTS_NAME), checkpoint_name(jax.lax.rsqrt(variance + eps), MOMENTS_NAME)
 
 
 def _layer_norm_jvp(eps, dtype, primals, tangents):
-    x, factor, _ = primals
+    x, factor, shift = primals
     mean, inverse = _moments(x, eps)
 
     def change(kept, tangents):
         (x, factor, mean, inverse), (x_tangent, factor_tangent, shift_tangent) = kept, tangents
+        mean, inverse = mean[..., None], inverse[..., None]
         normed, centred = (x - mean) * inverse, x_tangent - jnp.mean(x_tangent, axis=-1, keepdims=True)
         along = (centred - normed * jnp.mean(normed * centred, axis=-1, keepdims=True)) * inverse
         return (along * factor[:, None] + normed * factor_tangent[:, None] + shift_tangent[:, None]).astype(dtype)
 
     def gradients(kept, slope):
         x, factor, mean, inverse = kept
-        # Else its sums become part of the product that makes the slope, and slow that down by half on a TPU.
-        slope = jax.lax.optimization_barrier(slope).astype(jnp.float32)
+        mean, inverse = mean[..., None], inverse[..., None]
+        slope = slope.astype(jnp.float32)
         normed, weighted = (x - mean) * inverse, slope * factor[:, None]
         first = jnp.mean(weighted, axis=-1, keepdims=True)
         second = jnp.mean(weighted * normed, axis=-1, keepdims=True)
         return (weighted - first - normed * second) * inverse, jnp.sum(slope * normed, axis=1), jnp.sum(slope, axis=1)
 
-    return _layer_norm(eps, dtype, *primals), _of_moving(change, gradients, (x, factor, mean, inverse), tangents)
+    kept = x, factor, mean, inverse
+    return _scaled(dtype, x, factor, shift, mean, inverse), _of_moving(change, gradients, kept, tangents)
 
 
 _layer_norm.defjvp(_layer_norm_jvp, symbolic_zeros=True)

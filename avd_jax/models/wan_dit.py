@@ -19,16 +19,19 @@ from avd_jax.errors import UserError
 from avd_jax.models import rope
 from avd_jax.models.attention import attention, check_heads, keep_attention
 from avd_jax.models.linear import Linear, Projection
-from avd_jax.models.norms import layer_norm, rms_norm
+from avd_jax.models.norms import MOMENTS_NAME, layer_norm, rms_norm
 from avd_jax.models.placement import Placement, fetched
 from avd_jax.shapes import Array, Heads, Latents, PromptEmbeds, Timesteps, Tokens, typechecked
 
 Gate = Float[Array, "batch dim"]
 
+# Two numbers a token for each norm spare a pass over all channels.
+_KEEP_MOMENTS = jax.checkpoint_policies.save_only_these_names(MOMENTS_NAME)
 REMAT_POLICIES = {
     "none": None,  # keep every activation
-    "block": jax.checkpoint_policies.nothing_saveable,  # keep each block's input only
-    "save_attention": keep_attention,  # its forward kernel runs once
+    "block": _KEEP_MOMENTS,  # and of each block its input only
+    # Attention's forward kernel runs once.
+    "save_attention": jax.checkpoint_policies.save_from_both_policies(keep_attention, _KEEP_MOMENTS),
 }
 
 
@@ -98,9 +101,9 @@ class HeadsRMSNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones((config.num_heads, config.head_dim), jnp.float32))
         self.eps = config.eps
 
-    def __call__(self, x: Heads) -> Heads:
-        """Normalise."""
-        return rms_norm(x, scale=self.scale[...], eps=self.eps)
+    def __call__(self, x: Heads, *, factor: float = 1.0) -> Heads:
+        """Normalise, times `factor`."""
+        return rms_norm(x, scale=factor * self.scale[...], eps=self.eps)
 
 
 class Attention(nnx.Module):
@@ -126,10 +129,12 @@ class Attention(nnx.Module):
 
         `rotation` (self-attention only) carries the positions. With a `gate` the result is times that, in float32.
         """
-        query, key, value = self.norm_q(self.q(x)), self.norm_k(self.k(context)), self.v(context)
+        # The scale of the scores goes into a few numbers; as a factor of the queries it would be rounded once more.
+        query, key, value = self.q(x), self.norm_k(self.k(context)), self.v(context)
+        query = self.norm_q(query, factor=query.shape[-1] ** -0.5)
         if rotation is not None:
             query, key = rope.rotate(query, *rotation), rope.rotate(key, *rotation)
-        attended = attention(query, key, value, placement=placement, valid_keys=valid_keys)
+        attended = attention(query, key, value, placement=placement, valid_keys=valid_keys, scale=1.0)
         return self.o(attended, gate=gate, mesh=placement.mesh)
 
 
