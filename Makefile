@@ -11,10 +11,11 @@ tiny: .venv/installed
 	.venv/bin/python scripts/evaluate.py --checkpoint runs/tiny --weights weights/tiny --beside_teacher --count 48 \
 	  --batch_size 8 --out runs/tiny
 
+# Three workers on two cores: tests wait for programs that they start.
 test: .venv/installed
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	.venv/bin/python -m pytest -n 2 --dist loadfile
+	.venv/bin/python -m pytest -n 3 --dist loadfile
 
 parity: .venv-parity/installed
 	.venv-parity/bin/python -m pytest tests/parity
