@@ -12,7 +12,7 @@ from avd_jax import methods
 from avd_jax.convert.adapters import named_adapters, spelled
 from avd_jax.diffusion.student import HALF_RATE_POSITIONS
 from avd_jax.errors import UserError, closest, report_user_errors
-from avd_jax.fields import Fields, check_names, describe, flags_parser
+from avd_jax.fields import Fields, check_names, describe, flags_parser, parse_flags
 from avd_jax.generation.settings import DTYPES, SOLVERS
 from avd_jax.models.low_bit import KINDS
 from avd_jax.models.vae_tiles import MEMORY_GIB
@@ -69,7 +69,7 @@ def run(
     main: Callable[[], int | None],
     *,
     required: Sequence[flags.FlagHolder] = (),
-    parse_flags: Callable[[list[str]], list[str]] = app.parse_flags_with_usage,
+    parse_flags: Callable[[list[str]], list[str]] = parse_flags,
 ) -> None:
     """Run a script's `main()` and exit with the status it returns; a UserError is one line and status 1.
 
@@ -94,7 +94,7 @@ def run_with_arguments(main: Callable[[list[str]], int | None], *, required: Seq
 def _parse_anywhere(argv: list[str]) -> list[str]:
     """Parse flags that may stand among other arguments, and return these."""
     flags.FLAGS.set_gnu_getopt(True)
-    return app.parse_flags_with_usage(argv)
+    return parse_flags(argv)
 
 
 @dataclass(frozen=True)
@@ -169,6 +169,15 @@ def define_sampling() -> tuple[tuple[str, ...], Callable[[], dict]]:
     for flag in given:
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[flag.name])  # --help shows it as the script's
     return tuple(flag.name for flag in given), lambda: {flag.name: flag.value for flag in given}
+
+
+def numbers_of(flag: flags.FlagHolder[list[str] | None]) -> list[int]:
+    """Return the numbers of a repeatable flag, of which each may be several, separated by commas."""
+    texts = [text for value in flag.value or () for text in value.split(",")]
+    try:
+        return [int(text) for text in texts]
+    except ValueError:
+        raise UserError(f"--{flag.name} {','.join(texts)}: give whole numbers, separated by commas") from None
 
 
 def define_which() -> flags.FlagHolder:

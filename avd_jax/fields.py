@@ -2,12 +2,13 @@
 
 import itertools
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import ml_collections
-from absl import app
+from absl import flags
 
 from avd_jax.errors import UserError, closest
 from avd_jax.paths import any_path, local_path, weights_path
@@ -205,6 +206,16 @@ def all_local(value: str) -> str | None:
     return next((problem for path in listed(value) if (problem := local(path))), None)
 
 
+def parse_flags(argv: Sequence[str]) -> list[str]:
+    """Parse a command line for `absl.app.run`; what absl says of a bad one is a UserError."""
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        if missing := re.match(r"flag --(\w+)=None: .* must have a value other than None", str(error)):
+            raise UserError(f"--{missing[1]} is missing; --help lists the flags") from None
+        raise UserError(f"{' '.join(str(error).split())}; --help lists the flags") from None
+
+
 def flags_parser(fields_of: Callable[[str], Fields]) -> Callable[[Sequence[str]], list[str]]:
     """Return a `flags_parser` for `absl.app.run` that checks the config file and the names of fields first.
 
@@ -219,6 +230,8 @@ def flags_parser(fields_of: Callable[[str], Fields]) -> Callable[[Sequence[str]]
                 continue
             name, assigned, value = argument.lstrip("-").partition("=")
             if name == "config":
+                if path:
+                    raise UserError(f"--config is given twice: {path} and {value if assigned else following}")
                 try:
                     path = str(local_path(value if assigned else following))
                 except UserError as error:
@@ -228,11 +241,13 @@ def flags_parser(fields_of: Callable[[str], Fields]) -> Callable[[Sequence[str]]
                 # ml_collections opens the file itself, and knows nothing of `~`.
                 argv[place if assigned else place + 1] = f"--config={path}" if assigned else path
             elif name.startswith("config."):
+                if not path:
+                    raise UserError(f"--{name} comes before --config; give --config first")
                 named.append(name.removeprefix("config."))
         fields = fields_of(path) if path else {}
         for name in named:
             if name not in fields:
                 raise UserError(f"config.{name} does not exist{closest(name, fields)}; --explain lists every field")
-        return app.parse_flags_with_usage(argv)
+        return parse_flags(argv)
 
     return parse

@@ -213,7 +213,7 @@ def _same_weights(architecture: Architecture, config, model: torch.nn.Module, sk
     targets = flat_state(state)
     shapes = {key: array.shape for key, array in tensors.items()}
     pieces = resolve(architecture.diffusers_rules(config), shapes, targets, name=architecture.label)
-    leaves = leaves_from_torch(pieces, targets, tensors.__getitem__)
+    leaves = leaves_from_torch(pieces, targets, lambda key, rows: tensors[key])
     return graphdef, from_flat(state, {path: jnp.asarray(array) for path, array in leaves})
 
 

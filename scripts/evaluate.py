@@ -5,9 +5,8 @@
   python scripts/evaluate.py --weights weights/tiny --steps 50 --guidance_scale 3 --shift 3 --out runs/teacher
 
 The first measures any videos; captions are those of scripts/generate.py's JSON files, or of a captions.jsonl with one
-{"file": "a.mp4", "caption": "..."} a line. The others let a student or a teacher (UniPC) make videos for captions of
-the built-in world that no training has seen, beside the real ones; the student also with its first steps at half the
-frame rate, if there is an interpolator. Metrics that know the scene are for that world only. The command resumes.
+{"file": "a.mp4", "caption": "..."} a line. The others let a student or a teacher (UniPC) make videos for held-out
+captions of the built-in world, whose metrics know the scene; the student also with its half-rate steps. It resumes.
 """
 
 import math
@@ -34,10 +33,11 @@ WHICH = command_line.define_which()
 BESIDE_TEACHER = flags.DEFINE_bool("beside_teacher", False, "Also the teacher: with --steps, and with the student's.")
 STEPS = flags.DEFINE_integer("steps", 50, "UniPC steps of the teacher.", lower_bound=1)
 GUIDANCE_SCALE = flags.DEFINE_float("guidance_scale", None, "The teacher's. Default: the student's training's, else 5.")
-STUDENT_STEPS = flags.DEFINE_multi_integer("student_steps", None, "Steps of a student that serves fewer; repeatable.")
+STUDENT_STEPS = flags.DEFINE_multi_string("student_steps", None, "Of a student that serves fewer, such as 1,2,4.")
 SHIFT = flags.DEFINE_float("shift", None, "The teacher's timestep shift. Default: the student's training's, else 5.")
 COUNT = flags.DEFINE_integer("count", 100, "Held-out captions.", lower_bound=1)
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 10, "Videos to sample together.", lower_bound=1)
+OF_MADE = CHECKPOINT, WHICH, BESIDE_TEACHER, STEPS, GUIDANCE_SCALE, STUDENT_STEPS, SHIFT, COUNT, BATCH_SIZE
 SHOWN = ("alignment", "instance_preservation", "saturation")
 OUT = command_line.path_flag("out", None, "Folder for metrics.json, report.html and the videos that are made.")
 
@@ -48,10 +48,10 @@ def check_flags() -> None:
         raise UserError("give either --videos with a folder of them, or --weights (and --checkpoint) to make some")
     if CAPTIONS.value and not VIDEOS.value:
         raise UserError("--captions: only goes with --videos; videos that are made have held-out captions")
-    if BESIDE_TEACHER.value and not CHECKPOINT.value:
-        raise UserError("--checkpoint is missing: the student that --beside_teacher is about")
-    if WHICH.value and VIDEOS.value:
-        raise UserError("--which: only goes with --weights; leave it out")
+    if given := [flag.name for flag in OF_MADE if VIDEOS.value and flag.present]:
+        raise UserError(f"--{given[0]}: only goes with --weights; leave it out")
+    if given := [flag.name for flag in (BESIDE_TEACHER, STUDENT_STEPS) if flag.value and not CHECKPOINT.value]:
+        raise UserError(f"--checkpoint is missing: the student that --{given[0]} is about")
 
 
 def settings_of_sets() -> dict[str, Options]:
@@ -63,7 +63,7 @@ def settings_of_sets() -> dict[str, Options]:
     if not CHECKPOINT.value:
         return {f"teacher, {STEPS.value}x2 steps": Options(**teacher, which=WHICH.value, steps=STEPS.value)}
     options = Options(**shared, checkpoint=CHECKPOINT.value, which=WHICH.value, solver="student")
-    sets = ways_of_a_student(options, STUDENT_STEPS.value or [None])
+    sets = ways_of_a_student(options, command_line.numbers_of(STUDENT_STEPS) or [None])
     if BESIDE_TEACHER.value:
         made = dict.fromkeys([STEPS.value, *(resolve(one, note=str).steps for one in sets.values())])
         return {f"teacher, {n}x2 steps": Options(**teacher, steps=n) for n in made} | sets

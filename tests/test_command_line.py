@@ -2,6 +2,7 @@
 
 import ast
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from absl import flags
@@ -9,7 +10,7 @@ from absl import flags
 from avd_jax import command_line, convert, methods
 from avd_jax.errors import UserError
 from avd_jax.experiments import cells
-from avd_jax.fields import flags_parser
+from avd_jax.fields import flags_parser, parse_flags
 
 SCRIPTS = sorted((Path(__file__).parents[1] / "scripts").glob("*.py"))
 # The flags and fields of text that are no path.
@@ -62,7 +63,7 @@ def test_a_config_file_in_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "config.py").write_text("")
     seen = []
-    monkeypatch.setattr("avd_jax.fields.app.parse_flags_with_usage", seen.append)
+    monkeypatch.setattr("avd_jax.fields.parse_flags", seen.append)
     parse = flags_parser(lambda path: seen.append(path) or {})
     for arguments in (["--config=~/config.py"], ["--config", "~/config.py"]):
         parse(["train.py", *arguments])
@@ -70,6 +71,40 @@ def test_a_config_file_in_the_home_folder(tmp_path, monkeypatch):
         assert seen.pop() == f"{tmp_path}/config.py"
     with pytest.raises(UserError, match="--config gs://bucket/c: gs:// is not supported"):
         parse(["train.py", "--config", "gs://bucket/c"])
+
+
+def test_a_config_is_named_once_and_before_its_fields(tmp_path):
+    (config := tmp_path / "config.py").write_text("")
+    parse = flags_parser(lambda path: {"num_steps": None})
+    with pytest.raises(UserError, match=rf"--config is given twice: {config} and {config}"):
+        parse(["train.py", "--config", str(config), f"--config={config}"])
+    with pytest.raises(UserError, match=r"--config.num_steps comes before --config; give --config first"):
+        parse(["train.py", "--config.num_steps=5", f"--config={config}"])
+
+
+def test_what_absl_says_of_a_bad_flag_is_one_line():
+    flags.DEFINE_integer("count_of_a_test", None, "a number", lower_bound=1)
+    flags.DEFINE_string("text_of_a_test", None, "a text")
+    for given, message in (
+        (["--count_of_a_tets=1"], r"Unknown command line flag 'count_of_a_tets'.* did you mean.* count_of_a_test"),
+        (["--count_of_a_test=x"], r"--count_of_a_test=x: .*; --help lists the flags"),
+    ):
+        with pytest.raises(UserError, match=rf"(?i)^[^\n]*{message}[^\n]*$"):
+            parse_flags(["x", *given])
+    flags.mark_flag_as_required("text_of_a_test")
+    with pytest.raises(UserError, match=r"^--text_of_a_test is missing; --help lists the flags$"):
+        parse_flags(["x"])
+    del flags.FLAGS.text_of_a_test
+
+
+@pytest.mark.parametrize(("given", "numbers"), [(None, []), (["1,2", "4"], [1, 2, 4]), (["3"], [3])])
+def test_numbers_of_a_repeatable_flag(given, numbers):
+    assert command_line.numbers_of(SimpleNamespace(name="steps", value=given)) == numbers
+
+
+def test_numbers_that_are_none():
+    with pytest.raises(UserError, match="--steps 1,a: give whole numbers, separated by commas"):
+        command_line.numbers_of(SimpleNamespace(name="steps", value=["1,a"]))
 
 
 @pytest.mark.parametrize(

@@ -204,6 +204,10 @@ BAD = {
         run_with(lambda step: os.rename(step, f"{step}.orbax-checkpoint-tmp")),
         ["no complete checkpoint", "20.orbax-checkpoint-tmp"],
     ),
+    "run whose latest checkpoint lost its meta": (
+        run_with(lambda step: shutil.rmtree(step / "meta")),
+        ["20: this checkpoint is incomplete (no meta/metadata); remove it, or name another step"],
+    ),
     "run without the network": (
         run_with(lambda step: shutil.rmtree(step / "generator")),
         ["holds no 'generator', but fake_score, progress"],

@@ -120,6 +120,16 @@ def test_not_a_list_of_strings(texts, tokenizer):
         tokenizer(texts)
 
 
+def test_what_is_unknown_is_told(tokenizer):
+    """umT5's own spells what it does not know in bytes; that of the small world does not."""
+    tiny, notes = Tokenizer.from_path(Path(__file__).parents[1] / "weights" / "tiny" / "tokenizer"), []
+    tokenizer.tell_what_is_cut(["fox \u2603"], note=notes.append)
+    tiny.tell_what_is_cut(["a disc"], note=notes.append)
+    assert notes == []
+    tiny.tell_what_is_cut(["fox \u2603", "\u2603 fox", "fox"], note=notes.append)
+    assert notes == ["unknown to the tokenizer: '\u2603', which the model does not read"]
+
+
 def test_what_is_cut_is_told_in_one_line(tokenizer):
     notes = []
     tokenizer.tell_what_is_cut(["fox " * 200, "", "fox"], note=notes.append)

@@ -3,12 +3,14 @@
 import os
 import subprocess
 import sys
+import threading
 
 import av
 import numpy as np
 import pytest
 from PIL import Image
 
+from avd_jax.data import atomic
 from avd_jax.data import video as video_io
 from avd_jax.errors import UserError
 
@@ -253,6 +255,29 @@ def test_a_killed_writer_leaves_no_file(tmp_path):
     assert not (tmp_path / "v.mp4").exists()
     video_io.write_video(tmp_path / "v.mp4", waves(), fps=8)
     assert [p.name for p in tmp_path.iterdir()] == ["v.mp4"]
+
+
+def test_writers_of_one_file_take_turns(tmp_path):
+    """Else one of them renames what the other is at, and this one ends with an error."""
+    path, begun, order = tmp_path / "v.txt", threading.Event(), []
+
+    def second():
+        begun.wait(60)
+        with atomic.replacing(path) as temporary:
+            order.append(path.read_text())
+            temporary.write_text("second")
+
+    other = threading.Thread(target=second)
+    other.start()
+    with atomic.replacing(path) as temporary:
+        temporary.write_text("first")
+        begun.set()
+        other.join(0.5)  # it is waiting, or has yet to begin
+        assert order == []
+    other.join(60)
+    assert order == ["first"]
+    assert path.read_text() == "second"
+    assert [p.name for p in tmp_path.iterdir()] == ["v.txt"]
 
 
 def test_contact_sheet(tmp_path):

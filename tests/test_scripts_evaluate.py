@@ -46,6 +46,7 @@ def test_bad_input_is_one_line_that_says_what_to_do(folder, tmp_path):
     (tmp_path / "videos" / "a.json").write_text("[]")
     (tmp_path / "empty").mkdir()
     out = ["--out", str(tmp_path / "out")]
+    student = "--weights", str(folder / "wan"), "--checkpoint", str(folder / "student")
     cases = {
         (): "give either --videos with a folder",
         ("--videos", "x", "--weights", "y"): "give either --videos with a folder",
@@ -55,6 +56,10 @@ def test_bad_input_is_one_line_that_says_what_to_do(folder, tmp_path):
         ("--videos", str(tmp_path / "videos"), "--captions", "no.jsonl"): "no.jsonl",
         ("--weights", str(folder / "wan"), "--beside_teacher"): "--checkpoint is missing",
         ("--weights", str(folder / "wan"), "--captions", "a.jsonl"): "--captions: only goes with --videos",
+        ("--videos", str(tmp_path / "videos"), "--count", "3"): "--count: only goes with --weights; leave it out",
+        ("--weights", str(folder / "wan"), "--student_steps", "2"): "the student that --student_steps is about",
+        (*student, "--student_steps", "1,2"): "--student_steps: this student makes all steps that it was trained for",
+        (*student, "--student_steps", "1,x"): "--student_steps 1,x: give whole numbers, separated by commas",
         ("--weights", str(tmp_path / "nowhere")): "nowhere",
     }
     done = python("-c", MESSAGES, SCRIPT, json.dumps([[*arguments, *out] for arguments in cases]))

@@ -158,10 +158,10 @@ def training_settings(path: str | Path) -> dict | None:
 def training_step(path: Path) -> Path | None:
     """Return the step folder of a training run, of its checkpoints/ or of one step; None if `path` is none.
 
-    Of several steps it is the latest complete one.
+    Of several steps it is the latest, but for what a killed process left half-written.
 
     Raises:
-      UserError: it looks like one, but no step is complete.
+      UserError: it looks like one, but no step is complete, or the latest is damaged.
     """
     if (path / "meta").is_dir() or (path.name.isdigit() and any((path / item).is_dir() for item in _STEP_ITEMS)):
         if not (path / "meta" / "metadata").is_file():
@@ -174,10 +174,12 @@ def training_step(path: Path) -> Path | None:
             raise UserError(f"{folder}: no checkpoint has been saved here yet")
         return None
     steps = sorted(int(step) for step in ocp.utils.checkpoint_steps(folder.absolute()))
-    complete = [step for step in steps if (folder / str(step) / "meta" / "metadata").is_file()]
-    if not complete:
+    if not steps:
         raise UserError(f"{folder}: no complete checkpoint; found {', '.join(sorted(names))}")
-    return folder / str(complete[-1])
+    latest = folder / str(steps[-1])
+    if not (latest / "meta" / "metadata").is_file():
+        raise UserError(f"{latest}: this checkpoint is incomplete (no meta/metadata); remove it, or name another step")
+    return latest
 
 
 def read_json(path: Path) -> dict:

@@ -25,11 +25,13 @@ def replacing(path: str | os.PathLike, *, owner: str = "") -> Iterator[Path]:
     """Yield a temporary local path; a clean exit makes it `path`, by a rename or an upload, an exception removes it.
 
     Missing parent folders are made. The temporary name is fixed, so that what a killed process left behind is
-    overwritten by the next attempt and does not pile up.
+    overwritten by the next attempt and does not pile up. Who finds another process or thread at the same file waits
+    until it has ended.
 
     Args:
       path: the file.
-      owner: part of the temporary name, where several processes may write the same file at once.
+      owner: part of the temporary name, where several hosts may write the same file at once, which see no locks of
+        each other on some file systems.
     """
     path = any_path(path)
     if is_bucket(path):
@@ -39,6 +41,7 @@ def replacing(path: str | os.PathLike, *, owner: str = "") -> Iterator[Path]:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{owner}tmp")
+    lock = _locked(temporary, wait=True)
     try:
         yield temporary
         with open(temporary, "rb") as written:
@@ -48,6 +51,8 @@ def replacing(path: str | os.PathLike, *, owner: str = "") -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+    finally:
+        os.close(lock)
 
 
 def write_text(path: str | os.PathLike, text: str, *, owner: str = "") -> None:

@@ -95,12 +95,17 @@ class Tokenizer:
     def tell_what_is_cut(
         self, texts: Sequence[str], limit: int = TEXT_LENGTH, note: Callable[[str], object] = print
     ) -> None:
-        """Give `note` one line if some texts have more than `limit` tokens, of which the last ones are lost."""
-        texts, lengths = list(dict.fromkeys(texts)), {}
+        """Give `note` a line if some texts have more than `limit` tokens, or words that the tokenizer does not know."""
+        texts, lengths, unknown = list(dict.fromkeys(texts)), {}, {}
+        unk_id = self._tokenizer.token_to_id("<unk>")
         for first in range(0, len(texts), _COUNTED_TOGETHER):
             batch = texts[first : first + _COUNTED_TOGETHER]
             encodings = self._tokenizer.encode_batch([clean(text) for text in batch])
-            lengths |= {text: len(encoding.ids) for text, encoding in zip(batch, encodings, strict=True)}
+            for text, encoding in zip(batch, encodings, strict=True):
+                lengths[text] = len(encoding.ids)
+                for token, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
+                    if token == unk_id:
+                        unknown[clean(text)[start:end].strip()] = None
         longest = max(lengths, key=lengths.get, default="")
         if (length := lengths.get(longest, 0)) > limit:
             cut = sum(length > limit for length in lengths.values())
@@ -109,6 +114,9 @@ class Tokenizer:
                 f"cut off: {length - limit:,} of {length:,} tokens of '{clean(longest)[:60]}...'{others}; the model "
                 f"reads the first {limit}"
             )
+        if words := list(unknown):
+            shown = ", ".join(map(repr, words[:5])) + (f" and {len(words) - 5:,} more" if len(words) > 5 else "")
+            note(f"unknown to the tokenizer: {shown}, which the model does not read")
 
     def save(self, folder: str | Path) -> None:
         """Write the tokenizer, byte for byte as it was read, to `folder/tokenizer.json`; makes the folder."""

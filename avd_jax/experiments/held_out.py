@@ -6,9 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from avd_jax.convert.layouts import student_settings
 from avd_jax.data import shapes_world
 from avd_jax.data.video import write_video
 from avd_jax.data.world_clips import FIRST_HELD_OUT_CLIP
+from avd_jax.errors import UserError
 from avd_jax.experiments.videos import CaptionedVideo
 from avd_jax.generation.run import generate, make_plan
 from avd_jax.generation.settings import Job, Options, resolve
@@ -52,8 +54,13 @@ def ways_of_a_student(options: Options, steps: Sequence[int | None]) -> dict[str
     Args:
       options: of the student.
       steps: how many it is to make, each in turn; None: as many as it was trained for.
+
+    Raises:
+      UserError: other steps than those it makes.
     """
     sets = {}
+    if steps != [None] and not (student_settings(options.checkpoint) or {}).get("fewer_steps"):
+        raise UserError("--student_steps: this student makes all steps that it was trained for; leave it out")
     for number in steps:
         one = replace(options, steps=number)
         settings = resolve(one)
