@@ -102,10 +102,11 @@ class Tokenizer:
             batch = texts[first : first + _COUNTED_TOGETHER]
             encodings = self._tokenizer.encode_batch([clean(text) for text in batch])
             for text, encoding in zip(batch, encodings, strict=True):
-                lengths[text] = len(encoding.ids)
-                for token, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
-                    if token == unk_id:
-                        unknown[clean(text)[start:end].strip()] = None
+                ids = encoding.ids
+                lengths[text] = len(ids)
+                if unk_id in ids:
+                    places = [place for token, place in zip(ids, encoding.offsets, strict=True) if token == unk_id]
+                    unknown |= {clean(text)[start:end].strip(): None for start, end in places}
         longest = max(lengths, key=lengths.get, default="")
         if (length := lengths.get(longest, 0)) > limit:
             cut = sum(length > limit for length in lengths.values())

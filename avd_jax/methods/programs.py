@@ -150,8 +150,7 @@ def _student_sample(config, params, student: Student, model, interpolator, mesh,
     if student.half_rate_steps:
         module = nnx.eval_shape(lambda: Interpolator(interpolator, nnx.Rngs(0)))
         sampling = HalfRateSampling(student.half_rate_steps, student.half_rate_positions, module)
-    schedule = {"timesteps": student.timesteps, "half_rate": sampling}
-    sampler = StudentSampler(student.network, student.shape, **schedule, mesh=mesh)
+    sampler = StudentSampler(student.network, student.shape, timesteps=student.timesteps, half_rate=sampling, mesh=mesh)
     inputs = _samples(config, model, mesh)
     if half_rate:
         args = params, placed(sampler.interpolator, replicated(mesh)), *inputs

@@ -74,8 +74,10 @@ class SampleWriter:
         if student.half_rate_steps:
             module = student.interpolator.module(frozen["interpolator"])
             half_rate = HalfRateSampling(student.half_rate_steps, student.half_rate_positions, module)
-        self._mesh, schedule = mesh, {"timesteps": student.timesteps, "half_rate": half_rate}
-        self._student = StudentSampler(student.network, student.shape, **schedule, mesh=mesh)
+        self._mesh = mesh
+        self._student = StudentSampler(
+            student.network, student.shape, timesteps=student.timesteps, half_rate=half_rate, mesh=mesh
+        )
         self._teacher_videos = None
         if config.sample.teacher_steps:
             self._teacher_videos = self._decode(self._teacher_latents(teacher, teacher_parts, frozen))
