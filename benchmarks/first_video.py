@@ -58,8 +58,9 @@ def main() -> None:
     timed(sampling, "load_module", "a network loaded", apart=apart)
     timed(sampling, "load_transformer", "transformer loaded", apart=apart)
     timed(pipeline.Steps, "compiled", "steps compiled", apart=apart)
+    timed(sampling, "_compiled_decoder", "decoder compiled", apart=apart)
     timed(pipeline.Steps, "__call__", "steps started")
-    timed(sampling, "to_host", "steps, and decoding compiled and run")
+    timed(sampling, "to_host", "steps and decoding run")
     timed(run, "write_video", "written")
     if not any(argument.startswith("--prompt_cache") for argument in arguments):
         arguments.append(f"--prompt_cache={tempfile.mkdtemp()}")

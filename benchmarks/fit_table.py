@@ -6,7 +6,7 @@
 A program that is compiled, or does not fit, is a line of the cache and is not compiled again, unless the code, the
 config or the compiler has changed. So the command can be stopped at any moment and given again. The table comes last,
 and is written if no row is missing. It needs the compilers for TPUs and
-GPUs, `pip install -e ".[cuda_compiler]" "jax[tpu]"`, and for all rows an hour or two on two CPU cores and 6 GB.
+GPUs, `pip install -e ".[cuda-compiler]" "jax[tpu]"`, and for all rows an hour or two on two CPU cores and 6 GB.
 """
 
 import contextlib

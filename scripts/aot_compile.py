@@ -5,7 +5,7 @@
     python scripts/aot_compile.py --config configs/wan14b_h100.py --topology h100:8
     python scripts/aot_compile.py --config configs/wan13b.py --topology v5e:4x8 --plan
 
-Runs on any CPU with `pip install "jax[tpu]"`, for GPUs with `pip install -e ".[cuda_compiler]"`; needs neither weights
+Runs on any CPU with `pip install "jax[tpu]"`, for GPUs with `pip install -e ".[cuda-compiler]"`; needs neither weights
 nor data. docs/pods.md explains the figures.
 """
 

@@ -48,7 +48,7 @@ def test_similarity_by_its_formula():
 
 def test_a_students_last_prediction_is_what_it_samples(folder, monkeypatch):
     embeds = np.random.default_rng(0).standard_normal((64, 8)).astype(np.float32)
-    monkeypatch.setattr(predictions, "_embeddings", lambda opened, prompts: dict.fromkeys(prompts, embeds))
+    monkeypatch.setattr(predictions, "_embeddings", lambda opened, jobs: {job.prompt: embeds for job in jobs})
     student = opened(folder, checkpoint=str(folder / "student"))
     steps = steps_of(student, JOBS, batch_size=2)
     assert [step.timestep for step in steps] == STUDENT["timesteps"]

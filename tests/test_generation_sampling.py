@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+import threading
 from dataclasses import replace
 
 import jax
@@ -133,6 +134,37 @@ def test_transformer_and_decoder_take_turns_if_they_do_not_fit_together(settings
     videos = sampled(settings)
     np.testing.assert_array_equal(videos, expected)
     assert "the transformer and the decoder do not fit into memory together" in capsys.readouterr().err
+
+
+def test_programs_are_compiled_before_anything_is_loaded(settings, expected, monkeypatch):
+    compiled = {name: threading.Event() for name in ("_compiled_steps", "_compiled_decoder")}
+    for name, event in compiled.items():
+        make = getattr(sampling, name)
+
+        def noted(*args, make=make, event=event):
+            program = make(*args)
+            event.set()
+            return program
+
+        monkeypatch.setattr(sampling, name, noted)
+    load = sampling.text_encoder_of
+
+    def waiting(*args):
+        assert all(event.wait(timeout=300) for event in compiled.values())
+        return load(*args)
+
+    monkeypatch.setattr(sampling, "text_encoder_of", waiting)
+    np.testing.assert_array_equal(sampled(settings, JOBS[:1]), expected[:1])
+
+
+@pytest.mark.parametrize("name", ["_compiled_steps", "_compiled_decoder"])
+def test_what_cannot_be_compiled_says_why(settings, name, monkeypatch):
+    def failing(*args):
+        raise UserError("too large")
+
+    monkeypatch.setattr(sampling, name, failing)
+    with pytest.raises(UserError, match="too large"):
+        sampled(settings, JOBS[:1])
 
 
 def test_other_failures_of_the_decoder_are_not_taken_for_that(settings, monkeypatch):

@@ -90,7 +90,7 @@ def test_a_sharding_in_the_hosts_memory_is_another_one():
 def test_programs_compile_for_gpus_that_are_not_there():
     """Attention by cuDNN among them, whose checks ask about the GPU; the workspace is counted."""
     if not all(map(gpu_topology._is_installed, gpu_topology._MODULES)):
-        pytest.skip("needs the wheels of pyproject.toml's cuda_compiler")
+        pytest.skip("needs the wheels of pyproject.toml's cuda-compiler")
     found = json.loads(subprocess.run([sys.executable, "-c", GPU_PROGRAM], capture_output=True, check=True).stdout)
     assert found == [["NVIDIA H100 80GB HBM3", 16, 2], 4 * 2 * 1024 * (64 + 1), True, 4 * 1024]
 

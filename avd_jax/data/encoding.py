@@ -64,20 +64,23 @@ def fingerprint(module: nnx.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def text_encoder(umt5: nnx.Module, tokenizer: Callable, *, takes_turns: bool = False) -> TextEncoder:
-    """Compile umT5 with its tokenizer.
+def text_encoder(
+    umt5: nnx.Module, tokenizer: Callable, *, takes_turns: bool = False, program: Callable | None = None
+) -> TextEncoder:
+    """Return umT5 with its tokenizer, compiled.
 
     Args:
       umt5: the network.
       tokenizer: texts -> input ids and mask, both [B text_len].
       takes_turns: whether the network's parameters wait in the host's memory when it is not at work, so that another
         one, which does not fit beside it, can have the device. On a CPU both are one memory, and nothing is copied.
+      program: from `text_program`, if it is compiled already, for one text at a time.
     """
     made_by = fingerprint(umt5)
     if takes_turns:
         nnx.update(umt5, jax.device_get(nnx.state(umt5)))
     graphdef, state = nnx.split(umt5)
-    run = jax.jit(lambda state, ids, mask: nnx.merge(graphdef, state)(ids, mask).astype(jnp.bfloat16))
+    run = program or text_program(graphdef)
     held = [state]
 
     @contextmanager
@@ -95,6 +98,11 @@ def text_encoder(umt5: nnx.Module, tokenizer: Callable, *, takes_turns: bool = F
 
     text_len = tokenizer([""])[0].shape[1]
     return TextEncoder(encode, text_len, made_by, at_work if takes_turns else nullcontext)
+
+
+def text_program(graphdef: nnx.GraphDef) -> Callable:
+    """Return the jitted `(state, ids, mask) -> embeddings`, bfloat16, of a split umT5."""
+    return jax.jit(lambda state, ids, mask: nnx.merge(graphdef, state)(ids, mask).astype(jnp.bfloat16))
 
 
 def video_encoder(vae: nnx.Module, *, memory_gib: float = MEMORY_GIB) -> VideoEncoder:
@@ -121,7 +129,7 @@ def encoder_program(graphdef: nnx.GraphDef, *, platform: str, memory_gib: float 
 
 
 def video_decoder(
-    vae: WanVAE, *, mesh: Mesh | None = None, memory_gib: float = MEMORY_GIB
+    vae: WanVAE, *, mesh: Mesh | None = None, memory_gib: float = MEMORY_GIB, program: Callable | None = None
 ) -> Callable[[jax.Array], jax.Array]:
     """Return a compiled function from latents [B F H W C] to videos, see `WanVAE.decode`.
 
@@ -129,10 +137,12 @@ def video_decoder(
       vae: its weights. It computes in `decoding_dtype`.
       mesh: whose batch axes share the clips out, B being a multiple of their size; None: one device takes all.
       memory_gib: what it may take of a device.
+      program: from `decoder_program`, if it is compiled already.
     """
     device = mesh.devices.flat[0] if mesh else jax.devices()[0]
     graphdef, state = nnx.split(decoding_on(vae, device))
-    return partial(decoder_program(graphdef, platform=device.platform, mesh=mesh, memory_gib=memory_gib), state)
+    made_for = {"platform": device.platform, "mesh": mesh, "memory_gib": memory_gib}
+    return partial(program or decoder_program(graphdef, **made_for), state)
 
 
 def decoding_on(vae: WanVAE, device: jax.Device) -> WanVAE:

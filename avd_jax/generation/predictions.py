@@ -4,6 +4,7 @@ At each step the model predicts x0 from x_t, x0 = x_t - sigma v. The cosine simi
 f + 1 of that prediction, over height, width and channels.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,8 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from avd_jax.convert.weights import load_module, lossless_dtype
-from avd_jax.data.encoding import text_encoder
 from avd_jax.data.latents import pad_prompt_embeds
 from avd_jax.diffusion.flow import sigma_of_timestep, x0_from_velocity
 from avd_jax.diffusion.guidance import guided_velocity
@@ -22,7 +21,7 @@ from avd_jax.diffusion.unipc import unipc_sample
 from avd_jax.errors import UserError
 from avd_jax.generation.pipeline import sample_keys
 from avd_jax.generation.run import Opened
-from avd_jax.generation.sampling import load_transformer
+from avd_jax.generation.sampling import embeddings_of, load_transformer, text_encoder_of, texts_of
 from avd_jax.generation.settings import Job
 from avd_jax.parallel.compiler import compiler_options
 from avd_jax.parallel.mesh import batch_sharding, make_mesh, replicated
@@ -59,7 +58,7 @@ def steps_of(opened: Opened, jobs: Sequence[Job], *, batch_size: int, fsdp: int 
     settings, shape, mesh = opened.settings, opened.shape, make_mesh(fsdp=fsdp)
     if shape[0] < 2:
         raise UserError(f"--frames {settings.frames}: is one latent frame, which has no neighbour; give more")
-    texts = _embeddings(opened, [job.prompt for job in jobs])
+    texts = _embeddings(opened, jobs)
     network, params = load_transformer(opened.parts, settings, mesh)
     seen: list[tuple[float, np.ndarray]] = []
 
@@ -109,12 +108,10 @@ def steps_of(opened: Opened, jobs: Sequence[Job], *, batch_size: int, fsdp: int 
     return steps
 
 
-def _embeddings(opened: Opened, prompts: Sequence[str]) -> dict[str, np.ndarray]:
+def _embeddings(opened: Opened, jobs: Sequence[Job]) -> dict[str, np.ndarray]:
     """Return text -> embeddings [text_len text_dim] of the prompts and the negative prompt."""
     settings, parts = opened.settings, opened.parts
-    dtype = jnp.dtype(settings.dtype)
-    param_dtype = lossless_dtype(parts.text_encoder, dtype)
-    encoder = text_encoder(load_module(parts.text_encoder, dtype, param_dtype=param_dtype), parts.tokenizer)
-    texts = dict.fromkeys([*prompts, *([] if settings.negative_prompt is None else [settings.negative_prompt])])
+    encoder = functools.cache(lambda: text_encoder_of(parts, settings.dtype))
+    found = embeddings_of(texts_of(settings, jobs), None, encoder)
     length = parts.transformer.config.text_len
-    return {text: pad_prompt_embeds(encoder.encode([text])[0], length) for text in texts}
+    return {text: pad_prompt_embeds(embeds, length) for text, embeds in found.items()}

@@ -3,22 +3,32 @@
 The text encoder comes first and leaves before the others are loaded. Then each batch is sampled and decoded. If the
 transformer and the decoder do not fit beside each other, a few batches are sampled, the transformer leaves, they are
 decoded, and its parameters are read again for the next ones. All hosts do the same and get the same.
+
+Programs are compiled from the parameters' shapes while networks are loaded and run.
 """
 
 import contextlib
 import functools
 import gc
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from avd_jax.convert.weights import load_module, lossless_dtype
-from avd_jax.data.encoding import TextEncoder, text_encoder, video_decoder
-from avd_jax.data.latents import pad_prompt_embeds
+from avd_jax.data.encoding import (
+    TextEncoder,
+    decoder_program,
+    decoding_on,
+    text_encoder,
+    text_program,
+    video_decoder,
+)
+from avd_jax.data.latents import BFLOAT16, pad_prompt_embeds
 from avd_jax.errors import UserError, note
 from avd_jax.generation.low_bit import load_low_bit
 from avd_jax.generation.pipeline import (
@@ -37,7 +47,7 @@ from avd_jax.models.placement import Placement
 from avd_jax.models.vae_tiles import MEMORY_GIB
 from avd_jax.parallel.hosts import to_host
 from avd_jax.parallel.memory import is_exhausted
-from avd_jax.parallel.mesh import BATCH_AXES, batch_sharding, make_mesh, replicated
+from avd_jax.parallel.mesh import BATCH_AXES, batch_sharding, make_mesh, placed, replicated
 from avd_jax.parallel.rules import spec_for, tree_shardings
 
 SAMPLED_BEFORE_DECODING = 8  # batches, if the transformer has to leave for the decoder; a kill loses so many at most
@@ -108,16 +118,26 @@ def sample_videos(
     Raises:
       UserError: values that are not finite.
     """
-    encoder = functools.cache(lambda: text_encoder_of(parts, settings.dtype))
-    texts = embeddings_of(texts_of(settings, jobs), cache, encoder)
-    del encoder
-    gc.collect()  # the text encoder is larger than the transformer, and its modules are cycles of references
-    vae = load_module(parts.vae, jnp.float32, lambda path, leaf: replicated(mesh))
-    decode = video_decoder(vae, mesh=mesh, memory_gib=vae_gib)
     batches = [list(jobs[i : i + size]) for i in range(0, len(jobs), size)]
     made, crowded = set(), False
-    with contextlib.closing(Counter(on_step)) as count:
-        sampler = _Sampler(settings, parts, shape, texts, mesh, size, count)
+    with contextlib.closing(Counter(on_step)) as count, _compiling() as meanwhile:
+
+        def encoded() -> dict[str, np.ndarray]:
+            encoder = functools.cache(lambda: text_encoder_of(parts, settings.dtype))
+            found = embeddings_of(texts_of(settings, jobs), cache, encoder)
+            del encoder
+            gc.collect()  # the text encoder is larger than the transformer, and its modules are cycles of references
+            return found
+
+        # A GPU's compiler tries kernels on the device, which the text encoder may fill.
+        texts = encoded() if mesh.devices.flat[0].platform == "gpu" else None
+        ahead = not settings.weights_dtype  # else what is stored in few bits shows when it is read
+        steps = meanwhile.submit(_compiled_steps, settings, parts, shape, mesh, size) if ahead else None
+        decoder = meanwhile.submit(_compiled_decoder, parts, (size, *shape), mesh, vae_gib)
+        texts = encoded() if texts is None else texts
+        vae = load_module(parts.vae, jnp.float32, lambda path, leaf: replicated(mesh))
+        decode = video_decoder(vae, mesh=mesh, program=lambda *inputs: decoder.result()(*inputs))
+        sampler = _Sampler(settings, parts, shape, texts, mesh, size, steps, count)
         try:
             for batch, videos in zip(batches, _side_by_side(sampler, decode, batches), strict=True):
                 for job, pixels in _rows(batch, videos):
@@ -168,11 +188,14 @@ class _Sampler:
         texts: dict[str, np.ndarray],
         mesh: Mesh,
         size: int,
+        compiled: Future[Steps] | None,
         count: Callable[[jax.Array], object],
     ):
         self._settings, self._parts, self._shape, self._mesh, self._size = settings, parts, shape, mesh, size
         self._params = self._sample = None
-        self._negative, self._texts = (), texts
+        self._compiled, self._texts, self._negative = compiled, texts, ()
+        if settings.solver == "unipc":
+            self._negative = (self._conditions(self._padded(settings.negative_prompt), replicated(mesh)),)
         self._keys = jax.jit(sample_keys, out_shardings=batch_sharding(mesh))
         self._count = count
 
@@ -187,36 +210,52 @@ class _Sampler:
         keys = self._keys(np.asarray([job.seed for job in rows], np.uint32))
         texts = self._conditions(np.stack([self._padded(job.prompt) for job in rows]), batch_sharding(self._mesh))
         if self._params is None:
-            self._load(keys, texts)
+            network, self._params = load_transformer(self._parts, self._settings, self._mesh)
+            if self._sample is None:
+                made = (network, self._settings, self._parts, self._shape, self._mesh)
+                self._sample = self._compiled.result() if self._compiled else make_sampler(*made)
         return self._sample(self._params, keys, texts, *self._negative, on_step=self._count)
-
-    def _load(self, *inputs) -> None:
-        """Load the parameters and, the first time, compile the steps for such inputs meanwhile."""
-        settings, parts, mesh = self._settings, self._parts, self._mesh
-        if self._sample is not None:
-            self._params = load_transformer(parts, settings, mesh)[1]
-            return
-        if settings.solver == "unipc":
-            self._negative = (self._conditions(self._padded(settings.negative_prompt), replicated(mesh)),)
-
-        def steps(network: Callable) -> Steps:
-            return make_sampler(network, settings, parts, self._shape, mesh)
-
-        if settings.weights_dtype:  # what is to be stored in few bits shows when it is read
-            network, self._params = load_transformer(parts, settings, mesh)
-            self._sample = steps(network)
-            return
-        network, abstract = abstract_transformer(parts, settings, mesh)
-        with ThreadPoolExecutor(1) as meanwhile:
-            compiled = meanwhile.submit(lambda: steps(network).compiled(abstract, *inputs, *self._negative))
-            self._params = load_transformer(parts, settings, mesh)[1]
-            self._sample = compiled.result()
 
     def _padded(self, text: str) -> np.ndarray:
         return pad_prompt_embeds(self._texts[text], self._parts.transformer.config.text_len)
 
     def _conditions(self, embeds: np.ndarray, sharding: NamedSharding) -> dict[str, jax.Array]:
         return jax.device_put({"prompt_embeds": embeds}, sharding)
+
+
+@contextlib.contextmanager
+def _compiling() -> Iterator[ThreadPoolExecutor]:
+    """Yield threads that compile; who leaves with an error does not wait for them."""
+    threads = ThreadPoolExecutor(2)
+    try:
+        yield threads
+    finally:
+        threads.shutdown(wait=False, cancel_futures=True)
+
+
+def _compiled_steps(settings: Settings, parts: Parts, shape: LatentsShape, mesh: Mesh, size: int) -> Steps:
+    """Return the sampler compiled for batches of a size, whose examples the mesh shares out; nothing is loaded."""
+    network, params = abstract_transformer(parts, settings, mesh)
+    share, model = batch_sharding(mesh), parts.transformer.config
+    keys = placed(jax.eval_shape(sample_keys, jax.ShapeDtypeStruct((size,), jnp.uint32)), share)
+
+    def conditions(sharding: NamedSharding, *rows: int) -> dict[str, jax.ShapeDtypeStruct]:
+        embeds = jax.ShapeDtypeStruct((*rows, model.text_len, model.text_dim), BFLOAT16, sharding=sharding)
+        return {"prompt_embeds": embeds}
+
+    negative = [conditions(replicated(mesh))] if settings.solver == "unipc" else []
+    steps = make_sampler(network, settings, parts, shape, mesh)
+    return steps.compiled(params, keys, conditions(share, size), *negative)
+
+
+def _compiled_decoder(parts: Parts, latents: tuple[int, ...], mesh: Mesh, vae_gib: float) -> Callable:
+    """Return `decoder_program` compiled for latents [B F H W C] of a shape; nothing is loaded."""
+    device = mesh.devices.flat[0]
+    vae = parts.vae.architecture.abstract(parts.vae.config, jnp.float32)
+    graphdef, state = nnx.split(nnx.eval_shape(lambda vae: decoding_on(vae, device), vae))
+    decode = decoder_program(graphdef, platform=device.platform, mesh=mesh, memory_gib=vae_gib)
+    clips = jax.ShapeDtypeStruct(latents, jnp.float32, sharding=batch_sharding(mesh))
+    return decode.lower(placed(state, replicated(mesh)), clips).compile()
 
 
 def load_transformer(parts: Parts, settings: Settings, mesh: Mesh) -> tuple[Denoiser, Params]:
@@ -287,10 +326,19 @@ class Counter:
 
 
 def text_encoder_of(parts: Parts, dtype: str) -> TextEncoder:
-    """Load the text encoder."""
-    param_dtype = lossless_dtype(parts.text_encoder, jnp.dtype(dtype))
-    umt5 = load_module(parts.text_encoder, jnp.dtype(dtype), param_dtype=param_dtype)
-    return text_encoder(umt5, parts.tokenizer)
+    """Load the text encoder; its program, for one text at a time, is compiled meanwhile."""
+    weights = parts.text_encoder
+    param_dtype = lossless_dtype(weights, jnp.dtype(dtype))
+
+    def compiled() -> Callable:
+        graphdef, state = nnx.split(weights.architecture.abstract(weights.config, jnp.dtype(dtype)))
+        state = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, param_dtype), state)
+        return text_program(graphdef).lower(state, *parts.tokenizer([""])).compile()
+
+    with _compiling() as meanwhile:
+        program = meanwhile.submit(compiled)
+        umt5 = load_module(weights, jnp.dtype(dtype), param_dtype=param_dtype)
+        return text_encoder(umt5, parts.tokenizer, program=program.result())
 
 
 def embeddings_of(
