@@ -7,7 +7,8 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from avd_jax.models.linear import Linear, gated_project, project
+from avd_jax.models.linear import Linear, Stages, gated_project, project
+from avd_jax.models.placement import Placement
 from avd_jax.parallel.mesh import make_mesh
 
 EQUATIONS = {
@@ -136,3 +137,49 @@ def test_weights_in_half_precision_keep_their_dtype():
 def test_float32_products_are_asked_to_be_exact():
     text = jax.jit(lambda *given: project("bnd,df->bnf", *given, jnp.float32)).lower(*arrays("bnd,df->bnf")).as_text()
     assert "HIGHEST" in text
+
+
+STAGED = {  # equation -> shapes of x and kernel, and the axis that the mesh cuts
+    "bnd,dhk->bhnk": ((4, 6, 8), (8, 3, 4), 0),
+    "bhnk,hkd->bnd": ((4, 3, 6, 4), (3, 4, 8), -1),
+    "bnd,df->bnf": ((4, 6, 8), (8, 5), 0),
+    "abd,df->abf": ((4, 6, 5), (5, 8), -1),
+}
+
+
+@pytest.mark.parametrize("equation", STAGED)
+def test_a_kernels_gradient_in_two_stages(equation, monkeypatch):
+    monkeypatch.setattr(Placement, "on_tpu", True)
+    x_shape, kernel_shape, cut = STAGED[equation]
+    mesh = make_mesh(data=1, fsdp=4, seq=2)
+    placement = Placement(mesh=mesh, batch_axes=("data", "fsdp"), sequence_axis="seq")
+    stages = Stages.of(placement, 4, 6, kernel_shape, cut)
+    rng = np.random.default_rng(0)
+    x, kernel = (rng.standard_normal(shape, np.float32) for shape in (x_shape, kernel_shape))
+    spec = [None] * kernel.ndim
+    spec[cut] = ("fsdp", "seq")
+    own = NamedSharding(mesh, PartitionSpec(*spec))
+    kernel = jax.device_put(kernel, own)
+    tokens = equation.split(",")[0].index("n" if "n" in equation else "b")
+    shared = ["fsdp" if axis == 0 else "seq" if axis == tokens else None for axis in range(x.ndim)]
+    x = jax.device_put(x, NamedSharding(mesh, PartitionSpec(*shared)))
+
+    def gradient(stages):
+        return jax.grad(lambda kernel: jnp.sum(project(equation, x, kernel, None, jnp.float32, stages=stages) ** 2))
+
+    found = jax.jit(gradient(stages))(kernel)
+    np.testing.assert_allclose(found, gradient(None)(kernel), rtol=1e-4, atol=1e-4)
+    assert found.sharding.is_equivalent_to(own, kernel.ndim)
+
+
+def test_one_stage_where_two_gain_nothing_or_do_not_divide(monkeypatch):
+    def stages(examples=8, tokens=6, kernel=(64, 3, 4), **mesh):
+        placement = Placement(mesh=make_mesh(**mesh), batch_axes=("data", "fsdp"), sequence_axis="seq")
+        return Stages.of(placement, examples, tokens, kernel, 0)
+
+    assert stages(fsdp=4, seq=2) is None  # on a CPU
+    monkeypatch.setattr(Placement, "on_tpu", True)
+    assert stages(fsdp=4, seq=2) is not None
+    assert stages(fsdp=8) is stages(seq=8) is stages(data=2, fsdp=2, seq=2) is None
+    for odd in {"examples": 2}, {"tokens": 5}, {"kernel": (12, 3, 4)}:
+        assert stages(fsdp=4, seq=2, **odd) is None

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from avd_jax.models import wan_dit
 from avd_jax.models.functional import make_denoiser
 from avd_jax.models.placement import Placement
 from avd_jax.models.wan_dit import REMAT_POLICIES, WAN_1_3B, WAN_14B, WanDiT, WanDiTConfig, timestep_features
+from avd_jax.parallel.mesh import BATCH_AXES, make_mesh
 
 TINY = WanDiTConfig(
     dim=24, ffn_dim=40, num_heads=2, num_layers=2, in_dim=4, out_dim=3, freq_dim=32, text_dim=16, text_len=9
@@ -130,10 +132,13 @@ def test_remat_keeps_the_norms_moments_so_that_no_pass_is_made_for_them_again(re
     assert kept.count(f"f32[{TINY.num_layers},2,{tokens}]") == 2 * 3, kept
 
 
-def test_the_forms_that_suit_tpus_have_the_same_values_and_gradients(monkeypatch):
+@pytest.mark.parametrize("axes", [{}, {"fsdp": 2, "seq": 2}])
+def test_the_forms_that_suit_tpus_have_the_same_values_and_gradients(axes, monkeypatch):
     usual = run(*inputs()), gradients("block")
     monkeypatch.setattr(Placement, "on_tpu", True)
-    network = make_denoiser(TINY, dtype="float32", param_dtype="float32", remat="block", placement=Placement("xla"))
+    mesh = make_mesh(data=1, **axes, devices=jax.devices()[: math.prod(axes.values())])
+    placement = Placement("xla", mesh=mesh, batch_axes=BATCH_AXES, sequence_axis="seq")
+    network = make_denoiser(TINY, dtype="float32", param_dtype="float32", remat="block", placement=placement)
 
     def loss(params):
         velocity = network.module(params)(*inputs())

@@ -16,9 +16,19 @@ from avd_jax.errors import UserError
 from avd_jax.models.adapters import Adapters, joined
 from avd_jax.models.functional import make_denoiser
 from avd_jax.models.interpolator import Interpolator, InterpolatorConfig
-from avd_jax.models.wan_dit import WAN_1_3B, WAN_14B
+from avd_jax.models.linear import Projection
+from avd_jax.models.wan_dit import WAN_1_3B, WAN_14B, WanDiT
 from avd_jax.parallel.mesh import AXES, PARAMETER_AXES
-from avd_jax.parallel.rules import LARGE_LEAF, RULES, dotted, sharding_table, shardings, spec_for, tree_shardings
+from avd_jax.parallel.rules import (
+    LARGE_LEAF,
+    RULES,
+    cut_axis,
+    dotted,
+    sharding_table,
+    shardings,
+    spec_for,
+    tree_shardings,
+)
 
 W = PARAMETER_AXES
 
@@ -120,3 +130,14 @@ def test_the_table_names_what_is_large():
 def test_flat_leaves():
     leaves = {"a.q.kernel": jax.ShapeDtypeStruct((8, 2, 4), jnp.float32)}
     assert shardings(leaves, mesh(fsdp=4))["a.q.kernel"].spec == P(W, None, None)
+
+
+def test_layers_know_the_axis_of_their_kernel_that_a_mesh_cuts():
+    dit = nnx.eval_shape(lambda: WanDiT(WAN_1_3B, rngs=nnx.Rngs(0)))
+    found = {}
+    for path, layer in nnx.iter_modules(dit.blocks):
+        if isinstance(layer, Projection):
+            shape = layer.kernel.shape[1:]
+            found[".".join(path)] = cut_axis(f"{'.'.join(path)}.kernel", shape), range(len(shape))[layer.cut]
+    assert len(found) == 10
+    assert all(rule == known for rule, known in found.values()), found

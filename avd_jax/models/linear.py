@@ -4,6 +4,7 @@ JAX gives a weight's gradient the dtype of the product, so with bfloat16 the dev
 they are added up, and added up in bfloat16. Wan's and AVD's trainings reduce in float32 (FSDP's `reduce_dtype`).
 """
 
+from dataclasses import dataclass
 from functools import partial
 
 import jax
@@ -12,10 +13,71 @@ from flax import nnx
 from jax.custom_derivatives import SymbolicZero, linear_call
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from avd_jax.models.placement import Placement
 from avd_jax.shapes import Array
 
 
-def project(equation: str, x: Array, kernel: Array, bias: Array | None, dtype) -> Array:
+@dataclass(frozen=True)
+class Stages:
+    """How devices that share examples and tokens sum a kernel's gradient: over the first axis, then over the second.
+
+    A TPU's compiler has a sum over all devices of a square slice, such as 4x4 or 8x8, arrive whole on each of them,
+    which takes twice the traffic of a sum of which each gets its part, and room for the whole. Over one axis at a time
+    it does not, and the second sum is of parts.
+
+    Attributes:
+      mesh: of the devices.
+      batch_axis, token_axis: of the mesh. They cut the kernel, in this order.
+      cut: the kernel's axis that they cut.
+    """
+
+    mesh: Mesh
+    batch_axis: str
+    token_axis: str
+    cut: int
+
+    @classmethod
+    def of(cls, placement: Placement, examples: int, tokens: int, kernel: tuple[int, ...], cut: int) -> "Stages | None":
+        """Return them for a kernel of a shape, or None where one sum is as good or the mesh does not divide them."""
+        if not placement.on_tpu or placement.sequence_shards == 1:
+            return None
+        *others, batch_axis = placement.batch_axes
+        shards = placement.mesh.shape[batch_axis]
+        if shards == 1 or any(placement.mesh.shape[axis] > 1 for axis in others):
+            return None
+        if (
+            examples % shards
+            or tokens % placement.sequence_shards
+            or kernel[cut] % (shards * placement.sequence_shards)
+        ):
+            return None
+        return cls(placement.mesh, batch_axis, placement.sequence_axis, cut)
+
+    def summed(self, equation: str, x: Array, slope: Array, token_axes: tuple[int, int]) -> Array:
+        """Return `einsum(equation, x, slope)` in float32; the token axes are those of x and slope."""
+        shards = self.mesh.shape[self.token_axis]
+        (x_axes, axes), kernel_axes = equation.split("->")[0].split(","), equation.split("->")[1]
+        token, new = x_axes[token_axes[0]], "s"
+
+        def apart(array: Array, axis: int) -> Array:
+            size = array.shape[axis]
+            return array.reshape(*array.shape[:axis], shards, size // shards, *array.shape[axis + 1 :])
+
+        x_axes, axes = (text.replace(token, new + token) for text in (x_axes, axes))
+        x, slope = (apart(array, axis) for array, axis in zip((x, slope), token_axes, strict=True))
+        parts = einsum(f"{x_axes},{axes}->{new}{kernel_axes}", x, slope, preferred_element_type=jnp.float32)
+        parts = self._placed(parts, self.batch_axis, self.token_axis)
+        return self._placed(jnp.sum(parts, axis=0), (self.batch_axis, self.token_axis))
+
+    def _placed(self, array: Array, cut: str | tuple[str, ...], *leading: str) -> Array:
+        spec = [*leading, *(None for _ in range(array.ndim - len(leading)))]
+        spec[range(array.ndim)[self.cut] if self.cut < 0 else self.cut + len(leading)] = cut
+        return jax.lax.with_sharding_constraint(array, NamedSharding(self.mesh, PartitionSpec(*spec)))
+
+
+def project(
+    equation: str, x: Array, kernel: Array, bias: Array | None, dtype, *, stages: Stages | None = None
+) -> Array:
     """Return `einsum(equation, x, kernel) + bias` in `dtype`.
 
     Args:
@@ -25,30 +87,35 @@ def project(equation: str, x: Array, kernel: Array, bias: Array | None, dtype) -
       bias: added along the axes that the result shares with it; None: nothing.
       dtype: of the product, its inputs and the sum. With float32 it is exact on every device: a TPU or GPU would
         otherwise round the inputs to fewer digits.
+      stages: in which devices sum the kernel's gradient; None: in one.
     """
-    return _project(equation, jnp.dtype(dtype), x, kernel, bias)
+    return _project(equation, jnp.dtype(dtype), stages, x, kernel, bias)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _project(equation, dtype, x, kernel, bias):
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
+def _project(equation, dtype, stages, x, kernel, bias):
     product = einsum(equation, x.astype(dtype), kernel.astype(dtype))
     return product if bias is None else product + _along(equation, bias.astype(dtype))
 
 
-def _project_jvp(equation, dtype, primals, tangents):
+def _project_jvp(equation, dtype, stages, primals, tangents):
     x, kernel, bias = primals
     x_tangent, kernel_tangent, bias_tangent = tangents
     (x_axes, kernel_axes), axes = equation.split("->")[0].split(","), equation.split("->")[1]
     bias_axes = "".join(axis for axis in kernel_axes if axis in axes)
 
-    output = _project(equation, dtype, x, kernel, bias)
+    output = _project(equation, dtype, stages, x, kernel, bias)
     change = jnp.zeros_like(output)
 
     def of_kernel(x, kernel):
         return einsum(equation, x, kernel.astype(dtype))
 
     def kernel_gradient(x, slope):
-        gradient = einsum(f"{x_axes},{axes}->{kernel_axes}", x, slope, preferred_element_type=jnp.float32)
+        product = f"{x_axes},{axes}->{kernel_axes}"
+        if stages is not None:
+            gradient = stages.summed(product, x, slope, _token_axes(equation))
+        else:
+            gradient = einsum(product, x, slope, preferred_element_type=jnp.float32)
         return gradient.astype(kernel.dtype)
 
     def of_bias(_, bias):
@@ -89,7 +156,7 @@ def gated_project(
 
 def _plainly_gated(equation, dtype, x, kernel, bias, gate):
     # A product of its own: else the TPU compiler makes the float32 stream part of it.
-    product = jax.lax.optimization_barrier(_project(equation, dtype, x, kernel, bias))
+    product = jax.lax.optimization_barrier(_project(equation, dtype, None, x, kernel, bias))
     return product.astype(jnp.float32) * gate[:, None]
 
 
@@ -144,6 +211,13 @@ def einsum(equation: str, one: Array, other: Array, **options) -> Array:
     return jnp.einsum(equation, one, other, precision=jax.lax.Precision.HIGHEST if exact else None, **options)
 
 
+def _token_axes(equation):
+    """Return the axis of the input and that of the result behind the batch that is not the kernel's."""
+    inputs, axes = equation.split("->")
+    tokens = [axis for axis in axes if axis not in inputs.split(",")[1]][1]
+    return inputs.index(tokens), axes.index(tokens)
+
+
 def _along(equation, bias):
     """Return a bias with an axis of size 1 for each axis of the result that is not its own."""
     inputs, axes = equation.split("->")
@@ -159,12 +233,14 @@ class Projection(nnx.Module):
       kernel, bias: weights, in any dtype.
       dtype: of the product.
       input_axes: how many of the kernel's first axes are summed over.
+      cut: the kernel's axis that a mesh cuts (`parallel/rules.py`).
       values, scale: stand for the kernel, which is None, if it is in 8 bits (`models/low_bit.py`): a matrix [in out],
         or [out in] if the outputs are heads, and the scale of each output.
       adapter: a correction of low rank (`models/adapters.py`), or None.
     """
 
     input_axes = 1
+    cut = 0
 
     def __init__(self, shape: tuple[int, ...], *, rngs: nnx.Rngs, dtype, param_dtype):
         axes = range(len(shape))
@@ -174,15 +250,22 @@ class Projection(nnx.Module):
         self.dtype = dtype
         self.values = self.scale = self.adapter = nnx.data(None)
 
-    def apply(self, equation: str, x: Array, gate: Array | None = None, mesh: Mesh | None = None) -> Array:
+    def apply(self, equation: str, x: Array, gate: Array | None = None, placement: Placement | None = None) -> Array:
         """Return `project(equation, x, ...)` with the layer's weights, and what its adapter adds.
 
-        With a gate [B D], of a result [B N D], times that in float32; `mesh` as in `gated_project`.
+        With a gate [B D], of a result [B N D], times that in float32. The placement is of devices that may share the
+        examples and tokens of x.
         """
         if gate is not None and self.values is None and self.adapter is None:
+            mesh = placement.mesh if placement else None
             return gated_project(equation, x, self.kernel[...], self.bias[...], gate, self.dtype, mesh)
         if self.values is None:
-            y = project(equation, x, self.kernel[...], self.bias[...], self.dtype)
+            stages = None
+            if placement is not None:
+                stages = Stages.of(
+                    placement, x.shape[0], x.shape[_token_axes(equation)[0]], self.kernel.shape, self.cut
+                )
+            y = project(equation, x, self.kernel[...], self.bias[...], self.dtype, stages=stages)
         else:
             y = self._from_values(equation, x)
         y = y if self.adapter is None else y + self.adapter(equation, x, dtype=self.dtype)
@@ -205,10 +288,11 @@ class Projection(nnx.Module):
 class Linear(Projection):
     """Linear map of the last axis: kernel [D F], bias [F]; see `project`."""
 
-    def __init__(self, in_dim: int, out_dim: int, *, rngs: nnx.Rngs, dtype, param_dtype):
+    def __init__(self, in_dim: int, out_dim: int, *, rngs: nnx.Rngs, dtype, param_dtype, cut: int = 0):
         super().__init__((in_dim, out_dim), rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+        self.cut = cut
 
-    def __call__(self, x: Array, *, gate: Array | None = None, mesh: Mesh | None = None) -> Array:
+    def __call__(self, x: Array, *, gate: Array | None = None, placement: Placement | None = None) -> Array:
         """Return [... F] for x [... D]; with a gate [B F], and x [B N D], as `gated_project` does."""
         axes = "abceg"[: x.ndim - 1]
-        return self.apply(f"{axes}d,df->{axes}f", x, gate, mesh)
+        return self.apply(f"{axes}d,df->{axes}f", x, gate, placement)

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
-from jax.sharding import Mesh
 from jaxtyping import Float
 
 from avd_jax.errors import UserError
@@ -75,23 +74,24 @@ class ProjectToHeads(Projection):
         shape = (config.dim, config.num_heads, config.head_dim)
         super().__init__(shape, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
 
-    def __call__(self, x: Tokens) -> Heads:
-        """Project, heads before tokens."""
-        return self.apply("bnd,dhk->bhnk", x)
+    def __call__(self, x: Tokens, *, placement: Placement | None = None) -> Heads:
+        """Project, heads before tokens; `placement` as in `Projection.apply`."""
+        return self.apply("bnd,dhk->bhnk", x, placement=placement)
 
 
 class ProjectFromHeads(Projection):
     """Linear map from heads [B H N K] back to tokens [B N D]: kernel [H K D], bias [D]."""
 
     input_axes = 2
+    cut = -1
 
     def __init__(self, config: WanDiTConfig, *, rngs: nnx.Rngs, dtype, param_dtype):
         shape = (config.num_heads, config.head_dim, config.dim)
         super().__init__(shape, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
 
-    def __call__(self, x: Heads, *, gate: Gate | None = None, mesh: Mesh | None = None) -> Tokens:
+    def __call__(self, x: Heads, *, gate: Gate | None = None, placement: Placement | None = None) -> Tokens:
         """Project, summing over heads; with a gate [B D], as `gated_project` does."""
-        return self.apply("bhnk,hkd->bnd", x, gate, mesh)
+        return self.apply("bhnk,hkd->bnd", x, gate, placement)
 
 
 class HeadsRMSNorm(nnx.Module):
@@ -130,12 +130,13 @@ class Attention(nnx.Module):
         `rotation` (self-attention only) carries the positions. With a `gate` the result is times that, in float32.
         """
         # The scale of the scores goes into a few numbers; as a factor of the queries it would be rounded once more.
-        query, key, value = self.q(x), self.norm_k(self.k(context)), self.v(context)
+        query = self.q(x, placement=placement)
+        key, value = self.norm_k(self.k(context, placement=placement)), self.v(context, placement=placement)
         query = self.norm_q(query, factor=query.shape[-1] ** -0.5)
         if rotation is not None:
             query, key = rope.rotate(query, *rotation), rope.rotate(key, *rotation)
         attended = attention(query, key, value, placement=placement, valid_keys=valid_keys, scale=1.0)
-        return self.o(attended, gate=gate, mesh=placement.mesh)
+        return self.o(attended, gate=gate, placement=placement)
 
 
 def modulated_norm(x: Tokens, *, shift: Array, scale: Array, eps: float, dtype=jnp.float32) -> Tokens:
@@ -152,7 +153,7 @@ class Block(nnx.Module):
         self.norm3 = nnx.LayerNorm(config.dim, epsilon=config.eps, rngs=rngs, dtype=jnp.float32)
         self.cross_attn = Attention(config, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
         self.ffn_0 = linear(config.dim, config.ffn_dim)
-        self.ffn_2 = linear(config.ffn_dim, config.dim)
+        self.ffn_2 = linear(config.ffn_dim, config.dim, cut=-1)
         self.modulation = nnx.Param(jax.random.normal(rngs.params(), (6, config.dim)) * config.dim**-0.5)
         self.eps, self.dtype = config.eps, dtype
 
@@ -183,10 +184,11 @@ class Block(nnx.Module):
         x = x + self.cross_attn(self._norm3(x), context, placement=placement).astype(jnp.float32)
         normed = modulated_norm(x, shift=shift_ffn, scale=scale_ffn, eps=self.eps, dtype=self.dtype)
         # Else the TPU compiler makes the float32 stream part of both products, which slows them down by half.
-        hidden = jax.nn.gelu(self.ffn_0(jax.lax.optimization_barrier(normed)), approximate=True)
+        hidden = self.ffn_0(jax.lax.optimization_barrier(normed), placement=placement)
+        hidden = jax.nn.gelu(hidden, approximate=True)
         if own_gates:
-            return x + self.ffn_2(hidden, gate=gate_ffn, mesh=placement.mesh)
-        added = jax.lax.optimization_barrier(self.ffn_2(hidden))
+            return x + self.ffn_2(hidden, gate=gate_ffn, placement=placement)
+        added = jax.lax.optimization_barrier(self.ffn_2(hidden, placement=placement))
         return x + added.astype(jnp.float32) * gate_ffn[:, None]
 
     def _norm3(self, x: Tokens) -> Tokens:
