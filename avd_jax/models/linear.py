@@ -45,11 +45,9 @@ class Stages:
         shards = placement.mesh.shape[batch_axis]
         if shards == 1 or any(placement.mesh.shape[axis] > 1 for axis in others):
             return None
-        if (
-            examples % shards
-            or tokens % placement.sequence_shards
-            or kernel[cut] % (shards * placement.sequence_shards)
-        ):
+        token_shards = placement.sequence_shards
+        parts = (examples, shards), (tokens, token_shards), (kernel[cut], shards * token_shards)
+        if any(size % number for size, number in parts):
             return None
         return cls(placement.mesh, batch_axis, placement.sequence_axis, cut)
 
@@ -260,11 +258,8 @@ class Projection(nnx.Module):
             mesh = placement.mesh if placement else None
             return gated_project(equation, x, self.kernel[...], self.bias[...], gate, self.dtype, mesh)
         if self.values is None:
-            stages = None
-            if placement is not None:
-                stages = Stages.of(
-                    placement, x.shape[0], x.shape[_token_axes(equation)[0]], self.kernel.shape, self.cut
-                )
+            tokens = _token_axes(equation)[0] if placement else None
+            stages = placement and Stages.of(placement, x.shape[0], x.shape[tokens], self.kernel.shape, self.cut)
             y = project(equation, x, self.kernel[...], self.bias[...], self.dtype, stages=stages)
         else:
             y = self._from_values(equation, x)
