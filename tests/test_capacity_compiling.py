@@ -117,7 +117,7 @@ def test_another_failure_of_the_compiler_is_raised():
 
 
 V5E, H100 = find_kind("TPU v5 lite"), find_kind("NVIDIA H100 80GB HBM3")
-WORK = {"flops": 3e12, "kernel_flops": 1e12, "collective_gib": 2.0}
+WORK = {"flops": 3e12, "kernel_flops": 1e12, "collective_gib": {"all-gather": 1.0, "all-reduce": 0.5}}
 
 
 @pytest.mark.parametrize(

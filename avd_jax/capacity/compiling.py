@@ -6,6 +6,7 @@ run will need.
 
 import re
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 
 import jax
@@ -174,7 +175,7 @@ def compile_program(program: Program, *, mesh: Mesh, batch_size: int, topology: 
         seconds=estimated_seconds(
             find_kind(device.device_kind),
             cycles=found.cycles or None,
-            collective_gib=sum(collectives.values()),
+            collective_gib=collectives,
             hosts=len({device.process_index for device in mesh.devices.flat}) if on_gpu else 1,
             **per_device,
         ),
@@ -184,20 +185,27 @@ def compile_program(program: Program, *, mesh: Mesh, batch_size: int, topology: 
 
 
 def estimated_seconds(
-    kind: Kind | None, *, flops: float, kernel_flops: float, cycles: int | None, collective_gib: float, hosts: int = 1
+    kind: Kind | None,
+    *,
+    flops: float,
+    kernel_flops: float,
+    cycles: int | None,
+    collective_gib: Mapping[str, float],
+    hosts: int = 1,
 ) -> float | None:
     """Return how long a program may take on one device: arithmetic, attention and collectives, one after another.
 
     It ranks meshes, and is no prediction. Arithmetic is the compiler's cycles over the clock, or, without an estimate
     of cycles (GPUs), matrix products at EFFICIENCY of the peak; attention is at EFFICIENCY of the peak. Collectives
-    move their bytes over all links at full speed, over the network between hosts if there are several. That much of
-    them can run beside the arithmetic is not taken into account. None if something is not known.
+    move their bytes over all links at full speed, over the network between hosts if there are several; an all-reduce
+    moves them twice, as the parts of a sum and as the sum. That much of them can run beside the arithmetic is not taken
+    into account. None if something is not known.
 
     Args:
       kind: of the device.
       flops, kernel_flops: of one device, all and those of attention kernels.
       cycles: the compiler's estimate of the rest.
-      collective_gib: moved by one device.
+      collective_gib: of one device, by the kind of collective.
       hosts: of GPUs.
     """
     if kind is None or not kind.link_bytes or (cycles and not kind.gigahertz):
@@ -205,7 +213,8 @@ def estimated_seconds(
     at_peak = kind.peak_flops * EFFICIENCY
     arithmetic = cycles / (kind.gigahertz * 1e9) if cycles else (flops - kernel_flops) / at_peak
     speed = kind.link_bytes if hosts == 1 else kind.network_bytes
-    return arithmetic + kernel_flops / at_peak + collective_gib * GIB / speed
+    moved = sum(collective_gib.values()) + collective_gib.get("all-reduce", 0)
+    return arithmetic + kernel_flops / at_peak + moved * GIB / speed
 
 
 def _does_not_fit(about: dict, argument_gib: float, error: Exception) -> Report:
