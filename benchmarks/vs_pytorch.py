@@ -4,9 +4,11 @@
     .venv-parity/bin/python benchmarks/vs_pytorch.py
 
 Both sides run in turn, ours then PyTorch's, on all cores. A row gives the median seconds of each, the median of the
-ratios ours / PyTorch's pair by pair with their range (the ratio is what to quote: a noisy machine slows both), and how
-far the outputs differ relative to their RMS. Sizes: the transformer has the width of Wan2.1-1.3B, the text encoder that
-of umT5-XXL, both with a few layers; the autoencoder is whole.
+ratios ours / PyTorch's pair by pair with their range (the ratio is what to quote: a noisy machine slows both), how far
+the outputs differ relative to their RMS, and the GFLOPs of products and convolutions, counted in our program, a second
+on each side. The first line has what a product of two matrices alone reaches on each side, for comparison. Sizes: the
+transformer has the width of Wan2.1-1.3B, the text encoder that of umT5-XXL, both with a few layers; the autoencoder is
+whole.
 """
 
 import dataclasses
@@ -27,6 +29,7 @@ from absl import app, flags
 from einops import rearrange
 from flax import nnx
 
+from avd_jax.capacity.flops import count_flops
 from avd_jax.convert import flat_state, from_flat
 from avd_jax.convert.architectures import UMT5, WAN_DIT, WAN_VAE, Architecture
 from avd_jax.convert.engine import leaves_from_torch, resolve
@@ -39,15 +42,17 @@ PAIRS = flags.DEFINE_integer("pairs", 7, "timed pairs a row, after one warm-up o
 LAYERS = flags.DEFINE_integer("layers", 2, "layers of the transformer and of the text encoder", lower_bound=1)
 LATENTS = flags.DEFINE_list("latents", ["3", "32", "68"], "latent frames, height and width of the transformer's input")
 VIDEO = flags.DEFINE_list("video", ["9", "128", "128"], "frames, height and width of the autoencoder's clip")
+SQUARE = 2048  # rows and columns of the matrices whose product shows what a side reaches
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One row: both sides as functions without arguments that return a NumPy array once they are done."""
+    """One row: both sides as functions without arguments that return a NumPy array once they are done; its FLOPs."""
 
     name: str
     ours: Callable[[], np.ndarray]
     theirs: Callable[[], np.ndarray]
+    flops: float
 
 
 def main(argv):
@@ -57,9 +62,15 @@ def main(argv):
     print(
         f"{_processor()}, {os.cpu_count()} cores, Python {platform.python_version()}; jax {jax.__version__}, "
         f"torch {torch.__version__} ({torch.get_num_threads()} threads), diffusers {diffusers.__version__}, "
-        f"transformers {transformers.__version__}\n"
+        f"transformers {transformers.__version__}"
     )
-    print("| case | ours, s | PyTorch, s | ratio (range) | difference |\n| --- | --- | --- | --- | --- |", flush=True)
+    rates = ", ".join(f"{name} {2 * SQUARE**3 / seconds / 1e9:.0f}" for name, seconds in square_product().items())
+    print(f"A product of {SQUARE} x {SQUARE} matrices alone, GFLOP/s: {rates}\n")
+    print(
+        "| case | ours, s | PyTorch, s | ratio (range) | difference | GFLOP/s: ours, PyTorch |\n"
+        "| --- | --- | --- | --- | --- | --- |",
+        flush=True,
+    )
     makers = {
         "dit": dit,
         "dit_backward": dit_backward,
@@ -82,9 +93,19 @@ def measure(case: Case) -> None:
     seconds = [statistics.median(side) for side in zip(*pairs, strict=True)]
     print(
         f"| {case.name} | {seconds[0]:.3f} | {seconds[1]:.3f} | "
-        f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f}) | {difference:.1e} |",
+        f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f}) | {difference:.1e} | "
+        + ", ".join(f"{case.flops / side / 1e9:.0f}" for side in seconds)
+        + " |",
         flush=True,
     )
+
+
+def square_product() -> dict[str, float]:
+    """Return the seconds that a product of two square matrices takes on each side, the best of several."""
+    one = np.random.default_rng(0).standard_normal((SQUARE, SQUARE)).astype(np.float32)
+    ours, theirs, product = jnp.asarray(one), torch.from_numpy(one), jax.jit(jnp.matmul)
+    sides = {"ours": lambda: np.asarray(product(ours, ours)), "PyTorch": lambda: (theirs @ theirs).numpy()}
+    return {name: min(_seconds(side) for _ in range(2 * PAIRS.value + 1)) for name, side in sides.items()}
 
 
 def dit() -> Case:
@@ -97,7 +118,8 @@ def dit() -> Case:
         with torch.no_grad():
             return rearrange(model(*inputs).sample.numpy(), "b c f h w -> b f h w c")
 
-    return Case(f"DiT forward, {name}", lambda: np.asarray(forward(state, *arrays)), theirs)
+    flops = count_flops(forward, state, *arrays)
+    return Case(f"DiT forward, {name}", lambda: np.asarray(forward(state, *arrays)), theirs, flops)
 
 
 def dit_backward() -> Case:
@@ -115,7 +137,7 @@ def dit_backward() -> Case:
         model(*inputs).sample.square().mean().backward()
         return model.proj_out.weight.grad.numpy()
 
-    return Case(f"DiT forward and backward, {name}", ours, theirs)
+    return Case(f"DiT forward and backward, {name}", ours, theirs, count_flops(gradient, state, *arrays))
 
 
 def vae_encode() -> Case:
@@ -130,7 +152,8 @@ def vae_encode() -> Case:
             latents = model.encode(video).latent_dist.mode().numpy()
         return (rearrange(latents, "b c f h w -> b f h w c") - mean) / std
 
-    return Case(f"VAE encode, {name}", lambda: np.asarray(encode(state, channels_last)), theirs)
+    flops = count_flops(encode, state, channels_last)
+    return Case(f"VAE encode, {name}", lambda: np.asarray(encode(state, channels_last)), theirs, flops)
 
 
 def vae_decode() -> Case:
@@ -146,7 +169,8 @@ def vae_decode() -> Case:
         with torch.no_grad():
             return rearrange(model.decode(latents).sample.numpy(), "b c f h w -> b f h w c")
 
-    return Case(f"VAE decode, {name}", lambda: np.asarray(decode(state, normalised)), theirs)
+    flops = count_flops(decode, state, normalised)
+    return Case(f"VAE decode, {name}", lambda: np.asarray(decode(state, normalised)), theirs, flops)
 
 
 def umt5() -> Case:
@@ -173,7 +197,8 @@ def umt5() -> Case:
             return model(torch.from_numpy(ids).long(), torch.from_numpy(mask)).last_hidden_state.numpy()
 
     name = f"XXL width, {config.num_layers} layers, 512 tokens"
-    return Case(f"umT5, {name}", lambda: np.asarray(encode(state, ids, mask)), theirs)
+    flops = count_flops(encode, state, ids, mask)
+    return Case(f"umT5, {name}", lambda: np.asarray(encode(state, ids, mask)), theirs, flops)
 
 
 def _dit():
