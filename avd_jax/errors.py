@@ -5,6 +5,7 @@ import functools
 import os
 import sys
 from collections.abc import Callable, Iterable
+from typing import NoReturn
 
 
 class UserError(Exception):
@@ -23,17 +24,26 @@ def note(line: str) -> None:
     print(f"note: {line}", file=sys.stderr, flush=True)
 
 
+def leave(line: str, status: int) -> NoReturn:
+    """End the process at once: Orbax, grain and compilers have threads that would hold up a normal exit."""
+    print(line, file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(status)
+
+
 def report_user_errors(main: Callable) -> Callable:
-    """Wrap a script's `main(argv)`: a UserError becomes `error: <message>` on stderr and exit status 1."""
+    """Wrap a script's `main(argv)`: a UserError becomes `error: <message>` on stderr and exit status 1.
+
+    After Ctrl-C, which is one line and status 130, nothing is waited for either, as a program that is being compiled.
+    """
 
     @functools.wraps(main)
     def wrapped(*args, **kwargs):
         try:
             return main(*args, **kwargs)
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-            # Orbax and grain keep threads that would hold up a normal exit after a failure.
-            sys.stdout.flush()
-            os._exit(1)
+            leave(f"error: {error}", 1)
+        except KeyboardInterrupt:
+            leave("interrupted", 130)
 
     return wrapped

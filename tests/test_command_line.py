@@ -1,6 +1,8 @@
 """What every script does with the paths on its command line and in its config."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -80,6 +82,22 @@ def test_a_config_is_named_once_and_before_its_fields(tmp_path):
         parse(["train.py", "--config", str(config), f"--config={config}"])
     with pytest.raises(UserError, match=r"--config.num_steps comes before --config; give --config first"):
         parse(["train.py", "--config.num_steps=5", f"--config={config}"])
+
+
+def test_after_ctrl_c_nothing_is_waited_for():
+    code = """
+import threading, time
+from avd_jax.errors import report_user_errors
+threading.Thread(target=time.sleep, args=(3600,)).start()
+
+@report_user_errors
+def main():
+    raise KeyboardInterrupt
+
+main()
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stderr) == (130, "interrupted\n")
 
 
 def test_what_absl_says_of_a_bad_flag_is_one_line():

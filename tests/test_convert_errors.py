@@ -8,6 +8,7 @@ import os
 import shutil
 
 import convert_cases as cases
+import jax
 import numpy as np
 import pytest
 
@@ -247,6 +248,15 @@ def test_bad_weights_give_one_line_that_says_what_is_wrong(case, tmp_path):
     assert len(message) < 700
     for part in parts:
         assert part in message
+
+
+@pytest.mark.parametrize("sharding", [None, lambda path, shape: jax.sharding.SingleDeviceSharding(jax.devices()[0])])
+def test_an_array_of_an_orbax_checkpoint_that_is_cut_off(sharding, tmp_path):
+    def cut_largest(folder):
+        cut(max((path for path in folder.rglob("d/*") if path.is_file()), key=lambda path: path.stat().st_size))
+
+    with pytest.raises(UserError, match=r"transformer: cannot read the Orbax checkpoint \(.* write or copy it again$"):
+        convert.load_dit(orbax_with(cut_largest)(tmp_path), sharding=sharding)
 
 
 @pytest.mark.parametrize(

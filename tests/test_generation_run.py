@@ -110,6 +110,10 @@ def test_files_of_a_run(settings, tmp_path, seen, monkeypatch):
     # Made alone now, in a batch of two before: the last bits of float32, on values of about 1.
     np.testing.assert_allclose(seen[files[1].name], first[files[1].name], atol=1e-4)
     assert np.abs(first[files[0].name] - first[files[1].name]).max() > 0.1
+    (out / sheets[0]).unlink()
+    files[0].write_bytes(b"damaged")
+    with pytest.raises(UserError, match=f"{files[0].name}: .* remove it, and the same command makes it again"):
+        generate(settings, JOBS, out)
 
 
 def test_teacher_again_from_its_record(folder, tmp_path, seen):

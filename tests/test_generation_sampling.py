@@ -157,6 +157,12 @@ def test_programs_are_compiled_before_anything_is_loaded(settings, expected, mon
     np.testing.assert_array_equal(sampled(settings, JOBS[:1]), expected[:1])
 
 
+def test_what_is_too_large_to_decode_is_told_before_anything_is_loaded(settings, monkeypatch):
+    monkeypatch.setattr(sampling, "load_module", None)
+    with pytest.raises(UserError, match="the VAE takes"):
+        sampled(settings, JOBS[:1], vae_gib=1e-4)
+
+
 @pytest.mark.parametrize("name", ["_compiled_steps", "_compiled_decoder"])
 def test_what_cannot_be_compiled_says_why(settings, name, monkeypatch):
     def failing(*args):

@@ -9,7 +9,7 @@ from test_models_wan_vae import tiny_vae
 
 from avd_jax.errors import UserError
 from avd_jax.models import wan_vae
-from avd_jax.models.vae_tiles import Pass, Side, reach
+from avd_jax.models.vae_tiles import GIB, Pass, Side, reach
 from avd_jax.models.wan_vae import WanVAE, WanVAEConfig, computing_in
 
 
@@ -109,6 +109,21 @@ def test_a_memory_that_no_tiles_fit(full, monkeypatch):
     assert chosen(full, "decode", 720, 1280, 40, monkeypatch)[0] == (1, 1)
     with pytest.raises(UserError, match=r"the VAE takes .* GiB .* 1 x 720x1280 pixels .* and 1.5 are granted"):
         chosen(full, "decode", 720, 1280, 1.5, monkeypatch)
+
+
+def test_the_tiles_that_are_tried_have_the_best_among_them(monkeypatch):
+    clip = jax.ShapeDtypeStruct((1, 1, 60, 104, 4), jnp.float32)
+    one = Pass(clip, lambda frames, past: (frames, frames), reach=(2, 3), working=1e5)
+    memories = [one.needed(tiles) / GIB for tiles in ((1, 1), (1, 2), (3, 2), (5, 7), (30, 60))]
+    few = [one.tiles_within(gib, 0) for gib in memories]
+    monkeypatch.setattr(Pass, "_counts", lambda self, size: range(1, size + 1))
+    assert few == [one.tiles_within(gib, 0) for gib in memories]
+    assert len(set(few)) > 3
+
+
+def test_a_picture_of_any_size_is_refused_soon(full, monkeypatch):
+    with pytest.raises(UserError, match="1 x 160000x160000 pixels"):
+        chosen(full, "decode", 160_000, 160_000, 8, monkeypatch)
 
 
 def test_how_far_layers_see(full):

@@ -170,9 +170,13 @@ def _restore(folder: Path, leaves: Mapping[str, jax.ShapeDtypeStruct], restore_a
         # Not a Checkpointer, which in a bucket wants a mark that a folder copied there from a disk does not have.
         args = ocp.args.PyTreeRestore(item=nested(leaves), restore_args=nested(restore_args), partial_restore=True)
         return flat_state(_reader().restore(_as_epath(folder), args=args))
-    except (OSError, ValueError, KeyError) as error:
-        damaged = UserError(f"{folder}: cannot read the Orbax checkpoint ({_line(error)}); write it again")
-        raise bucket_trouble(folder, error) or damaged from None
+    except Exception as error:
+        # Orbax raises an Exception of no kind from what TensorStore says of an array.
+        cause = error.__cause__ if type(error) is Exception and error.__cause__ else error
+        if not isinstance(cause, OSError | ValueError | KeyError):
+            raise
+        damaged = UserError(f"{folder}: cannot read the Orbax checkpoint ({_line(cause)}); write or copy it again")
+        raise bucket_trouble(folder, cause) or damaged from None
 
 
 def _path_groups(leaves: Mapping[str, jax.ShapeDtypeStruct]) -> Iterator[list[str]]:

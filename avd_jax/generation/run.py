@@ -256,9 +256,12 @@ class _Thumbnails(Sequence):
     def __getitem__(self, index: int) -> np.ndarray:
         settings = self._settings
         width = round(THUMBNAIL_HEIGHT * settings.width / settings.height)
-        return read_video(
-            self._videos[index], frames=settings.frames, fps=settings.fps, height=THUMBNAIL_HEIGHT, width=width
-        )
+        size = {"frames": settings.frames, "fps": settings.fps, "height": THUMBNAIL_HEIGHT, "width": width}
+        try:
+            return read_video(self._videos[index], **size)
+        except UserError:
+            again = "remove it, and the same command makes it again"
+            raise UserError(f"{self._videos[index]}: cannot be read for the contact sheet; {again}") from None
 
 
 def _write_sheets(plan: Plan) -> None:

@@ -120,7 +120,8 @@ def sample_videos(
     """
     batches = [list(jobs[i : i + size]) for i in range(0, len(jobs), size)]
     made, crowded = set(), False
-    with contextlib.closing(Counter(on_step)) as count, _compiling() as meanwhile:
+    with Counter(on_step) as count, _compiling() as meanwhile:
+        traced = _traced_decoder(parts, (size, *shape), mesh, vae_gib)
 
         def encoded() -> dict[str, np.ndarray]:
             encoder = functools.cache(lambda: text_encoder_of(parts, settings.dtype))
@@ -133,7 +134,7 @@ def sample_videos(
         texts = encoded() if mesh.devices.flat[0].platform == "gpu" else None
         ahead = not settings.weights_dtype  # else what is stored in few bits shows when it is read
         steps = meanwhile.submit(_compiled_steps, settings, parts, shape, mesh, size) if ahead else None
-        decoder = meanwhile.submit(_compiled_decoder, parts, (size, *shape), mesh, vae_gib)
+        decoder = meanwhile.submit(_compiled_decoder, traced)
         texts = encoded() if texts is None else texts
         vae = load_module(parts.vae, jnp.float32, lambda path, leaf: replicated(mesh))
         decode = video_decoder(vae, mesh=mesh, program=lambda *inputs: decoder.result()(*inputs))
@@ -248,14 +249,22 @@ def _compiled_steps(settings: Settings, parts: Parts, shape: LatentsShape, mesh:
     return steps.compiled(params, keys, conditions(share, size), *negative)
 
 
-def _compiled_decoder(parts: Parts, latents: tuple[int, ...], mesh: Mesh, vae_gib: float) -> Callable:
-    """Return `decoder_program` compiled for latents [B F H W C] of a shape; nothing is loaded."""
+def _traced_decoder(parts: Parts, latents: tuple[int, ...], mesh: Mesh, vae_gib: float) -> jax.stages.Traced:
+    """Return `decoder_program` for latents [B F H W C] of a shape, of which nothing is loaded.
+
+    Raises:
+      UserError: videos that are too large for `vae_gib`.
+    """
     device = mesh.devices.flat[0]
     vae = parts.vae.architecture.abstract(parts.vae.config, jnp.float32)
     graphdef, state = nnx.split(nnx.eval_shape(lambda vae: decoding_on(vae, device), vae))
     decode = decoder_program(graphdef, platform=device.platform, mesh=mesh, memory_gib=vae_gib)
     clips = jax.ShapeDtypeStruct(latents, jnp.float32, sharding=batch_sharding(mesh))
-    return decode.lower(placed(state, replicated(mesh)), clips).compile()
+    return decode.trace(placed(state, replicated(mesh)), clips)
+
+
+def _compiled_decoder(traced: jax.stages.Traced) -> Callable:
+    return traced.lower().compile()
 
 
 def load_transformer(parts: Parts, settings: Settings, mesh: Mesh) -> tuple[Denoiser, Params]:
@@ -320,9 +329,12 @@ class Counter:
             jax.block_until_ready(array)
         self._function()
 
-    def close(self) -> None:
-        """Return once all have been counted."""
-        self._thread.shutdown()
+    def __enter__(self) -> "Counter":
+        return self
+
+    def __exit__(self, kind, *error) -> None:
+        """Return once all have been counted; after an error at once."""
+        self._thread.shutdown(wait=kind is None, cancel_futures=kind is not None)
 
 
 def text_encoder_of(parts: Parts, dtype: str) -> TextEncoder:

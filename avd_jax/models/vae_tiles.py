@@ -162,6 +162,13 @@ class Pass:
         lanes = LANES // max(self.pixels_in, self.pixels_out)
         return ends + working * -(-height // lanes) * lanes * width
 
+    def _counts(self, size: int) -> list[int]:
+        """Return into how many tiles it makes sense to cut a side: of those of one extent, the fewest."""
+        extents = {}
+        for count in range(1, max(size - sum(self.reach), 1) + 1):
+            extents.setdefault(Side(size, count, *self.reach).extent, count)
+        return list(extents.values())
+
     def tiles_within(self, memory_gib: float, held: int) -> Tiles:
         """Return into how many tiles height and width are cut so that the fewest pixels are made twice.
 
@@ -175,7 +182,7 @@ class Pass:
         if self.needed((1, 1)) + held <= memory_gib * GIB:
             return 1, 1
         sizes = [side.size for side in self._sides((1, 1))]
-        choices = list(itertools.product(*(range(1, max(size - sum(self.reach), 1) + 1) for size in sizes)))
+        choices = list(itertools.product(*(self._counts(size) for size in sizes)))
         fitting = [tiles for tiles in choices if self.needed(tiles) + held <= memory_gib * GIB]
         if not fitting:
             shape = self.clip.shape[0], *(size * max(self.pixels_in, self.pixels_out) for size in sizes)

@@ -105,7 +105,7 @@ def leaving_at_once(main: Callable[[], int | None]) -> Callable[[], int | None]:
     def wrapped() -> int | None:
         try:
             return main()
-        except (UserError, SystemExit):
+        except (UserError, SystemExit, KeyboardInterrupt):
             raise  # reported, and left at once, by `report_user_errors`
         except BaseException:
             if jax.process_count() == 1:
