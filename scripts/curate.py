@@ -10,7 +10,6 @@ analyses only new videos if there are more, and applies other thresholds at once
 """
 
 import os
-import sys
 
 from absl import flags
 
@@ -18,7 +17,7 @@ from avd_jax import command_line
 from avd_jax.curation import pipeline, settings, sources
 from avd_jax.curation.selection import STAGES
 from avd_jax.data.atomic import only_writer
-from avd_jax.errors import UserError, closest
+from avd_jax.errors import UserError, closest, leave
 from avd_jax.paths import any_path
 
 VIDEOS = command_line.disk_flag("videos", None, "Folder of videos, or a list of them: jsonl, json, csv or tsv.")
@@ -82,8 +81,7 @@ def interruptible(config) -> None:
     try:
         curate(config)
     except KeyboardInterrupt:
-        print("interrupted; the same command continues", file=sys.stderr, flush=True)
-        os._exit(130)  # answers that are still awaited are not waited for
+        leave("interrupted; the same command continues", 130)  # answers that are still awaited are not waited for
 
 
 if __name__ == "__main__":

@@ -140,9 +140,9 @@ def test_float32_products_are_asked_to_be_exact():
 
 
 STAGED = {  # equation -> shapes of x and kernel, and the axis that the mesh cuts
-    "bnd,dhk->bhnk": ((4, 6, 8), (8, 3, 4), 0),
+    "bnd,dhk->bhnk": ((4, 6, 8), (8, 3, 4), -3),
     "bhnk,hkd->bnd": ((4, 3, 6, 4), (3, 4, 8), -1),
-    "bnd,df->bnf": ((4, 6, 8), (8, 5), 0),
+    "bnd,df->bnf": ((4, 6, 8), (8, 5), -2),
     "abd,df->abf": ((4, 6, 5), (5, 8), -1),
 }
 
@@ -175,7 +175,7 @@ def test_a_kernels_gradient_in_two_stages(equation, monkeypatch):
 def test_one_stage_where_two_gain_nothing_or_do_not_divide(monkeypatch):
     def stages(examples=8, tokens=6, kernel=(64, 3, 4), **mesh):
         placement = Placement(mesh=make_mesh(**mesh), batch_axes=("data", "fsdp"), sequence_axis="seq")
-        return Stages.of(placement, examples, tokens, kernel, 0)
+        return Stages.of(placement, examples, tokens, kernel, -3)
 
     assert stages(fsdp=4, seq=2) is None  # on a CPU
     monkeypatch.setattr(Placement, "on_tpu", True)

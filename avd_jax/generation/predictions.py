@@ -4,10 +4,9 @@ At each step the model predicts x0 from x_t, x0 = x_t - sigma v. The cosine simi
 f + 1 of that prediction, over height, width and channels.
 """
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -111,7 +110,7 @@ def steps_of(opened: Opened, jobs: Sequence[Job], *, batch_size: int, fsdp: int 
 def _embeddings(opened: Opened, jobs: Sequence[Job]) -> dict[str, np.ndarray]:
     """Return text -> embeddings [text_len text_dim] of the prompts and the negative prompt."""
     settings, parts = opened.settings, opened.parts
-    encoder = functools.cache(lambda: text_encoder_of(parts, settings.dtype))
+    encoder = cache(lambda: text_encoder_of(parts, settings.dtype))
     found = embeddings_of(texts_of(settings, jobs), None, encoder)
     length = parts.transformer.config.text_len
     return {text: pad_prompt_embeds(embeds, length) for text, embeds in found.items()}

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from avd_jax.capacity.budget import Stage
 from avd_jax.capacity.program import Program
-from avd_jax.data.encoding import decoder_program, decoding_on, encoder_program
+from avd_jax.data.encoding import decoder_program, decoding_on, encoder_program, text_program
 from avd_jax.data.tokenizer import TEXT_LENGTH
 from avd_jax.generation.pipeline import HalfRateSampling, LatentsShape, StudentSampler, make_teacher_sampler
 from avd_jax.methods.samples import own_device
@@ -141,7 +141,7 @@ def _text_encode(mesh: Mesh) -> Program:
     graphdef, state = nnx.split(encoder)
     ids = jax.ShapeDtypeStruct((TEXTS_AT_ONCE, TEXT_LENGTH), jnp.int32)
     args = placed((state, ids, ids), replicated(own_device(mesh, mesh.devices.flat[0].process_index)))
-    return Program("text_encode", jax.jit(lambda state, *inputs: nnx.merge(graphdef, state)(*inputs)), args)
+    return Program("text_encode", text_program(graphdef), args)
 
 
 def _student_sample(config, params, student: Student, model, interpolator, mesh, *, half_rate=False) -> Program:

@@ -28,7 +28,7 @@ class Stages:
     Attributes:
       mesh: of the devices.
       batch_axis, token_axis: of the mesh. They cut the kernel, in this order.
-      cut: the kernel's axis that they cut.
+      cut: the kernel's axis that they cut, from the right.
     """
 
     mesh: Mesh
@@ -69,7 +69,7 @@ class Stages:
 
     def _placed(self, array: Array, cut: str | tuple[str, ...], *leading: str) -> Array:
         spec = [*leading, *(None for _ in range(array.ndim - len(leading)))]
-        spec[range(array.ndim)[self.cut] if self.cut < 0 else self.cut + len(leading)] = cut
+        spec[self.cut] = cut
         return jax.lax.with_sharding_constraint(array, NamedSharding(self.mesh, PartitionSpec(*spec)))
 
 
@@ -231,14 +231,14 @@ class Projection(nnx.Module):
       kernel, bias: weights, in any dtype.
       dtype: of the product.
       input_axes: how many of the kernel's first axes are summed over.
-      cut: the kernel's axis that a mesh cuts (`parallel/rules.py`).
+      cut: the kernel's axis that a mesh cuts (`parallel/rules.py`), from the right.
       values, scale: stand for the kernel, which is None, if it is in 8 bits (`models/low_bit.py`): a matrix [in out],
         or [out in] if the outputs are heads, and the scale of each output.
       adapter: a correction of low rank (`models/adapters.py`), or None.
     """
 
     input_axes = 1
-    cut = 0
+    cut: int
 
     def __init__(self, shape: tuple[int, ...], *, rngs: nnx.Rngs, dtype, param_dtype):
         axes = range(len(shape))
@@ -283,7 +283,7 @@ class Projection(nnx.Module):
 class Linear(Projection):
     """Linear map of the last axis: kernel [D F], bias [F]; see `project`."""
 
-    def __init__(self, in_dim: int, out_dim: int, *, rngs: nnx.Rngs, dtype, param_dtype, cut: int = 0):
+    def __init__(self, in_dim: int, out_dim: int, *, rngs: nnx.Rngs, dtype, param_dtype, cut: int = -2):
         super().__init__((in_dim, out_dim), rngs=rngs, dtype=dtype, param_dtype=param_dtype)
         self.cut = cut
 

@@ -70,6 +70,8 @@ WAN_MODELS = {"1.3B": WAN_1_3B, "14B": WAN_14B}
 class ProjectToHeads(Projection):
     """Linear map from tokens [B N D] to heads [B H N K]: kernel [D H K], bias [H K]."""
 
+    cut = -3
+
     def __init__(self, config: WanDiTConfig, *, rngs: nnx.Rngs, dtype, param_dtype):
         shape = (config.dim, config.num_heads, config.head_dim)
         super().__init__(shape, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
