@@ -9,7 +9,7 @@ from avd_jax.methods.avd.config import FIELDS
 
 
 def test_a_run_tells_of_prompts_that_it_will_be_judged_by(tmp_path):
-    latents, prompts = write_sets(tmp_path)  # with "prompt 0" and so on, and "caption 0"
+    latents, prompts = write_sets(tmp_path, clips=5, prompts=7)  # with "prompt 0" and so on, and "caption 0"
     lists = {"seen.txt": "Prompt 3.\nprompt 9\nanother\n", "unseen.txt": "a dog runs\n", "captions.txt": "caption 1"}
     for name, text in lists.items():
         (tmp_path / name).write_text(text)

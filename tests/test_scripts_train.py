@@ -21,7 +21,7 @@ from avd_jax.fields import flags_parser
 from avd_jax.models.interpolator import InterpolatorConfig
 
 ROOT = Path(__file__).parents[1]
-NUM_STEPS = 8
+NUM_STEPS = 6
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +124,7 @@ def test_killed_at_several_moments_it_ends_as_if_it_had_not_been(command, straig
     moments = (
         lambda: len(metrics(tmp_path)) >= 1,  # before the first checkpoint
         lambda: half_written(tmp_path, 4),
-        lambda: (tmp_path / "checkpoints" / "6").exists(),
+        lambda: (tmp_path / "checkpoints" / "4").exists(),
     )
     kills = 0
     for moment in moments:
