@@ -27,6 +27,9 @@ class Toy(nnx.Module):
     def encode(self, video, *, memory_gib):
         return pool(video)
 
+    def decode(self, latents, *, memory_gib):
+        return self.table[...][latents]
+
 
 def tokenize(texts):
     ids = np.zeros((len(texts), 12), np.int32)
@@ -49,6 +52,21 @@ def test_network_wrappers():
     vae = encoding.video_encoder(toy)
     video = shapes_world.clip(0, **SIZE)[0][None]
     np.testing.assert_allclose(np.asarray(vae.encode(video), np.float32), pool(video), rtol=2**-7)
+
+
+def test_a_network_that_is_opened_again_is_not_compiled_again():
+    """An evaluation makes several sets of videos, and decodes all of them with the same VAE."""
+
+    def compiled(decode, **settings):
+        graphdef, state = nnx.split(Toy())
+        args = (state, jnp.zeros((8, 12), jnp.int32))
+        program = encoding.decoder_program(graphdef, platform="cpu", **settings) if decode else None
+        args = args if decode else (*args, args[1])
+        return (program or encoding.text_program(graphdef)).trace(*args).lower().compile().runtime_executable()
+
+    for decode in (False, True):
+        assert compiled(decode) is compiled(decode)
+    assert compiled(True) is not compiled(True, memory_gib=1.0)
 
 
 def test_text_encoder_and_vae_are_not_on_the_device_together(tmp_path):

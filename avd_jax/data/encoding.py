@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -100,8 +100,12 @@ def text_encoder(
     return TextEncoder(encode, text_len, made_by, at_work if takes_turns else nullcontext)
 
 
+@lru_cache(maxsize=1)
 def text_program(graphdef: nnx.GraphDef) -> Callable:
-    """Return the jitted `(state, ids, mask) -> embeddings`, bfloat16, of a split umT5."""
+    """Return the jitted `(state, ids, mask) -> embeddings`, bfloat16, of a split umT5; the same for one like the last.
+
+    So whoever opens a network again does not compile it again.
+    """
     return jax.jit(lambda state, ids, mask: nnx.merge(graphdef, state)(ids, mask).astype(jnp.bfloat16))
 
 
@@ -158,10 +162,14 @@ def decoding_dtype(platform: str) -> jnp.dtype:
     return jnp.dtype(jnp.float32 if platform == "cpu" else jnp.bfloat16)
 
 
+@lru_cache(maxsize=1)
 def decoder_program(
     graphdef: nnx.GraphDef, *, platform: str, mesh: Mesh | None = None, memory_gib: float = MEMORY_GIB
 ) -> Callable:
-    """Return the compiled `decode(state, latents)` of a split VAE; arguments as in `video_decoder`."""
+    """Return the compiled `decode(state, latents)` of a split VAE; the same for one like the last, as `text_program`.
+
+    Arguments are those of `video_decoder`.
+    """
 
     def decode(state, latents):
         return nnx.merge(graphdef, state).decode(latents, memory_gib=memory_gib)
