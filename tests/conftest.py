@@ -24,7 +24,7 @@ XLA_FLAGS = (
 flags = os.environ.get("XLA_FLAGS", "").split()
 names = {flag.partition("=")[0] for flag in flags}
 os.environ["XLA_FLAGS"] = " ".join([*flags, *(flag for flag in XLA_FLAGS if flag.partition("=")[0] not in names)])
-gc.set_threshold(50_000, 20, 50)  # tracing makes many objects that live; a tenth of the suite's time went into looking
+gc.set_threshold(200_000, 20, 50)  # tracing makes many objects that live; a tenth of the suite's time went into looking
 # The tests' workers, which inherit it, have a core each: two threads a product would wait for each other.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")

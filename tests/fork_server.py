@@ -79,5 +79,5 @@ if __name__ == "__main__":
     for library in LIBRARIES:
         importlib.import_module(library)
     gc.freeze()  # what is there is of no one program: neither searched nor taken apart when one ends
-    gc.set_threshold(50_000, 20, 50)  # as in conftest.py: tracing makes many objects that live
+    gc.set_threshold(200_000, 20, 50)  # as in conftest.py: tracing makes many objects that live
     become(**serve(socket.socket(fileno=number)))
